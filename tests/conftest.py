@@ -1,0 +1,13 @@
+"""One place for what every test shares: two threads, reproducible hypothesis runs."""
+
+import os
+
+import hypothesis
+import torch
+
+torch.set_num_threads(2)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the network fails at once
+
+# Deadlines measure the machine, not the code. `derandomize` makes a red run repeatable anywhere.
+hypothesis.settings.register_profile("qwenedit", deadline=None, max_examples=12, derandomize=True)
+hypothesis.settings.load_profile("qwenedit")
