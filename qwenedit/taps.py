@@ -1,8 +1,8 @@
 """Named taps: read or replace any tensor of a network while it runs.
 
 The networks call `self.tap("name", x, "B S D")` on every tensor worth having; the third argument is the shape
-comment (letters as in the README's table). With nothing attached that is one attribute look-up. `taps` attaches
-functions by name and detaches them on exit:
+comment (letters as in the README's table). With nothing attached that is one attribute look-up. `taps`
+attaches functions by name and detaches them on exit:
 
     def dim(x, site):                       # None keeps the tensor, a tensor replaces it
         return x * 0.5 if site.labels.get("branch") == "cond" else None
@@ -28,7 +28,8 @@ __all__ = ["Site", "TapFunction", "Tapped", "current_labels", "scope", "tap_name
 
 
 class _Labels(threading.local):
-    """The labels of the innermost `scope` of this thread. They describe; no code of the networks reads them."""
+    """The labels of the innermost `scope` of this thread. They describe; no code of the networks reads
+    them."""
 
     def __init__(self) -> None:
         self.now: dict[str, Any] = {}
@@ -39,7 +40,8 @@ _labels = _Labels()
 
 @contextmanager
 def scope(**labels: Any) -> Iterator[None]:
-    """Declare what is being computed (step, sigma, branch, layout), for tap functions to read as `site.labels`.
+    """Declare what is being computed (step, sigma, branch, layout), for tap functions to read as
+    `site.labels`.
 
     Scopes nest: an inner label hides an outer one of the same name until the inner scope ends.
     """
@@ -60,8 +62,8 @@ def current_labels() -> dict[str, Any]:
 class Site:
     """Where a tap function is being called.
 
-    `module` is the module instance, `name` the tap's name in its class, `full` the dotted name from the model that
-    was given to `taps` (`blocks.12.attn.img_q_rot`).
+    `module` is the module instance, `name` the tap's name in its class, `full` the dotted name from the
+    model that was given to `taps` (`blocks.12.attn.img_q_rot`).
     """
 
     module: nn.Module
@@ -80,15 +82,18 @@ TapFunction = Callable[[Tensor, Site], "Tensor | None"]
 class Tapped(nn.Module):
     """A module whose named intermediates can be read or replaced with `taps`.
 
-    `TAPS` declares every name that the class taps; `taps` matches patterns against these names, so that a wrong
-    pattern fails before anything runs.
+    `TAPS` declares every name that the class taps; `taps` matches patterns against these names, so that a
+    wrong pattern fails before anything runs.
     """
 
     TAPS: tuple[str, ...] = ()
     _taps: dict[str, list[tuple[TapFunction, Site]]] | None = None  # set on instances, by `taps` alone
 
-    def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002 - shape is a checked comment
-        """Hand `x` to whatever is attached under `name`; return it or its replacement."""
+    def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002
+        """Hand `x` to whatever is attached under `name`; return it or its replacement.
+
+        `shape` is the shape comment, written where tests can hold it to the tensor.
+        """
         if self._taps is None:
             return x
         for fn, site in self._taps.get(name, ()):
@@ -103,7 +108,9 @@ class Tapped(nn.Module):
 
 def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
     if not isinstance(y, Tensor):
-        raise ValueError(f"tap {site.full}: the function returned {type(y).__name__}, wanted a Tensor or None")
+        raise ValueError(
+            f"tap {site.full}: the function returned {type(y).__name__}, wanted a Tensor or None"
+        )
     got, wanted = (tuple(y.shape), y.dtype, y.device), (tuple(x.shape), x.dtype, x.device)
     if got != wanted:
         raise ValueError(f"tap {site.full}: the replacement has shape, dtype, device {got}, wanted {wanted}")
@@ -137,8 +144,8 @@ def taps(
         model: any module that holds `Tapped` modules.
         functions: glob pattern over full tap names (`*` also matches dots) -> `fn(x, site) -> None | Tensor`.
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
-        eager: run compiled modules eagerly meanwhile, so that functions may do anything. `eager=False` is for pure
-            functions that read no labels: they are compiled in.
+        eager: run compiled modules eagerly meanwhile, so that functions may do anything. `eager=False` is
+            for pure functions that read no labels: they are compiled in.
         strict: on a clean exit, raise if an attached tap never fired.
 
     Raises:
