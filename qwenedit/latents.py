@@ -1,0 +1,120 @@
+"""Raw latents, normalised latents, tokens: the way there and back, and the layout of the token sequence.
+
+Tokens are 2x2 latent pixels: at 8 pixels a latent pixel, a token is 16x16 pixels of the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor
+
+from qwenedit.mmdit import Grid
+
+__all__ = ["Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens are what: text, then the target's, then each reference picture's.
+
+    `grids` are (frames, rows, columns) of the target and of each reference. The slices `target` and
+    `references` index the image stream (B, S, ...); `in_joint` moves one to the attention's order [text,
+    image].
+    """
+
+    text: int
+    grids: tuple[Grid, ...]
+
+    @property
+    def target(self) -> slice:
+        return slice(0, math.prod(self.grids[0]))
+
+    @property
+    def references(self) -> tuple[slice, ...]:
+        slices, start = [], self.target.stop
+        for grid in self.grids[1:]:
+            slices.append(slice(start, start + math.prod(grid)))
+            start = slices[-1].stop
+        return tuple(slices)
+
+    def in_joint(self, tokens: slice) -> slice:
+        return slice(tokens.start + self.text, tokens.stop + self.text)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, F, Y, X) latents with even Y and X -> (B, F Y/2 X/2, 4 C) tokens, row by row.
+
+    Source: `QwenImageEditPipeline._pack_latents`; within a token the order is channel, row, column.
+    """
+    return rearrange(latents, "b c f (y p) (x q) -> b (f y x) (c p q)", p=2, q=2)
+
+
+def unpack(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, S, 4 C) tokens of one grid (frames, rows, columns) -> (B, C, F, 2 rows, 2 columns) latents."""
+    frames, rows, columns = grid
+    return rearrange(tokens, "b (f y x) (c p q) -> b c f (y p) (x q)", f=frames, y=rows, x=columns, p=2, q=2)
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    # The reference casts the statistics to the latents' dtype before it uses them.
+    return torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
+
+
+def normalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Raw latents (B, C, F, Y, X) -> normalised ones, which the transformer works in."""
+    return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
+
+
+def denormalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised latents (B, C, F, Y, X) -> raw ones, for the VAE's decoder.
+
+    Divides by 1/std as the reference does; multiplying by std differs in the last bit.
+    """
+    return latents / (1.0 / _per_channel(std, latents)) + _per_channel(mean, latents)
+
+
+def initial_noise(
+    batch: int,
+    channels: int,
+    grid: Grid,
+    *,
+    generator: Generator | Sequence[Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Packed noise (B, S, 4 C) for a target grid, the reference pipelines' for the same generator state.
+
+    Drawn as (B, 1, C, 2 rows, 2 columns) in `dtype` on the generator's device. One generator draws all rows
+    in order; a list gives each row its own, so that a row does not depend on the batch it is in.
+
+    Raises:
+        ValueError: a list of generators that are not one a row, or a generator on another accelerator.
+    Source: `prepare_latents` of the pipelines with diffusers' `randn_tensor`.
+    """
+    _, rows, columns = grid
+    shape = (1, channels, 2 * rows, 2 * columns)
+    generators = [generator] if generator is None or isinstance(generator, Generator) else list(generator)
+    if isinstance(generator, Sequence) and len(generators) != batch:
+        raise ValueError(
+            f"got {len(generators)} generators, wanted one, or a list of {batch}, one for each row"
+        )
+    for one in generators:
+        if one is not None and one.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator is on {one.device}, wanted cpu or {device}")
+    noise = torch.cat(
+        [
+            torch.randn(
+                (batch // len(generators), *shape),
+                generator=one,
+                device=device if one is None else one.device,
+                dtype=dtype,
+            ).to(device)
+            for one in generators
+        ]
+    )
+    return pack(noise.transpose(1, 2))

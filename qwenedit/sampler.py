@@ -1,0 +1,168 @@
+"""The Euler loop as a generator that the caller owns: read, replace, stop, differentiate, without callbacks.
+
+for step in pipe.steps(conditioning, num_inference_steps=20):
+    print(step.index, step.sigma, step.x0.std())
+latents = step.after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qwenedit.conditioning import Conditioning, RowGroup
+from qwenedit.guidance import TrueCFG
+from qwenedit.latents import Layout
+from qwenedit.mmdit import MMDiT
+from qwenedit.taps import current_labels, scope
+
+__all__ = ["NonFiniteError", "Predict", "Step", "euler", "predictor"]
+
+Predict = Callable[[Tensor, float], "tuple[Tensor, Tensor | None]"]  # latents, sigma -> cond, uncond
+
+
+class NonFiniteError(ArithmeticError):
+    """A tensor of the run holds NaN or infinity; the message names the component and the step."""
+
+
+class Step:
+    """One step before it is taken. What the caller writes into it is what is used.
+
+    Attributes:
+        index, sigma, sigma_next: which step; sigma in [0, 1], 1 = noise.
+        latents: (B, S, C) packed normalised latents at `sigma`.
+        cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
+        velocity: what the step moves along: `cond`, guided where there is an `uncond`. It follows what is
+            written into `cond` or `uncond`, until it is written itself.
+        x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
+        after: the latents at `sigma_next`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        sigma: float,
+        sigma_next: float,
+        latents: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        guidance: TrueCFG | None,
+    ) -> None:
+        self.index = index
+        self.sigma = sigma
+        self.sigma_next = sigma_next
+        self.latents = latents
+        self._cond = cond
+        self._uncond = uncond
+        self._guidance = guidance
+        self._velocity: Tensor | None = None
+
+    @property
+    def cond(self) -> Tensor:
+        return self._cond
+
+    @cond.setter
+    def cond(self, value: Tensor) -> None:
+        self._cond, self._velocity = value, None
+
+    @property
+    def uncond(self) -> Tensor | None:
+        return self._uncond
+
+    @uncond.setter
+    def uncond(self, value: Tensor | None) -> None:
+        self._uncond, self._velocity = value, None
+
+    @property
+    def velocity(self) -> Tensor:
+        if self._velocity is None:
+            if self._guidance is None or self._uncond is None:
+                self._velocity = self._cond
+            else:
+                self._velocity = self._guidance(self._cond, self._uncond)
+        return self._velocity
+
+    @velocity.setter
+    def velocity(self, value: Tensor) -> None:
+        self._velocity = value
+
+    @property
+    def x0(self) -> Tensor:
+        return self.latents - self.sigma * self.velocity
+
+    @x0.setter
+    def x0(self, value: Tensor) -> None:
+        self.velocity = (self.latents - value) / self.sigma
+
+    @property
+    def after(self) -> Tensor:
+        # In float32 whatever the dtype, but with the product in the velocity's: the reference's casts.
+        sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
+        return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
+
+
+def euler(
+    predict: Predict, latents: Tensor, sigmas: Sequence[float], guidance: TrueCFG | None = None
+) -> Iterator[Step]:
+    """Yield every step of the flow from `sigmas[0]` to `sigmas[-1]`; the last one's `after` is the result.
+
+    Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
+        them.
+    """
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        with scope(step=index, sigma=sigma):
+            cond, uncond = predict(latents, sigma)
+        step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance)
+        yield step
+        latents = step.after
+
+
+def predictor(mmdit: MMDiT, conditioning: Conditioning, *, guided: bool) -> Predict:
+    """The transformer under a conditioning, as a function of latents and sigma.
+
+    With `guided` it runs twice, with the prompt and with the negative prompt and the same pictures, under the
+    labels branch="cond" and "uncond". Rows whose reference pictures differ in size run one group after
+    another, so that each row is computed as it would be alone.
+
+    Raises:
+        ValueError: `guided` without a negative prompt.
+        NonFiniteError: while predicting, a velocity with NaN or infinity.
+    """
+    if guided and conditioning.negative is None:
+        raise ValueError("guidance is on, but the conditioning has no negative prompt")
+    groups = list(conditioning.groups())
+    order = torch.tensor([row for group in groups for row in group.rows]).argsort()
+
+    def branch(name: str, latents: Tensor, timestep: Tensor) -> Tensor:
+        parts = [_velocity(mmdit, group, name, latents, timestep) for group in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
+
+    def predict(latents: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
+        # The reference scales to 1000 and back around the cast to the latents' dtype, where bfloat16 rounds.
+        timestep = (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
+        cond = branch("cond", latents, timestep)
+        return cond, branch("uncond", latents, timestep) if guided else None
+
+    return predict
+
+
+def _velocity(mmdit: MMDiT, group: RowGroup, branch: str, latents: Tensor, timestep: Tensor) -> Tensor:
+    prompt = group.prompt if branch == "cond" else group.negative
+    assert prompt is not None
+    own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
+    img = own if group.references is None else torch.cat([own, group.references], dim=1)
+    layout = Layout(prompt.embeds.shape[1], group.grids)
+    with scope(branch=branch, layout=layout, rows=group.rows):
+        velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
+    target = velocity[:, layout.target]  # the prediction for the reference tokens is dropped
+    if not torch.isfinite(target).all():
+        labels = current_labels()
+        where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
+        raise NonFiniteError(
+            f"transformer: the {branch} velocity has NaN or infinity at {where}; look for it in the "
+            "weights and the conditioning, or, in float16, for an overflow"
+        )
+    return target
