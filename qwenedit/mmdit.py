@@ -250,8 +250,9 @@ class JointAttention(Tapped):
 
         img_heads = self.tap("img_heads", img_heads, "B S H K")
         txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
-        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2)), "B S D")
-        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2)), "B T D")
+        # Contiguous as in the reference: a strided input takes another matrix kernel, with other last bits.
+        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
+        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
         return img_a, txt_a
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class MLP(Tapped):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.tap("mlp_hidden", F.gelu(self.up(x), approximate="tanh"), "B N E"))
+        return self.down(self.tap("mlp_hidden", F.gelu(self.up(x), approximate="tanh"), "B * E"))
 
 
 class Modulation(nn.Module):

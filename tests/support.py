@@ -1,9 +1,17 @@
-"""Shared by the tests: random non-trivial weights, the parity measure, and the search for the first divergence."""
+"""Shared by the tests: random non-trivial weights, the parity measure, and the search for the first
+divergence.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+from qwenedit.taps import Tapped
 
 FP32 = 1e-5  # max |difference| against max |reference|, per component (architecture: numerics)
 FP64 = 1e-9  # what stays above this in float64 is a bug; where the reference itself rounds to fp32, FP64_CAST
@@ -14,8 +22,8 @@ FP64_CAST = 1e-6
 def randomise_(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter with non-trivial random values: no zero, no one, no two alike.
 
-    Matrices are scaled by fan-in so that activations keep their size through the depth; vectors (biases and norm
-    weights alike) are spread widely enough that leaving one out shows far above any tolerance.
+    Matrices are scaled by fan-in so that activations keep their size through the depth; vectors (biases and
+    norm weights alike) are spread widely enough that leaving one out shows far above any tolerance.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -39,3 +47,42 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str = "output") -> None:
     error = relative_error(ours, reference)
     assert error <= tolerance, f"{what}: relative error {error:.3g}, wanted at most {tolerance:.0e}"
+
+
+def copy_weights(ours: nn.Module, reference: nn.Module, table: tuple[tuple[str, str], ...]) -> None:
+    """Give our module the reference's weights through the key table; every key on both sides must be used."""
+    rules = [(_template_regex(official), own) for official, own in table]
+    state = {}
+    for key, value in reference.state_dict().items():
+        hits = [own.format(**match.groupdict()) for rule, own in rules if (match := rule.fullmatch(key))]
+        assert len(hits) == 1, f"{key} matches {len(hits)} rules"
+        state[hits[0]] = value
+    ours.load_state_dict(state, strict=True, assign=True)
+
+
+def _template_regex(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)")
+    return re.compile(pattern)
+
+
+@contextmanager
+def shapes_checked() -> Iterator[None]:
+    """Hold every tap to its shape comment: within the block, each letter has one size everywhere."""
+    sizes: dict[str, int] = {}
+
+    def check(instance: Tapped, name: str, x: Tensor, shape: str = "") -> Tensor:
+        letters = shape.split()
+        assert len(letters) == x.ndim, f"{name}: {tuple(x.shape)} is commented {shape!r}"
+        for letter, size in zip(letters, x.shape, strict=True):
+            if letter == "*":  # tokens of either stream
+                continue
+            wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            assert size == wanted, f"{name}: {letter} is {size}, elsewhere {wanted}"
+        return original(instance, name, x, shape)
+
+    original = Tapped.tap
+    Tapped.tap = check  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tapped.tap = original  # type: ignore[method-assign]
