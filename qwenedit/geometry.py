@@ -1,0 +1,318 @@
+"""Every size of a run: what the VAE sees, what the language model sees, the token grids, and the way back.
+
+Sizes are (width, height) as PIL has them, except in `smart_resize`. Coordinates are continuous and start at
+the top left corner: pixel i covers [i, i + 1), so that a resize maps x to x * new width / old width. Nothing
+here rounds a coordinate; whoever wants pixels rounds last.
+
+Both sides of a picture are rounded to multiples of 32 on their own, which stretches it a little: 1920x1080
+becomes 1376x768, 0.8 % wider than it should be. `Resize` measures that and undoes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "Areas",
+    "Box",
+    "Geometry",
+    "Grid",
+    "Picture",
+    "Resize",
+    "Size",
+    "fit_area",
+    "plan",
+    "smart_resize",
+]
+
+Size = tuple[int, int]  # width, height in pixels
+Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+_MULTIPLE = 32  # the official pipelines round every side that follows from an area to this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Areas:
+    """The areas in pixels that pictures are resized to.
+
+    Attributes:
+        vae: for the VAE, and for the output where no size is given; 1024 squared in the official checkpoints.
+        vl: for the language model; 384 squared in Edit-Plus. None where it sees the VAE's picture: so does
+            Edit, which takes one picture.
+
+    Raises:
+        ValueError: an area that is not positive.
+    """
+
+    vae: int = 1024 * 1024
+    vl: int | None = 384 * 384
+
+    def __post_init__(self) -> None:
+        for name, area in (("vae", self.vae), ("vl", self.vl)):
+            if area is not None and area < 1:
+                raise ValueError(f"the {name} area is {area}, wanted a positive number of pixels")
+
+
+@dataclass(frozen=True)
+class Resize:
+    """One picture at two sizes, and the map between their coordinates.
+
+    >>> resize = Resize((1920, 1080), (1376, 768))
+    >>> f"{resize.stretch:.4f}"
+    '1.0078'
+    >>> resize.back(688, 384)
+    (960.0, 540.0)
+    """
+
+    source: Size
+    result: Size
+
+    @property
+    def stretch(self) -> float:
+        """How much wider the result is than the source's aspect ratio asks: 1 is not at all, below 1
+        narrower."""
+        return (self.result[0] * self.source[1]) / (self.result[1] * self.source[0])
+
+    def forward(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the source in the result's coordinates."""
+        return x * self.result[0] / self.source[0], y * self.result[1] / self.source[1]
+
+    def back(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the result in the source's coordinates."""
+        return x * self.source[0] / self.result[0], y * self.source[1] / self.result[1]
+
+    def back_box(self, box: Box) -> Box:
+        """A box of the result in the source's coordinates."""
+        left, top, right, bottom = box
+        return *self.back(left, top), *self.back(right, bottom)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """The sizes of one input picture.
+
+    Attributes:
+        size: of the picture as given.
+        vae: of what the VAE encodes; its tokens are the reference tokens of the transformer.
+        vl: of what the processor gets for the language model, before `smart_resize`.
+        token: the side of a token in VAE pixels.
+    """
+
+    size: Size
+    vae: Size
+    vl: Size
+    token: int
+
+    @property
+    def grid(self) -> Grid:
+        return _grid(self.vae, self.token)
+
+    @property
+    def to_vae(self) -> Resize:
+        return Resize(self.size, self.vae)
+
+    @property
+    def to_vl(self) -> Resize:
+        return Resize(self.size, self.vl)
+
+    @property
+    def stretch(self) -> float:
+        """How much the VAE's picture is stretched sideways (see `Resize.stretch`)."""
+        return self.to_vae.stretch
+
+    def token_box(self, row: int, column: int) -> Box:
+        """What a reference token covers, in pixels of the picture as given; the boxes tile it exactly.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        return self.to_vae.back_box(_token_box(self.grid, self.token, row, column))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The sizes of one sample: its pictures, and the picture to make.
+
+    Attributes:
+        size: of the picture to make.
+        pictures: the input pictures in order; none in text-to-image.
+        follows: index of the picture that the output depicts; None where there is none.
+        token: the side of a token in pixels.
+    """
+
+    size: Size
+    pictures: tuple[Picture, ...]
+    follows: int | None
+    token: int
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens of the picture to make."""
+        return _grid(self.size, self.token)
+
+    @property
+    def to_output(self) -> Resize:
+        """From the picture that the output follows to the output; `.back` takes an output pixel to the input.
+
+        Raises:
+            ValueError: there is no picture.
+        """
+        if self.follows is None:
+            raise ValueError("no input picture: the output of text-to-image has none to map to")
+        return Resize(self.pictures[self.follows].size, self.size)
+
+    @property
+    def aligned(self) -> bool:
+        """Has the output the token grid of the picture that it follows?
+
+        Positions are centred in the transformer, so that with another grid a token of the output does not
+        stand where the reference token of the same content stands: expect a shift or a zoom.
+        """
+        return self.follows is not None and self.pictures[self.follows].grid == self.grid
+
+    def token_box(self, row: int, column: int) -> Box:
+        """What a target token covers, in pixels of the output.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        return _token_box(self.grid, self.token, row, column)
+
+
+def plan(
+    pictures: Sequence[Size],
+    *,
+    areas: Areas,
+    height: int | None = None,
+    width: int | None = None,
+    follow: int = -1,
+    vae_factor: int = 8,
+    patch: int = 2,
+) -> Geometry:
+    """Every size of one sample, from the sizes of its pictures and the size asked for.
+
+    Args:
+        pictures: (width, height) of each; none for text-to-image, which defaults to a square.
+        areas: what the checkpoint works at; `areas.vl` tells Edit from Edit-Plus.
+        height, width: of the output; each one left out follows from a picture at the VAE's area, as in the
+            reference, whatever the other one is.
+        follow: index of the picture that the output's size follows; the reference takes the last.
+        vae_factor, patch: pixels a latent pixel and latent pixels a token, along a side.
+
+    >>> edit = plan([(1920, 1080)], areas=Areas(vl=None))
+    >>> edit.size, edit.grid, edit.pictures[0].vl
+    ((1376, 768), (1, 48, 86), (1376, 768))
+
+    Raises:
+        ValueError: a height or width that is not a positive multiple of a token's side (the message names the
+            next one), a picture too long to be resized, or several pictures where one is edited.
+    Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
+        `QwenImagePipeline.__call__`. These round a given size down; we refuse it.
+    """
+    token = vae_factor * patch
+    if token < 1 or _MULTIPLE % token:
+        raise ValueError(f"a token is {token} pixels wide, wanted a divisor of {_MULTIPLE}")
+    if areas.vl is None and len(pictures) > 1:
+        raise ValueError(f"got {len(pictures)} pictures, wanted one: this checkpoint edits a single picture")
+    if pictures and not -len(pictures) <= follow < len(pictures):
+        raise ValueError(f"the output follows picture {follow}, but there are {len(pictures)}")
+    planned = tuple(_picture(size, areas, token) for size in pictures)
+    follows = follow % len(pictures) if pictures else None
+    default = fit_area(areas.vae, 1.0, token) if follows is None else planned[follows].vae
+    return Geometry(
+        size=(
+            default[0] if width is None else _checked("width", width, token),
+            default[1] if height is None else _checked("height", height, token),
+        ),
+        pictures=planned,
+        follows=follows,
+        token=token,
+    )
+
+
+def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
+    """The (width, height) of about this area and ratio (width / height), each a multiple.
+
+    Sides are rounded on their own, halves to the even multiple, as Python's `round` does.
+
+    Raises:
+        ValueError: the ratio is no positive number, or so extreme that a side rounds to 0.
+    Source: `calculate_dimensions` of the edit pipelines, which returns a side of 0.
+    """
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ValueError(f"the ratio of width to height is {ratio}, wanted a positive number")
+    exact_width = math.sqrt(area * ratio)
+    exact_height = exact_width / ratio
+    width = round(exact_width / multiple) * multiple
+    height = round(exact_height / multiple) * multiple
+    if min(width, height) < 1:
+        raise ValueError(
+            f"the ratio of width to height is {ratio:.5g}: at an area of {area} pixels that is "
+            f"{width}x{height} in multiples of {multiple}, wanted no side of 0"
+        )
+    return width, height
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (height, width) at which the vision tower sees a picture: multiples of `factor` within the limits.
+
+    Raises:
+        ValueError: a side that is not positive, or a picture over 200 times as long as it is wide.
+    Source: transformers 4.57.6, models/qwen2_vl/image_processing_qwen2_vl.py, `smart_resize`.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"the picture is {width}x{height}, wanted a ratio of its sides of at most 200")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    if min(rows, columns) < 1:
+        raise ValueError(
+            f"the picture of {width}x{height} becomes {columns}x{rows} in multiples of {factor}; wanted "
+            f"min_pixels of at least 1, got {min_pixels}"
+        )
+    return rows, columns
+
+
+def _picture(size: Size, areas: Areas, token: int) -> Picture:
+    width, height = size
+    if min(width, height) < 1:
+        raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
+    ratio = width / height
+    vae = fit_area(areas.vae, ratio)
+    vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
+    return Picture(size=(width, height), vae=vae, vl=vl, token=token)
+
+
+def _checked(name: str, value: int, token: int) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels")
+    if value < 1 or value % token:
+        following = max(1, math.ceil(value / token)) * token
+        raise ValueError(
+            f"{name} is {value}, wanted a positive multiple of {token}: the next one is {following}"
+        )
+    return value
+
+
+def _grid(size: Size, token: int) -> Grid:
+    return 1, size[1] // token, size[0] // token
+
+
+def _token_box(grid: Grid, token: int, row: int, column: int) -> Box:
+    _, rows, columns = grid
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise ValueError(
+            f"no token at row {row}, column {column}: the grid has {rows} rows, {columns} columns"
+        )
+    return column * token, row * token, (column + 1) * token, (row + 1) * token
