@@ -61,7 +61,9 @@ def copy_weights(ours: nn.Module, reference: nn.Module, table: tuple[tuple[str, 
 
 
 def _template_regex(template: str) -> re.Pattern[str]:
-    pattern = re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)")
+    pattern = re.escape(template).replace(r"\{p\}", "(?P<p>weight|bias)")
+    for number in "nm":
+        pattern = pattern.replace(rf"\{{{number}\}}", rf"(?P<{number}>\d+)")
     return re.compile(pattern)
 
 

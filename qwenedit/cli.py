@@ -1,0 +1,208 @@
+"""The command line: `qwenedit edit | generate | info | verify`.
+
+Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug` shows
+it). Pictures are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qwenedit import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwenedit.pipeline import QwenImageEdit
+
+__all__ = ["main"]
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is the one line that the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse prints the usage first; one line is enough, and `--help` has the rest."""
+        self.exit(2, f"qwenedit: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("qwenedit: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, (ValueError, ArithmeticError, OSError))
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="qwenedit", description="Qwen-Image-Edit in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"qwenedit {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    edit = commands.add_parser("edit", help="change a picture as a prompt says")
+    edit.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="the picture(s) to edit")
+    edit.add_argument("prompt", metavar="PROMPT", help="what to change")
+    _sampling_options(edit)
+    edit.set_defaults(run=_edit)
+
+    generate = commands.add_parser("generate", help="make a picture from a prompt alone")
+    generate.add_argument("prompt", metavar="PROMPT", help="what to show")
+    _sampling_options(generate)
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
+    verify = commands.add_parser("verify", help="every tensor of a checkpoint against the model, from headers")
+    for command, run in ((info, _info), (verify, _verify)):
+        command.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
+        command.add_argument("--revision", help="branch, tag or commit on the hub")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
+    add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--steps", type=int, default=50, metavar="N", help="Euler steps (default: %(default)s)")
+    add("--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)")
+    add("--negative-prompt", default=" ", metavar="T", help="what to steer away from (default: a space)")
+    add("--seed", type=int, metavar="N", help="seed of the noise (default: another picture every time)")
+    add("--height", type=int, metavar="H", help="of the output, a multiple of 16 (default: as the picture)")
+    add("--width", type=int, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
+    add("--num-images", type=int, default=1, metavar="N", help="how many; OUT-1.png, OUT-2.png, ... if several")
+    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _edit(options: argparse.Namespace) -> None:
+    outputs = _outputs(options)
+    pictures = [_open(path) for path in options.pictures]
+    pipe = _load(options)
+    image = pictures[0] if len(pictures) == 1 else pictures
+    _save(pipe.edit(image, options.prompt, **_sampling(options)).images, outputs)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    outputs = _outputs(options)
+    pipe = _load(options)
+    _save(pipe.generate(options.prompt, **_sampling(options)).images, outputs)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from qwenedit.loading import describe
+
+    print(describe(options.model, revision=options.revision))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from qwenedit.loading import verify
+
+    report = verify(options.model, revision=options.revision)
+    print(report)
+    if not report.ok:
+        raise InputError(f"{options.model or 'the embedded model'} does not fit the model: see the lines above")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, object]:
+    import torch
+
+    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+    return {
+        "negative_prompt": options.negative_prompt,
+        "true_cfg_scale": options.true_cfg_scale,
+        "num_inference_steps": options.steps,
+        "height": options.height,
+        "width": options.width,
+        "num_images_per_prompt": options.num_images,
+        "generator": generator,
+    }
+
+
+def _load(options: argparse.Namespace) -> QwenImageEdit:
+    from qwenedit.pipeline import load
+
+    pipe = load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        revision=options.revision,
+        progress=not options.quiet,
+    )
+    if options.model is None:
+        print("qwenedit: the embedded model is untrained so far: expect noise, not an edit", file=sys.stderr)
+    return pipe
+
+
+def _open(path: Path) -> Image.Image:
+    """Read a whole picture, upright, before anything else starts."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise InputError(f"no such picture: {path}")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError:
+        raise InputError(f"not a picture that Pillow can read: {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read picture {path}: {error}") from error
+
+
+def _outputs(options: argparse.Namespace) -> list[Path]:
+    """The files to write, checked before any work: the folder exists and the suffix names a format."""
+    from PIL import Image
+
+    output: Path = options.output
+    if options.num_images < 1:
+        raise InputError(f"--num-images is {options.num_images}, wanted at least 1")
+    if not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
+    if output.is_dir():
+        raise InputError(f"cannot write {output}: it is a folder, wanted a file name like out.png")
+    Image.init()
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"cannot write {output}: {output.suffix or 'no suffix'!r} is no picture format (try .png)")
+    if options.num_images == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]
+
+
+def _save(images: list[Image.Image], outputs: list[Path]) -> None:
+    from qwenedit.conditioning import replacing_file
+
+    for image, path in zip(images, outputs, strict=True):
+        try:
+            with replacing_file(path) as temporary:
+                image.save(temporary)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Write the embedded model's checkpoint: `python -m qwenedit.mini.build [FOLDER]`.
+
+The folder has the official layout, so that the reference pipelines read it too. Its weights are seeded random
+ones so far: the shape of a model, not a model that edits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import nn
+
+from qwenedit import mini, mmdit, vae, vision_language
+from qwenedit.loading import ours_to_official
+from qwenedit.mini import vocabulary
+
+AREA = 64 * 64  # of pictures, for the VAE and for the language model
+
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": 0.02,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+TRANSFORMER = mmdit.MMDiTConfig(
+    patch_size=2,
+    in_channels=64,
+    out_channels=16,
+    num_layers=6,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=128,
+    guidance_embeds=False,
+    axes_dims_rope=(8, 12, 12),
+)
+AUTOENCODER = vae.VAEConfig(
+    base_dim=12,
+    z_dim=16,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=1,
+    attn_scales=(),
+    temperal_downsample=(False, True, True),
+    dropout=0.0,
+    latents_mean=(0.0,) * 16,
+    latents_std=(1.0,) * 16,
+)
+PREPROCESSOR = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "max_pixels": 65536,
+    "merge_size": 2,
+    "min_pixels": 256,
+    "patch_size": 8,
+    "processor_class": "Qwen2VLProcessor",
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "temporal_patch_size": 2,
+}
+
+
+def text_encoder_config(ids: dict[str, int]) -> dict[str, Any]:
+    """The text encoder's config.json, in the nested form; `ids` are the added tokens' ids."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "image_token_id": ids["<|image_pad|>"],
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "max_position_embeddings": 4096,
+            "model_type": "qwen2_5_vl_text",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": -(-(max(ids.values()) + 1) // 64) * 64,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_config": {
+            "depth": 2,
+            "fullatt_block_indexes": [1],
+            "hidden_act": "silu",
+            "hidden_size": 64,
+            "in_channels": 3,
+            "intermediate_size": 192,
+            "model_type": "qwen2_5_vl",
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 32,
+        },
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+    }
+
+
+def build(folder: Path, seed: int = 0) -> None:
+    """Write the whole checkpoint folder; the same seed writes the same bytes."""
+    torch.manual_seed(seed)
+    ids = vocabulary.write(folder / "tokenizer")
+    vocabulary.write(folder / "processor")
+    _dump(folder / "processor" / "preprocessor_config.json", PREPROCESSOR)
+    text_encoder = text_encoder_config(ids)
+    _dump(
+        folder / "model_index.json",
+        {
+            "_class_name": "QwenImageEditPipeline",
+            "_diffusers_version": "0.39.0",
+            "_qwenedit": {"vae_area": AREA, "vl_area": AREA},
+            "processor": ["transformers", "Qwen2VLProcessor"],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        },
+    )
+    _dump(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER},
+    )
+    _dump(folder / "text_encoder" / "config.json", text_encoder)
+    _dump(
+        folder / "transformer" / "config.json",
+        {"_class_name": "QwenImageTransformer2DModel", **asdict(TRANSFORMER)},
+    )
+    _dump(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **asdict(AUTOENCODER)})
+
+    language = vision_language.VisionLanguage(vision_language.VisionLanguageConfig.from_json(text_encoder))
+    _save(language, vision_language.KEY_TABLE, folder / "text_encoder" / "model.safetensors")
+    weights = "diffusion_pytorch_model.safetensors"
+    _save(mmdit.MMDiT(TRANSFORMER), mmdit.KEY_TABLE, folder / "transformer" / weights)
+    _save(vae.VAE(AUTOENCODER), vae.KEY_TABLE, folder / "vae" / weights)
+
+
+def draw_example(path: Path) -> None:
+    """The picture that the README edits: a blue circle and a green square on a light ground."""
+    big = Image.new("RGB", (512, 512), (235, 230, 220))
+    draw = ImageDraw.Draw(big)
+    draw.ellipse((64, 80, 272, 288), fill=(40, 80, 220))
+    draw.rectangle((300, 270, 460, 430), fill=(30, 160, 70))
+    big.resize((64, 64), Image.Resampling.LANCZOS).save(path)
+
+
+def _dump(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _save(module: nn.Module, table: tuple[tuple[str, str], ...], path: Path) -> None:
+    tensors = {ours_to_official(table, name): x.to(torch.bfloat16) for name, x in module.state_dict().items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else mini.CHECKPOINT)
+    draw_example(mini.EXAMPLE)

@@ -1,0 +1,525 @@
+"""The components tied together: pictures and prompts in, pictures out.
+
+    condition   pictures and prompts -> Conditioning     (vision_language, vae.encode)
+    steps       Conditioning -> the Euler loop           (mmdit)
+    decode      latents -> pixels                        (vae.decode)
+
+`edit` and `generate` are these three in a row; each can be called alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from qwenedit import __version__, geometry, loading, processor
+from qwenedit.conditioning import Conditioning, Prompt
+from qwenedit.geometry import Areas, Geometry
+from qwenedit.guidance import TrueCFG
+from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
+from qwenedit.loading import Variant
+from qwenedit.mmdit import Grid, MMDiT
+from qwenedit.processor import TEXT_TO_IMAGE, Processor, Template
+from qwenedit.sampler import NonFiniteError, Step, euler, predictor
+from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.taps import scope
+from qwenedit.vae import VAE
+from qwenedit.vision_language import VisionLanguage
+
+__all__ = ["QwenImageEdit", "Result", "load"]
+
+Size = tuple[int, int]  # width, height, as in PIL
+MAX_SEQUENCE_LENGTH = 512  # tokens of a text-to-image prompt
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64)."""
+
+    images: list[Image.Image] | Tensor
+
+
+class QwenImageEdit:
+    """The whole system. Its components are plain attributes, each of which works without the others.
+
+    Attributes:
+        vision_language: prompt and pictures to embeddings; None if it was left out on loading.
+        vae: pixels to raw latents and back.
+        mmdit: noisy latents to velocity.
+        scheduler: number of steps to sigmas.
+        processor: prompts and pictures to token ids and patches.
+        variant: which checkpoint of the family this is, from its model_index.json.
+        areas: the areas in pixels that pictures are brought to.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_language: VisionLanguage | None,
+        vae: VAE,
+        mmdit: MMDiT,
+        scheduler: FlowMatchScheduler,
+        processor: Processor,
+        variant: Variant,
+        areas: Areas,
+    ) -> None:
+        self.vision_language = vision_language
+        self.vae = vae
+        self.mmdit = mmdit
+        self.scheduler = scheduler
+        self.processor = processor
+        self.variant = variant
+        self.areas = areas
+        self.progress = True
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
+        """`load` under the name that the ecosystem expects; `torch_dtype` is taken for `dtype`."""
+        if "torch_dtype" in options:
+            options["dtype"] = options.pop("torch_dtype")
+        return load(source, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.mmdit.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.mmdit.parameters()).dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> QwenImageEdit:
+        """Move the three networks, with the arguments of `torch.nn.Module.to`."""
+        for network in (self.vision_language, self.vae, self.mmdit):
+            if network is not None:
+                network.to(*args, **kwargs)
+        _warn_of_float16(self.dtype)
+        return self
+
+    def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
+        """For scripts written for the reference pipelines; `disable=True` silences the progress bar."""
+        self.progress = not disable
+
+    def __call__(
+        self,
+        image: Any = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> Result:
+        """`edit`, or `generate` where no image is given. `guidance_scale` is for distilled models: ignored."""
+        if prompt is None:
+            raise ValueError("prompt is None, wanted a string or a list of strings")
+        if guidance_scale not in (None, 1.0):
+            warnings.warn(
+                f"guidance_scale={guidance_scale} has no effect: no released checkpoint is guidance-distilled; "
+                "pass true_cfg_scale",
+                stacklevel=2,
+            )
+        if image is None:
+            return self.generate(prompt, **options)
+        return self.edit(image, prompt, **options)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Image.Image | Sequence[Any],
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = " ",
+        true_cfg_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+    ) -> Result:
+        """Change pictures as the prompt says.
+
+        Args:
+            image: one picture, used for every prompt. For the multi-picture variants a list of pictures is the
+                references of every prompt; for the single-picture variant it is one picture a prompt. A list of
+                lists gives each prompt its own references, which may differ in number and size.
+            prompt: one prompt, or a list for a batch.
+            negative_prompt: what guidance steers away from; it is encoded with the same pictures. None turns
+                guidance off.
+            true_cfg_scale: guidance scale; guidance runs where it is above 1 and there is a negative prompt.
+            num_inference_steps: Euler steps.
+            sigmas: unshifted sigmas in place of the even ones, as many as steps.
+            height, width: of the output, multiples of 16; left out, they follow from the picture (the last one,
+                for the multi-picture variants) at the checkpoint's area.
+            generator: one for the batch, or a list with one for each output.
+            num_images_per_prompt: outputs for each prompt, prompt-major.
+            latents: packed noise (B, S, 64) in place of the generator's.
+            output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (packed, normalised).
+
+        Raises:
+            ValueError: bad input, before any network runs.
+            NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
+        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
+            differ in batches (the reference pairs prompts with other prompts' masks and pictures, refuses
+            batches for the multi-picture variants, and shows pictures in a list to Edit's language model at
+            their own size) and in refusing sizes that it would round.
+        """
+        if self.variant.max_pictures == 0:
+            raise ValueError(f"{self.variant.name} makes pictures from text only: it cannot edit one; use generate")
+        _check_output_type(output_type)
+        rows = self._rows(prompt, image, height, width)
+        run = self._prepare(
+            rows[0].geometry.grid, len(rows) * num_images_per_prompt, num_inference_steps, sigmas, generator, latents
+        )
+        guidance = _guidance(true_cfg_scale, negative_prompt)
+        negative_prompt = negative_prompt if guidance else None
+        conditioning = self._condition(rows, self.variant.template, negative_prompt).repeat(num_images_per_prompt)
+        steps = self._steps(conditioning, run, guidance)
+        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = " ",
+        true_cfg_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+    ) -> Result:
+        """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
+
+        The arguments are those of `edit`; height and width default to a square of the checkpoint's area. Prompts
+        are cut after 512 tokens, as in the reference.
+
+        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
+        """
+        _check_output_type(output_type)
+        rows = self._rows(prompt, None, height, width)
+        run = self._prepare(
+            rows[0].geometry.grid, len(rows) * num_images_per_prompt, num_inference_steps, sigmas, generator, latents
+        )
+        guidance = _guidance(true_cfg_scale, negative_prompt)
+        negative_prompt = negative_prompt if guidance else None
+        conditioning = self._condition(rows, TEXT_TO_IMAGE, negative_prompt).repeat(num_images_per_prompt)
+        steps = self._steps(conditioning, run, guidance)
+        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        image: Image.Image | Sequence[Any] | None,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = " ",
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Conditioning:
+        """Everything that a run of `edit` (or of `generate`, without an image) is conditioned on.
+
+        Save it, and the run can be repeated without the text encoder and the VAE's encoder:
+        `pipe.sample(Conditioning.load("edit.safetensors"))`.
+        """
+        template = TEXT_TO_IMAGE if image is None else self.variant.template
+        return self._condition(self._rows(prompt, image, height, width), template, negative_prompt)
+
+    def steps(
+        self,
+        conditioning: Conditioning,
+        *,
+        true_cfg_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Iterator[Step]:
+        """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
+
+        Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` where none are wanted.
+        """
+        run = self._prepare(
+            conditioning.target_grid, conditioning.batch, num_inference_steps, sigmas, generator, latents
+        )
+        guidance = TrueCFG(true_cfg_scale) if true_cfg_scale > 1 and conditioning.negative is not None else None
+        return self._steps(conditioning, run, guidance)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        conditioning: Conditioning,
+        *,
+        true_cfg_scale: float = 4.0,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+    ) -> Result:
+        """Run all `steps` (the same arguments) and decode: the rest of an `edit` after `condition`."""
+        _check_output_type(output_type)
+        steps = self.steps(
+            conditioning,
+            true_cfg_scale=true_cfg_scale,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            generator=generator,
+            latents=latents,
+        )
+        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
+        raw = unpack(latents, grid).to(_dtype(self.vae))
+        config = self.vae.config
+        pixels = self.vae.decode(denormalise(raw, config.latents_mean, config.latents_std))[:, :, 0]
+        _require_finite(pixels, "VAE decoder: the picture")
+        return (pixels * 0.5 + 0.5).clamp(0, 1)
+
+    def _rows(
+        self, prompt: str | Sequence[str], image: Any, height: int | None, width: int | None
+    ) -> list[_Row]:
+        """What each prompt is run with. All checks of pictures, prompts and sizes are here."""
+        prompts = _prompts(prompt)
+        if image is None:
+            pictures: list[list[Image.Image]] = [[] for _ in prompts]
+        else:
+            pictures = _pictures(image, len(prompts), self.variant)
+        rows = []
+        for text, of_row in zip(prompts, pictures, strict=True):
+            plan = geometry.plan(
+                [picture.size for picture in of_row], areas=self.areas, height=height, width=width
+            )
+            rows.append(_Row(text, of_row, plan))
+        sizes = sorted({row.geometry.size for row in rows})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the pictures of this batch ask for outputs of different sizes {sizes}: pass height and width, "
+                "or run them one by one"
+            )
+        return rows
+
+    def _prepare(
+        self,
+        grid: Grid,
+        batch: int,
+        steps: int,
+        sigmas: Sequence[float] | None,
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+    ) -> tuple[Tensor, list[float]]:
+        """Noise and schedule of a run: cheap, so bad input shows before any network runs."""
+        if batch < 1:
+            raise ValueError(f"num_images_per_prompt makes a batch of {batch}, wanted at least 1")
+        tokens = grid[1] * grid[2]
+        schedule = self.scheduler.sigmas(steps, tokens, sigmas)
+        channels = self.mmdit.config.out_channels
+        if latents is None:
+            noise = initial_noise(
+                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
+            )
+        else:
+            wanted = (batch, tokens, self.mmdit.config.in_channels)
+            if tuple(latents.shape) != wanted:
+                raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {wanted}")
+            noise = latents.to(self.device, self.dtype)
+        return noise, schedule
+
+    def _condition(
+        self, rows: list[_Row], template: Template, negative_prompt: str | Sequence[str] | None
+    ) -> Conditioning:
+        prompts = [row.prompt for row in rows]
+        negatives = None if negative_prompt is None else _negative_prompts(negative_prompt, len(rows))
+        prompt = self._embed(rows, prompts, template, "cond")
+        negative = None if negatives is None else self._embed(rows, negatives, template, "uncond")
+        encoded: dict[tuple[int, Size], Tensor] = {}  # a picture that several rows share is encoded once
+        latents = []
+        for row in rows:
+            for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True):
+                key = (id(picture), plan.vae)
+                if key not in encoded:
+                    encoded[key] = self._encode(picture, plan.vae)
+            latents.append(
+                tuple(
+                    encoded[id(picture), plan.vae]
+                    for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True)
+                )
+            )
+        return Conditioning(
+            prompt=prompt,
+            negative=negative,
+            target_grid=rows[0].geometry.grid,
+            reference_latents=tuple(latents),
+            reference_grids=tuple(
+                tuple(plan.grid for plan in row.geometry.pictures) for row in rows
+            ),
+            provenance={
+                "qwenedit": __version__,
+                "variant": self.variant.name,
+                "prompt": json.dumps(prompts, ensure_ascii=False),
+                "negative_prompt": json.dumps(negatives, ensure_ascii=False),
+            },
+        )
+
+    def _embed(self, rows: list[_Row], prompts: list[str], template: Template, branch: str) -> Prompt:
+        """Prompts with their rows' pictures -> embeddings without the template's system part."""
+        if self.vision_language is None:
+            raise ValueError("this pipeline was loaded without vision_language: it can only sample from a Conditioning")
+        pictures = None
+        if rows[0].pictures:
+            pictures = [
+                [
+                    processor.resize_rgb(picture, *plan.vl)
+                    for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True)
+                ]
+                for row in rows
+            ]
+        batch = self.processor(prompts, pictures, template)
+        device = next(self.vision_language.parameters()).device
+        mask = batch.attention_mask.to(device)
+        pixels = None if batch.pixel_values is None else batch.pixel_values.to(device)
+        with scope(branch=branch):
+            embeds = self.vision_language(batch.input_ids.to(device), mask, pixels, batch.image_grid_thw)
+        kept = [embeds[row][mask[row].bool()][batch.drop_index :] for row in range(len(rows))]
+        if template is TEXT_TO_IMAGE:
+            kept = [x[:MAX_SEQUENCE_LENGTH] for x in kept]
+        _require_finite(torch.cat(kept), f"text encoder: the embeddings of the {branch} prompt")
+        lengths = torch.tensor([len(x) for x in kept], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device, self.dtype)
+        real = torch.arange(padded.shape[1], device=device) < lengths[:, None]
+        return Prompt(padded, None if real.all() else real.to(self.device))
+
+    def _encode(self, picture: Image.Image, size: Size) -> Tensor:
+        """A picture -> normalised packed latents (S, 64), from the posterior's mode."""
+        vae = next(self.vae.parameters())
+        pixels = processor.vae_pixels(picture, *size)[:, :, None].to(vae.device, vae.dtype)
+        raw = self.vae.encode(pixels).mode()
+        _require_finite(raw, "VAE encoder: the latents of a picture")
+        latents = normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std)
+        return pack(latents)[0].to(self.device, self.dtype)
+
+    def _steps(
+        self, conditioning: Conditioning, run: tuple[Tensor, list[float]], guidance: TrueCFG | None
+    ) -> Iterator[Step]:
+        conditioning = conditioning.to(self.device, self.dtype)
+        predict = predictor(self.mmdit, conditioning, guided=guidance is not None)
+        return euler(predict, *run, guidance)
+
+    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
+        """Take all steps, under a progress bar, and make the result."""
+        for step in tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True):
+            latents = step.after
+        _require_finite(latents, "sampler: the final latents")
+        if output_type == "latent":
+            return Result(latents)
+        pixels = self.decode(latents, grid)
+        return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One prompt with its pictures and all their sizes."""
+
+    prompt: str
+    pictures: list[Image.Image]
+    geometry: Geometry
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("prompt is an empty list, wanted at least one prompt")
+    for one in prompts:
+        if not isinstance(one, str):
+            raise ValueError(f"a prompt is {type(one).__name__}, wanted a string")
+    return prompts
+
+
+def _negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[str]:
+    negatives = _prompts(negative_prompt)
+    if len(negatives) == 1:
+        return negatives * batch
+    if len(negatives) != batch:
+        raise ValueError(f"got {len(negatives)} negative prompts, wanted one, or {batch}, one for each prompt")
+    return negatives
+
+
+def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
+    """The references of each prompt; see `QwenImageEdit.edit` for the forms of `image`."""
+    if isinstance(image, Image.Image):
+        pictures = [[image]] * batch
+    elif not isinstance(image, Sequence) or isinstance(image, str) or not image:
+        raise ValueError(f"image is {_describe(image)}, wanted a PIL picture or a list of them")
+    elif all(isinstance(one, Image.Image) for one in image):
+        if variant.max_pictures > 1:
+            pictures = [list(image)] * batch
+        elif len(image) in (1, batch):
+            pictures = [[image[row % len(image)]] for row in range(batch)]
+        else:
+            raise ValueError(
+                f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one picture a prompt"
+            )
+    else:
+        pictures = [list(one) if isinstance(one, Sequence) else [one] for one in image]
+        if len(pictures) != batch:
+            raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
+    for of_row in pictures:
+        if not 1 <= len(of_row) <= variant.max_pictures:
+            raise ValueError(
+                f"got {len(of_row)} pictures for a prompt, but {variant.name} takes 1"
+                + (f" to {variant.max_pictures}" if variant.max_pictures > 1 else "")
+            )
+        for picture in of_row:
+            if not isinstance(picture, Image.Image):
+                raise ValueError(f"a picture is {_describe(picture)}, wanted a PIL picture")
+    return pictures
+
+
+def _describe(value: Any) -> str:
+    return f"an empty {type(value).__name__}" if isinstance(value, Sequence) and not value else type(value).__name__
+
+
+def _guidance(scale: float, negative_prompt: str | Sequence[str] | None) -> TrueCFG | None:
+    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip."""
+    if scale > 1 and negative_prompt is not None:
+        return TrueCFG(scale)
+    if scale > 1:
+        warnings.warn(
+            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=3
+        )
+    elif negative_prompt not in (None, " "):
+        warnings.warn(
+            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=3
+        )
+    return None
+
+
+def _require_finite(x: Tensor, what: str) -> None:
+    if not torch.isfinite(x).all():
+        raise NonFiniteError(f"{what} has NaN or infinity; look for it in the component's weights")
+
+
+def _dtype(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
