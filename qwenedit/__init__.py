@@ -1,3 +1,16 @@
-"""Qwen-Image-Edit from scratch in plain PyTorch."""
+"""Qwen-Image-Edit from scratch in plain PyTorch: exact, readable, hookable.
+
+import qwenedit
+
+pipe = qwenedit.load()                              # the embedded model; or a hub id, or a folder
+result = pipe.edit(picture, "make the circle red")
+result.images[0].save("out.png")
+"""
 
 __version__ = "0.1.0"
+
+from qwenedit.conditioning import Conditioning
+from qwenedit.pipeline import QwenImageEdit, Result, load
+from qwenedit.taps import scope, tap_names, taps
+
+__all__ = ["Conditioning", "QwenImageEdit", "Result", "load", "scope", "tap_names", "taps"]

@@ -1,7 +1,7 @@
 """The command line: `qwenedit edit | generate | info | verify`.
 
-Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug` shows
-it). Pictures are written whole or not at all.
+Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug`
+shows it). Pictures are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -71,9 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     info = commands.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
-    verify = commands.add_parser("verify", help="every tensor of a checkpoint against the model, from headers")
+    verify = commands.add_parser(
+        "verify", help="every tensor of a checkpoint against the model, from headers"
+    )
     for command, run in ((info, _info), (verify, _verify)):
-        command.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
+        command.add_argument(
+            "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
+        )
         command.add_argument("--revision", help="branch, tag or commit on the hub")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
@@ -86,12 +90,20 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     add("--steps", type=int, default=50, metavar="N", help="Euler steps (default: %(default)s)")
-    add("--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)")
+    add(
+        "--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)"
+    )
     add("--negative-prompt", default=" ", metavar="T", help="what to steer away from (default: a space)")
     add("--seed", type=int, metavar="N", help="seed of the noise (default: another picture every time)")
     add("--height", type=int, metavar="H", help="of the output, a multiple of 16 (default: as the picture)")
     add("--width", type=int, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
-    add("--num-images", type=int, default=1, metavar="N", help="how many; OUT-1.png, OUT-2.png, ... if several")
+    add(
+        "--num-images",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many; OUT-1.png, OUT-2.png, ... if several",
+    )
     add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
     add("--quiet", action="store_true", help="no progress bars")
@@ -124,7 +136,9 @@ def _verify(options: argparse.Namespace) -> None:
     report = verify(options.model, revision=options.revision)
     print(report)
     if not report.ok:
-        raise InputError(f"{options.model or 'the embedded model'} does not fit the model: see the lines above")
+        raise InputError(
+            f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
+        )
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, object]:
@@ -186,7 +200,9 @@ def _outputs(options: argparse.Namespace) -> list[Path]:
         raise InputError(f"cannot write {output}: it is a folder, wanted a file name like out.png")
     Image.init()
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"cannot write {output}: {output.suffix or 'no suffix'!r} is no picture format (try .png)")
+        raise InputError(
+            f"cannot write {output}: {output.suffix or 'no suffix'!r} is no picture format (try .png)"
+        )
     if options.num_images == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]

@@ -14,20 +14,28 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import __version__, geometry, loading, processor
+from qwenedit import __version__, geometry, mini, processor
+from qwenedit.checkpoints import Variant, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning, Prompt
-from qwenedit.geometry import Areas, Geometry
+from qwenedit.geometry import Areas
 from qwenedit.guidance import TrueCFG
+from qwenedit.inputs import (
+    Row,
+    check_output_type,
+    guidance_of,
+    negative_prompts,
+    pictures_of,
+    prompts_of,
+)
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
-from qwenedit.loading import Variant
+from qwenedit.loading import FLOATS, load_network, load_scheduler
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import TEXT_TO_IMAGE, Processor, Template
 from qwenedit.sampler import NonFiniteError, Step, euler, predictor
@@ -40,12 +48,13 @@ __all__ = ["QwenImageEdit", "Result", "load"]
 
 Size = tuple[int, int]  # width, height, as in PIL
 MAX_SEQUENCE_LENGTH = 512  # tokens of a text-to-image prompt
-OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64)."""
+    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S,
+    64).
+    """
 
     images: list[Image.Image] | Tensor
 
@@ -118,12 +127,14 @@ class QwenImageEdit:
         guidance_scale: float | None = None,
         **options: Any,
     ) -> Result:
-        """`edit`, or `generate` where no image is given. `guidance_scale` is for distilled models: ignored."""
+        """`edit`, or `generate` where no image is given. `guidance_scale` is for distilled models:
+        ignored.
+        """
         if prompt is None:
             raise ValueError("prompt is None, wanted a string or a list of strings")
         if guidance_scale not in (None, 1.0):
             warnings.warn(
-                f"guidance_scale={guidance_scale} has no effect: no released checkpoint is guidance-distilled; "
+                "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
                 "pass true_cfg_scale",
                 stacklevel=2,
             )
@@ -151,17 +162,17 @@ class QwenImageEdit:
         """Change pictures as the prompt says.
 
         Args:
-            image: one picture, used for every prompt. For the multi-picture variants a list of pictures is the
-                references of every prompt; for the single-picture variant it is one picture a prompt. A list of
-                lists gives each prompt its own references, which may differ in number and size.
+            image: one picture, used for every prompt. For the multi-picture variants a list of pictures is
+                the references of every prompt; for the single-picture variant it is one picture a prompt. A
+                list of lists gives each prompt its own references, which may differ in number and size.
             prompt: one prompt, or a list for a batch.
             negative_prompt: what guidance steers away from; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs where it is above 1 and there is a negative prompt.
             num_inference_steps: Euler steps.
             sigmas: unshifted sigmas in place of the even ones, as many as steps.
-            height, width: of the output, multiples of 16; left out, they follow from the picture (the last one,
-                for the multi-picture variants) at the checkpoint's area.
+            height, width: of the output, multiples of 16; left out, they follow from the picture (the last
+                one, for the multi-picture variants) at the checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
@@ -176,15 +187,24 @@ class QwenImageEdit:
             their own size) and in refusing sizes that it would round.
         """
         if self.variant.max_pictures == 0:
-            raise ValueError(f"{self.variant.name} makes pictures from text only: it cannot edit one; use generate")
-        _check_output_type(output_type)
+            raise ValueError(
+                f"{self.variant.name} makes pictures from text only: it cannot edit one; use generate"
+            )
+        check_output_type(output_type)
         rows = self._rows(prompt, image, height, width)
         run = self._prepare(
-            rows[0].geometry.grid, len(rows) * num_images_per_prompt, num_inference_steps, sigmas, generator, latents
+            rows[0].geometry.grid,
+            len(rows) * num_images_per_prompt,
+            num_inference_steps,
+            sigmas,
+            generator,
+            latents,
         )
-        guidance = _guidance(true_cfg_scale, negative_prompt)
+        guidance = guidance_of(true_cfg_scale, negative_prompt)
         negative_prompt = negative_prompt if guidance else None
-        conditioning = self._condition(rows, self.variant.template, negative_prompt).repeat(num_images_per_prompt)
+        conditioning = self._condition(rows, self.variant.template, negative_prompt).repeat(
+            num_images_per_prompt
+        )
         steps = self._steps(conditioning, run, guidance)
         return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
 
@@ -206,17 +226,22 @@ class QwenImageEdit:
     ) -> Result:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
-        The arguments are those of `edit`; height and width default to a square of the checkpoint's area. Prompts
-        are cut after 512 tokens, as in the reference.
+        The arguments are those of `edit`; height and width default to a square of the checkpoint's area.
+        Prompts are cut after 512 tokens, as in the reference.
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         rows = self._rows(prompt, None, height, width)
         run = self._prepare(
-            rows[0].geometry.grid, len(rows) * num_images_per_prompt, num_inference_steps, sigmas, generator, latents
+            rows[0].geometry.grid,
+            len(rows) * num_images_per_prompt,
+            num_inference_steps,
+            sigmas,
+            generator,
+            latents,
         )
-        guidance = _guidance(true_cfg_scale, negative_prompt)
+        guidance = guidance_of(true_cfg_scale, negative_prompt)
         negative_prompt = negative_prompt if guidance else None
         conditioning = self._condition(rows, TEXT_TO_IMAGE, negative_prompt).repeat(num_images_per_prompt)
         steps = self._steps(conditioning, run, guidance)
@@ -257,7 +282,9 @@ class QwenImageEdit:
         run = self._prepare(
             conditioning.target_grid, conditioning.batch, num_inference_steps, sigmas, generator, latents
         )
-        guidance = TrueCFG(true_cfg_scale) if true_cfg_scale > 1 and conditioning.negative is not None else None
+        guidance = (
+            TrueCFG(true_cfg_scale) if true_cfg_scale > 1 and conditioning.negative is not None else None
+        )
         return self._steps(conditioning, run, guidance)
 
     @torch.no_grad()
@@ -273,7 +300,7 @@ class QwenImageEdit:
         output_type: str = "pil",
     ) -> Result:
         """Run all `steps` (the same arguments) and decode: the rest of an `edit` after `condition`."""
-        _check_output_type(output_type)
+        check_output_type(output_type)
         steps = self.steps(
             conditioning,
             true_cfg_scale=true_cfg_scale,
@@ -295,24 +322,24 @@ class QwenImageEdit:
 
     def _rows(
         self, prompt: str | Sequence[str], image: Any, height: int | None, width: int | None
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """What each prompt is run with. All checks of pictures, prompts and sizes are here."""
-        prompts = _prompts(prompt)
+        prompts = prompts_of(prompt)
         if image is None:
             pictures: list[list[Image.Image]] = [[] for _ in prompts]
         else:
-            pictures = _pictures(image, len(prompts), self.variant)
+            pictures = pictures_of(image, len(prompts), self.variant)
         rows = []
         for text, of_row in zip(prompts, pictures, strict=True):
             plan = geometry.plan(
                 [picture.size for picture in of_row], areas=self.areas, height=height, width=width
             )
-            rows.append(_Row(text, of_row, plan))
+            rows.append(Row(text, of_row, plan))
         sizes = sorted({row.geometry.size for row in rows})
         if len(sizes) > 1:
             raise ValueError(
-                f"the pictures of this batch ask for outputs of different sizes {sizes}: pass height and width, "
-                "or run them one by one"
+                f"the pictures of this batch ask for outputs of different sizes {sizes}: pass height and "
+                "width, or run them one by one"
             )
         return rows
 
@@ -343,10 +370,10 @@ class QwenImageEdit:
         return noise, schedule
 
     def _condition(
-        self, rows: list[_Row], template: Template, negative_prompt: str | Sequence[str] | None
+        self, rows: list[Row], template: Template, negative_prompt: str | Sequence[str] | None
     ) -> Conditioning:
         prompts = [row.prompt for row in rows]
-        negatives = None if negative_prompt is None else _negative_prompts(negative_prompt, len(rows))
+        negatives = None if negative_prompt is None else negative_prompts(negative_prompt, len(rows))
         prompt = self._embed(rows, prompts, template, "cond")
         negative = None if negatives is None else self._embed(rows, negatives, template, "uncond")
         encoded: dict[tuple[int, Size], Tensor] = {}  # a picture that several rows share is encoded once
@@ -367,9 +394,7 @@ class QwenImageEdit:
             negative=negative,
             target_grid=rows[0].geometry.grid,
             reference_latents=tuple(latents),
-            reference_grids=tuple(
-                tuple(plan.grid for plan in row.geometry.pictures) for row in rows
-            ),
+            reference_grids=tuple(tuple(plan.grid for plan in row.geometry.pictures) for row in rows),
             provenance={
                 "qwenedit": __version__,
                 "variant": self.variant.name,
@@ -378,10 +403,12 @@ class QwenImageEdit:
             },
         )
 
-    def _embed(self, rows: list[_Row], prompts: list[str], template: Template, branch: str) -> Prompt:
+    def _embed(self, rows: list[Row], prompts: list[str], template: Template, branch: str) -> Prompt:
         """Prompts with their rows' pictures -> embeddings without the template's system part."""
         if self.vision_language is None:
-            raise ValueError("this pipeline was loaded without vision_language: it can only sample from a Conditioning")
+            raise ValueError(
+                "this pipeline was loaded without vision_language: it can only sample from a Conditioning"
+            )
         pictures = None
         if rows[0].pictures:
             pictures = [
@@ -433,89 +460,6 @@ class QwenImageEdit:
         return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """One prompt with its pictures and all their sizes."""
-
-    prompt: str
-    pictures: list[Image.Image]
-    geometry: Geometry
-
-
-def _check_output_type(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
-
-
-def _prompts(prompt: str | Sequence[str]) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("prompt is an empty list, wanted at least one prompt")
-    for one in prompts:
-        if not isinstance(one, str):
-            raise ValueError(f"a prompt is {type(one).__name__}, wanted a string")
-    return prompts
-
-
-def _negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[str]:
-    negatives = _prompts(negative_prompt)
-    if len(negatives) == 1:
-        return negatives * batch
-    if len(negatives) != batch:
-        raise ValueError(f"got {len(negatives)} negative prompts, wanted one, or {batch}, one for each prompt")
-    return negatives
-
-
-def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
-    """The references of each prompt; see `QwenImageEdit.edit` for the forms of `image`."""
-    if isinstance(image, Image.Image):
-        pictures = [[image]] * batch
-    elif not isinstance(image, Sequence) or isinstance(image, str) or not image:
-        raise ValueError(f"image is {_describe(image)}, wanted a PIL picture or a list of them")
-    elif all(isinstance(one, Image.Image) for one in image):
-        if variant.max_pictures > 1:
-            pictures = [list(image)] * batch
-        elif len(image) in (1, batch):
-            pictures = [[image[row % len(image)]] for row in range(batch)]
-        else:
-            raise ValueError(
-                f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one picture a prompt"
-            )
-    else:
-        pictures = [list(one) if isinstance(one, Sequence) else [one] for one in image]
-        if len(pictures) != batch:
-            raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
-    for of_row in pictures:
-        if not 1 <= len(of_row) <= variant.max_pictures:
-            raise ValueError(
-                f"got {len(of_row)} pictures for a prompt, but {variant.name} takes 1"
-                + (f" to {variant.max_pictures}" if variant.max_pictures > 1 else "")
-            )
-        for picture in of_row:
-            if not isinstance(picture, Image.Image):
-                raise ValueError(f"a picture is {_describe(picture)}, wanted a PIL picture")
-    return pictures
-
-
-def _describe(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if isinstance(value, Sequence) and not value else type(value).__name__
-
-
-def _guidance(scale: float, negative_prompt: str | Sequence[str] | None) -> TrueCFG | None:
-    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip."""
-    if scale > 1 and negative_prompt is not None:
-        return TrueCFG(scale)
-    if scale > 1:
-        warnings.warn(
-            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=3
-        )
-    elif negative_prompt not in (None, " "):
-        warnings.warn(
-            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=3
-        )
-    return None
-
-
 def _require_finite(x: Tensor, what: str) -> None:
     if not torch.isfinite(x).all():
         raise NonFiniteError(f"{what} has NaN or infinity; look for it in the component's weights")
@@ -523,3 +467,82 @@ def _require_finite(x: Tensor, what: str) -> None:
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def _warn_of_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        warnings.warn(
+            "float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16",
+            stacklevel=3,
+        )
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    text_encoder: bool = True,
+    progress: bool = True,
+) -> QwenImageEdit:
+    """Load a checkpoint in the official layout.
+
+    Args:
+        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
+            download.
+        device: where to; the accelerator if there is one, else the CPU.
+        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
+        revision: branch, tag or commit on the hub.
+        text_encoder: False leaves out the text encoder (16.6 GB in the official checkpoints), for runs from a
+            saved `Conditioning`.
+        progress: progress bars on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit.
+    """
+    device = _device(device)
+    dtype = _named_dtype(dtype, device)
+    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
+    variant = read_variant(folder)
+    scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
+    tokens_and_patches = Processor.from_folder(folder)
+    if dtype is not None:
+        _warn_of_float16(dtype)
+
+    def network(component: str) -> Any:
+        return load_network(folder, component, device=device, dtype=dtype, progress=progress)
+
+    pipe = QwenImageEdit(
+        vision_language=network("text_encoder") if text_encoder else None,
+        vae=network("vae"),
+        mmdit=network("transformer"),
+        scheduler=scheduler,
+        processor=tokens_and_patches,
+        variant=variant,
+        areas=areas,
+    )
+    pipe.progress = progress
+    return pipe
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)  # a device may have a name here and no hardware
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error
+    return wanted
+
+
+def _named_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, wanted float32, bfloat16, float16 or float64")
+    return named

@@ -1,0 +1,107 @@
+"""What a caller gives, in its many forms, checked and brought to one: a list of rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from qwenedit.checkpoints import Variant
+from qwenedit.geometry import Geometry
+from qwenedit.guidance import TrueCFG
+
+__all__ = ["Row", "check_output_type", "guidance_of", "negative_prompts", "pictures_of", "prompts_of"]
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One prompt with its pictures and all their sizes."""
+
+    prompt: str
+    pictures: list[Image.Image]
+    geometry: Geometry
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
+
+
+def prompts_of(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("prompt is an empty list, wanted at least one prompt")
+    for one in prompts:
+        if not isinstance(one, str):
+            raise ValueError(f"a prompt is {type(one).__name__}, wanted a string")
+    return prompts
+
+
+def negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[str]:
+    negatives = prompts_of(negative_prompt)
+    if len(negatives) == 1:
+        return negatives * batch
+    if len(negatives) != batch:
+        raise ValueError(
+            f"got {len(negatives)} negative prompts, wanted one, or {batch}, one for each prompt"
+        )
+    return negatives
+
+
+def pictures_of(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
+    """The references of each prompt; see `QwenImageEdit.edit` for the forms of `image`."""
+    if isinstance(image, Image.Image):
+        pictures = [[image]] * batch
+    elif not isinstance(image, Sequence) or isinstance(image, str) or not image:
+        raise ValueError(f"image is {_describe(image)}, wanted a PIL picture or a list of them")
+    elif all(isinstance(one, Image.Image) for one in image):
+        if variant.max_pictures > 1:
+            pictures = [list(image)] * batch
+        elif len(image) in (1, batch):
+            pictures = [[image[row % len(image)]] for row in range(batch)]
+        else:
+            raise ValueError(
+                f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one a prompt"
+            )
+    else:
+        pictures = [list(one) if isinstance(one, Sequence) else [one] for one in image]
+        if len(pictures) != batch:
+            raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
+    for of_row in pictures:
+        if not 1 <= len(of_row) <= variant.max_pictures:
+            raise ValueError(
+                f"got {len(of_row)} pictures for a prompt, but {variant.name} takes 1"
+                + (f" to {variant.max_pictures}" if variant.max_pictures > 1 else "")
+            )
+        for picture in of_row:
+            if not isinstance(picture, Image.Image):
+                raise ValueError(f"a picture is {_describe(picture)}, wanted a PIL picture")
+    return pictures
+
+
+def _describe(value: Any) -> str:
+    return (
+        f"an empty {type(value).__name__}"
+        if isinstance(value, Sequence) and not value
+        else type(value).__name__
+    )
+
+
+def guidance_of(scale: float, negative_prompt: str | Sequence[str] | None) -> TrueCFG | None:
+    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip."""
+    if scale > 1 and negative_prompt is not None:
+        return TrueCFG(scale)
+    if scale > 1:
+        warnings.warn(
+            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=3
+        )
+    elif negative_prompt not in (None, " "):
+        warnings.warn(
+            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=3
+        )
+    return None

@@ -1,0 +1,348 @@
+"""Official checkpoint folders -> modules: strict about names and shapes, and never more than one tensor too
+many.
+
+A module is built on the meta device, its tensors are compared with the files' headers, and only then is each
+tensor read, once, from the memory-mapped file into its place in the wanted dtype and on the wanted device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+
+from qwenedit import mini, mmdit, vae, vision_language
+from qwenedit.checkpoints import (
+    COMPONENTS,
+    TensorInfo,
+    Variant,
+    component_headers,
+    download_plan,
+    is_local,
+    read_json,
+    read_variant,
+    resolve,
+)
+from qwenedit.mmdit import MMDiT, MMDiTConfig
+from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.vae import VAE, VAEConfig
+from qwenedit.vision_language import VisionLanguage, VisionLanguageConfig
+
+__all__ = [
+    "Report", "config_from", "describe", "load_network", "load_scheduler", "network_config",
+    "official_to_ours", "ours_to_official", "verify",
+]  # fmt: skip
+
+KeyTable = tuple[tuple[str, str], ...]
+Config = TypeVar("Config")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """How one component's folder becomes a module."""
+
+    module: type[nn.Module]
+    table: KeyTable
+    skipped: tuple[str, ...] = ()  # official keys that are known and not read
+    aliases: tuple[tuple[str, str], ...] = ()  # (regex, replacement): other namings -> the hub's
+
+
+NETWORKS = {
+    "text_encoder": _Network(
+        VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_ALIASES
+    ),
+    "transformer": _Network(MMDiT, mmdit.KEY_TABLE),
+    "vae": _Network(VAE, vae.KEY_TABLE),
+}
+
+
+def config_from(cls: type[Config], raw: Mapping[str, Any], what: str) -> Config:
+    """A config dataclass from a config.json.
+
+    Keys that start with "_" and those in `cls.IGNORED` have no effect; those in `cls.FIXED` must hold the
+    value that we assume, if they are there at all.
+
+    Raises:
+        ValueError: unknown or missing keys, values of the wrong type or unsupported ones; `what` names the
+        file.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fixed: Mapping[str, Any] = cls.FIXED  # type: ignore[attr-defined]
+    ignored: Iterable[str] = cls.IGNORED  # type: ignore[attr-defined]
+    values = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
+    for key, wanted in fixed.items():
+        if key in values and values.pop(key) != wanted:
+            raise ValueError(f"{what}: {key} is {raw[key]!r}, wanted {wanted!r}: nothing else is supported")
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}")
+    missing = [
+        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    hints = typing.get_type_hints(cls)
+    try:
+        return cls(**{key: _typed(value, hints[key], f"{what}: {key}") for key, value in values.items()})
+    except ValueError as error:
+        raise error if str(error).startswith(what) else ValueError(f"{what}: {error}") from error
+
+
+def _typed(value: Any, hint: Any, what: str) -> Any:
+    """The value as its annotation has it: JSON lists become tuples, whole numbers may stand for floats."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        # False is how some files write "none"
+        return None if value is None or value is False else _typed(value, parts[0], what)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if parts[-1] is not Ellipsis and len(parts) != len(value):
+            raise ValueError(f"{what} is {value!r}, wanted {len(parts)} values")
+        return tuple(_typed(one, parts[0], what) for one in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{what} is {value!r}, wanted {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def official_to_ours(table: KeyTable, key: str) -> str | None:
+    """Our name of an official tensor, or None if no rule of the table knows it."""
+    return _renamed(_compiled(table), key)
+
+
+def ours_to_official(table: KeyTable, name: str) -> str:
+    """The official name of one of our parameters.
+
+    Raises:
+        KeyError: there is no such parameter in the table.
+    """
+    official = _renamed(_compiled(tuple((ours, official) for official, ours in table)), name)
+    if official is None:
+        raise KeyError(name)
+    return official
+
+
+@functools.cache
+def _compiled(table: KeyTable) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Templates as patterns: {n}, {m}, ... stand for a number, {p} for weight or bias."""
+
+    def pattern(template: str) -> re.Pattern[str]:
+        text = re.escape(template).replace(r"\{p\}", "(?P<p>weight|bias)")
+        return re.compile(re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>[0-9]+)", text))
+
+    return tuple((pattern(source), target) for source, target in table)
+
+
+def _renamed(rules: tuple[tuple[re.Pattern[str], str], ...], key: str) -> str | None:
+    hits = [target.format(**match.groupdict()) for rule, target in rules if (match := rule.fullmatch(key))]
+    assert len(hits) <= 1, f"{key} matches several rules: {hits}"
+    return hits[0] if hits else None
+
+
+def network_config(folder: Path, component: str) -> Any:
+    """The config of one of the three networks, from its folder's config.json.
+
+    Raises:
+        ValueError: see `config_from`.
+    """
+    path = folder / component / "config.json"
+    raw = read_json(path)
+    if component == "text_encoder":
+        return VisionLanguageConfig.from_json(raw)
+    return config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, str(path))
+
+
+def load_scheduler(folder: Path) -> FlowMatchScheduler:
+    path = folder / "scheduler" / "scheduler_config.json"
+    return config_from(FlowMatchScheduler, read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A component's files against its module, from headers and names alone.
+
+    Attributes:
+        component: the folder's name.
+        tensors, parameters, bytes: of what the module uses.
+        dtypes: how many of its tensors are stored in each dtype.
+        skipped: tensors that are known and not read (`lm_head`).
+        missing, unexpected: names that only the module, or only the files, have.
+        misshapen, unreadable: tensors of the wrong shape, and of a dtype that is no plain float.
+    """
+
+    component: str
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    skipped: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+    unreadable: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen or self.unreadable)
+
+    def problems(self) -> str:
+        """What is wrong in one line: up to ten names of each kind, and how many more."""
+        parts = []
+        for kind in ("missing", "unexpected", "misshapen", "unreadable"):
+            names: list[str] = getattr(self, kind)
+            if names:
+                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+                parts.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+        return "; ".join(parts)
+
+
+def _compare(
+    folder: Path, component: str
+) -> tuple[nn.Module, dict[str, tuple[str, Path, TensorInfo]], Report]:
+    """The module on the meta device; our name -> official key, file and info; and what does not fit."""
+    network = NETWORKS[component]
+    config = network_config(folder, component)
+    with torch.device("meta"):
+        module = network.module(config)
+    wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+    found: dict[str, tuple[str, Path, TensorInfo]] = {}
+    skipped, unexpected, misshapen, unreadable = [], [], [], []
+    for key, (path, info) in component_headers(folder / component).items():
+        hub_key = functools.reduce(lambda k, rule: re.sub(rule[0], rule[1], k), network.aliases, key)
+        name = official_to_ours(network.table, hub_key)
+        if hub_key in network.skipped:
+            skipped.append(key)
+        elif name is None or name not in wanted or name in found:
+            unexpected.append(key)
+        elif info.shape != wanted[name]:
+            misshapen.append(f"{key} {list(info.shape)}, wanted {list(wanted[name])}")
+        elif info.dtype not in FLOATS:
+            unreadable.append(f"{key} ({_name(info.dtype)})")
+        else:
+            found[name] = (key, path, info)
+    known = {*found, *(official_to_ours(network.table, x.split()[0]) for x in misshapen + unreadable)}
+    dtypes: dict[str, int] = {}
+    for _, _, info in found.values():
+        dtypes[_name(info.dtype)] = dtypes.get(_name(info.dtype), 0) + 1
+    report = Report(
+        component=component,
+        tensors=len(found),
+        parameters=sum(x.numel() for name, x in module.state_dict().items() if name in found),
+        bytes=sum(info.bytes for _, _, info in found.values()),
+        dtypes=dtypes,
+        skipped=skipped,
+        missing=[ours_to_official(network.table, name) for name in wanted if name not in known],
+        unexpected=unexpected,
+        misshapen=misshapen,
+        unreadable=unreadable,
+    )
+    return module, found, report
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_network(
+    folder: Path,
+    component: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """One network of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
+
+    `dtype` None keeps what the files store. Parameters own their memory (the files may change afterwards),
+    want no gradient, and at no time is more than one tensor held twice.
+
+    Raises:
+        ValueError: files that are broken or do not fit the module, all problems in one message, before any
+            weight is read.
+    """
+    module, found, report = _compare(folder, component)
+    if not report.ok:
+        raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
+    by_file: dict[Path, list[tuple[int, str, str]]] = {}
+    for name, (key, path, info) in found.items():
+        by_file.setdefault(path, []).append((info.start, name, key))
+    bar = tqdm(
+        total=report.bytes,
+        desc=f"loading {component}",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    with bar:
+        for path, entries in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for _, name, key in sorted(entries):  # in the order of the file: one pass over the disk
+                    mapped = file.get_tensor(key)
+                    own = torch.empty(mapped.shape, dtype=dtype or mapped.dtype, device=device)
+                    own.copy_(mapped)
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(module.get_submodule(parent), leaf, nn.Parameter(own, requires_grad=False))
+                    bar.update(mapped.nbytes)
+    return module.eval()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Reports of all components; `str()` of it is what `qwenedit verify` prints."""
+
+    folder: Path
+    variant: Variant
+    reports: list[Report]
+
+    @property
+    def ok(self) -> bool:
+        return all(report.ok for report in self.reports)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.variant.name}"]
+        for report in self.reports:
+            dtypes = ", ".join(f"{count} {name}" for name, count in sorted(report.dtypes.items()))
+            skipped = f", {len(report.skipped)} known and not used" if report.skipped else ""
+            lines.append(
+                f"  {report.component:<13} {report.tensors} tensors ({dtypes}), {report.parameters:,} "
+                f"parameters, {report.bytes:,} bytes{skipped}"
+            )
+            lines.append(f"    {'all names, shapes and dtypes fit' if report.ok else report.problems()}")
+        return "\n".join(lines)
+
+
+def verify(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Verification:
+    """Every tensor of a checkpoint against the model, from headers alone; None is the embedded model.
+
+    Raises:
+        ValueError: no checkpoint, a broken file, or one of another family.
+    """
+    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
+    variant = read_variant(folder)
+    load_scheduler(folder)
+    return Verification(folder, variant, [_compare(folder, component)[2] for component in COMPONENTS])
+
+
+def describe(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> str:
+    """What a checkpoint holds, or, for a hub id that is not on this machine, what would be downloaded.
+
+    Raises:
+        ValueError: as `verify`.
+    """
+    if source is not None and not is_local(source, revision):
+        return download_plan(str(source), revision)
+    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
+    return str(verify(folder))

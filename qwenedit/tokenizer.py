@@ -1,0 +1,169 @@
+"""The family's tokenizer, from either of its official forms, by the `tokenizers` library.
+
+Source: transformers 4.57.6, `Qwen2TokenizerFast` with `Qwen2Converter` (convert_slow_tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (  # type: ignore[import-untyped]
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+__all__ = ["has_tokenizer", "load_tokenizer", "read_json"]
+
+# How Qwen2 cuts a text before merging: contractions, words with what precedes them, single digits, runs of
+# marks, line breaks, other spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
+    """The byte-level BPE tokenizer of a folder, in either official form, with its added tokens.
+
+    The forms are tokenizer.json, and vocab.json with merges.txt. Both take their added tokens from
+    tokenizer_config.json; where that lists none, the first has its own and the second added_tokens.json. The
+    ids do not depend on the form.
+
+    Raises:
+        ValueError: files are missing or broken, or ids clash or have gaps.
+    Source: `Qwen2TokenizerFast`. The slow `Qwen2Tokenizer`, which the text-to-image pipeline loads, gives the
+        same ids but for one case: it normalises a text before it looks for special tokens, so that it misses
+        one with a combining mark right after it.
+    """
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        read_json(file)  # what is not JSON is named as such
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"{file} is no tokenizer: {error}") from error
+    else:
+        tokenizer = _from_vocab_and_merges(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    config = read_json(folder / "tokenizer_config.json", optional=True)
+    listed = read_json(folder / "added_tokens.json", optional=True)
+    added: list[tuple[int, AddedToken]] = []
+    try:
+        if "added_tokens_decoder" in config:
+            added = _added_tokens(config["added_tokens_decoder"])
+        elif not file.is_file():
+            special_map = read_json(folder / "special_tokens_map.json", optional=True)
+            added = _added_tokens_from_list(listed, {**config, **special_map})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: the added tokens are not listed as they should be: {error!r}") from error
+    for _, token in added:
+        tokenizer.add_tokens([token])  # one by one: each gets the next free id
+    for content, wanted in [*((token.content, index) for index, token in added), *listed.items()]:
+        if (got := tokenizer.token_to_id(content)) != wanted:
+            raise ValueError(
+                f"{folder}: the added token {content} has id {wanted} in one file, the others make it {got}: "
+                "the ids clash or have gaps"
+            )
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Are there the files of either form?"""
+    return (folder / "tokenizer.json").is_file() or (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    )
+
+
+def _from_vocab_and_merges(folder: Path) -> Tokenizer:
+    if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {' and '.join(missing)}, wanted both or tokenizer.json")
+    vocab = read_json(folder / "vocab.json")
+    if set(map(str, vocab.values())) != set(map(str, range(len(vocab)))):
+        raise ValueError(f"{folder / 'vocab.json'}: the ids clash or have gaps, wanted 0 to {len(vocab) - 1}")
+    merges = _merges(folder / "merges.txt")
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from error
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def _merges(file: Path) -> list[tuple[str, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version:")):  # else # is a symbol like any other
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ValueError(f"{file}, line {number}: {line!r} is no merge, wanted two symbols")
+        merges.append((left, right))
+    return merges
+
+
+def _added_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, AddedToken]]:
+    """By rising id, from tokenizer_config.json's added_tokens_decoder."""
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    added = []
+    for index, token in decoder.items():
+        flags = {name: token[name] for name in names if name in token}
+        added.append((int(index), AddedToken(token["content"], **flags)))
+    return sorted(added, key=lambda item: item[0])
+
+
+def _added_tokens_from_list(
+    listed: Mapping[str, int], config: Mapping[str, Any]
+) -> list[tuple[int, AddedToken]]:
+    """By rising id, from added_tokens.json; special are those that the other files give a role."""
+    special: set[str] = set()
+    for value in config.values():
+        for token in value if isinstance(value, list) else [value]:
+            special.add(token.get("content", "") if isinstance(token, dict) else str(token))
+    return [
+        (index, AddedToken(content, normalized=content not in special, special=content in special))
+        for content, index in sorted(listed.items(), key=lambda item: item[1])
+    ]
+
+
+def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The object that a JSON file holds; an empty one for an optional file that is not there.
+
+    Raises:
+        ValueError: no such file, or it holds no JSON object.
+    """
+    if not file.is_file():
+        if optional:
+            return {}
+        raise ValueError(f"no file {file}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, wanted an object")
+    return content
