@@ -31,8 +31,8 @@ COMPONENTS = {
     "vae": "AutoencoderKLQwenImage",
 }
 _CLASSES = {
-    **COMPONENTS,
-    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    **{component: (name,) for component, name in COMPONENTS.items()},
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
@@ -105,8 +105,8 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
         raise ValueError(f"{source} has no revision {revision} on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"{at} is neither a local folder nor in the hub's cache, and the hub cannot be reached: check the "
-            "id and the network, or give a folder"
+            f"{at} is neither a local folder nor in the hub's cache, and the hub cannot be reached: check "
+            "the id and the network, or give a folder"
         ) from error
 
 
@@ -207,17 +207,19 @@ def read_variant(folder: Path) -> Variant:
         entry = index.get(component)
         got = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         _require_class(folder, component, got, wanted)
-    for component, wanted in COMPONENTS.items():
+    for component in COMPONENTS:
         config = read_json(folder / component / "config.json")
         got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
         if got is not None:
-            _require_class(folder, component, got, wanted)
+            _require_class(folder, component, got, _CLASSES[component])
     return VARIANTS[name]
 
 
-def _require_class(folder: Path, component: str, got: object, wanted: str | tuple[str, ...]) -> None:
-    if got not in ((wanted,) if isinstance(wanted, str) else wanted):
-        raise ValueError(f"{folder}: its {component} is a {got}, wanted {wanted}; others are not supported")
+def _require_class(folder: Path, component: str, got: object, wanted: tuple[str, ...]) -> None:
+    if got not in wanted:
+        raise ValueError(
+            f"{folder}: its {component} is a {got}, wanted {wanted[0]}; others are not supported"
+        )
 
 
 def read_areas(folder: Path, variant: Variant) -> Areas:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwenedit import __version__
 
@@ -141,7 +141,7 @@ def _verify(options: argparse.Namespace) -> None:
         )
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, object]:
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
@@ -208,7 +208,7 @@ def _outputs(options: argparse.Namespace) -> list[Path]:
     return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]
 
 
-def _save(images: list[Image.Image], outputs: list[Path]) -> None:
+def _save(images: Any, outputs: list[Path]) -> None:
     from qwenedit.conditioning import replacing_file
 
     for image, path in zip(images, outputs, strict=True):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from einops import rearrange, repeat
 from PIL import Image
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from qwenedit.geometry import Grid, smart_resize
