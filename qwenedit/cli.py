@@ -89,7 +89,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
-    add("--steps", type=int, default=50, metavar="N", help="Euler steps (default: %(default)s)")
+    add("--steps", type=_positive, default=50, metavar="N", help="Euler steps (default: %(default)s)")
     add(
         "--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)"
     )
@@ -99,7 +99,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
     add(
         "--num-images",
-        type=int,
+        type=_positive,
         default=1,
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
@@ -110,17 +110,23 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show tracebacks")
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
 def _edit(options: argparse.Namespace) -> None:
     outputs = _outputs(options)
     pictures = [_open(path) for path in options.pictures]
-    pipe = _load(options)
-    image = pictures[0] if len(pictures) == 1 else pictures
-    _save(pipe.edit(image, options.prompt, **_sampling(options)).images, outputs)
+    pipe = _load(options, pictures)
+    _save(pipe.edit(pictures, options.prompt, **_sampling(options)).images, outputs)
 
 
 def _generate(options: argparse.Namespace) -> None:
     outputs = _outputs(options)
-    pipe = _load(options)
+    pipe = _load(options, None)
     _save(pipe.generate(options.prompt, **_sampling(options)).images, outputs)
 
 
@@ -156,14 +162,20 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _load(options: argparse.Namespace) -> QwenImageEdit:
+def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> QwenImageEdit:
+    """The pipeline, once it is clear that it can do what is asked: weights may be many gigabytes."""
+    from qwenedit import mini
+    from qwenedit.checkpoints import read_areas, read_variant, resolve
+    from qwenedit.inputs import rows_of
     from qwenedit.pipeline import load
 
+    folder = mini.CHECKPOINT if options.model is None else resolve(options.model, options.revision)
+    variant = read_variant(folder)
+    rows_of(options.prompt, pictures, variant, read_areas(folder, variant), options.height, options.width)
     pipe = load(
-        options.model,
+        folder,
         device=options.device,
         dtype=options.dtype,
-        revision=options.revision,
         progress=not options.quiet,
     )
     if options.model is None:
@@ -192,8 +204,6 @@ def _outputs(options: argparse.Namespace) -> list[Path]:
     from PIL import Image
 
     output: Path = options.output
-    if options.num_images < 1:
-        raise InputError(f"--num-images is {options.num_images}, wanted at least 1")
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {output.parent}")
     if output.is_dir():

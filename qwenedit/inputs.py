@@ -9,11 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from qwenedit import geometry
 from qwenedit.checkpoints import Variant
-from qwenedit.geometry import Geometry
+from qwenedit.geometry import Areas, Geometry
 from qwenedit.guidance import TrueCFG
 
-__all__ = ["Row", "check_output_type", "guidance_of", "negative_prompts", "pictures_of", "prompts_of"]
+__all__ = ["Row", "check_output_type", "guidance_of", "negative_prompts", "rows_of"]
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -27,12 +28,45 @@ class Row:
     geometry: Geometry
 
 
+def rows_of(
+    prompt: str | Sequence[str],
+    image: Any,
+    variant: Variant,
+    areas: Areas,
+    height: int | None,
+    width: int | None,
+) -> list[Row]:
+    """What each prompt is run with; without an image the rows have no pictures.
+
+    All checks of prompts, pictures and sizes are here, and they need no network.
+
+    Raises:
+        ValueError: bad input; what, got, wanted.
+    """
+    prompts = _prompts(prompt)
+    if image is None:
+        pictures: list[list[Image.Image]] = [[] for _ in prompts]
+    else:
+        pictures = _pictures(image, len(prompts), variant)
+    rows = []
+    for text, of_row in zip(prompts, pictures, strict=True):
+        sizes = [picture.size for picture in of_row]
+        rows.append(Row(text, of_row, geometry.plan(sizes, areas=areas, height=height, width=width)))
+    outputs = sorted({row.geometry.size for row in rows})
+    if len(outputs) > 1:
+        raise ValueError(
+            f"the pictures of this batch ask for outputs of different sizes {outputs}: pass height and "
+            "width, or run them one by one"
+        )
+    return rows
+
+
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
-def prompts_of(prompt: str | Sequence[str]) -> list[str]:
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("prompt is an empty list, wanted at least one prompt")
@@ -43,7 +77,7 @@ def prompts_of(prompt: str | Sequence[str]) -> list[str]:
 
 
 def negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[str]:
-    negatives = prompts_of(negative_prompt)
+    negatives = _prompts(negative_prompt)
     if len(negatives) == 1:
         return negatives * batch
     if len(negatives) != batch:
@@ -53,8 +87,10 @@ def negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[s
     return negatives
 
 
-def pictures_of(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
+def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
     """The references of each prompt; see `QwenImageEdit.edit` for the forms of `image`."""
+    if variant.max_pictures == 0:
+        raise ValueError(f"{variant.name} makes pictures from text only: it cannot edit one; use generate")
     if isinstance(image, Image.Image):
         pictures = [[image]] * batch
     elif not isinstance(image, Sequence) or isinstance(image, str) or not image:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import __version__, geometry, mini, processor
+from qwenedit import __version__, mini, processor
 from qwenedit.checkpoints import Variant, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.geometry import Areas
@@ -31,8 +31,7 @@ from qwenedit.inputs import (
     check_output_type,
     guidance_of,
     negative_prompts,
-    pictures_of,
-    prompts_of,
+    rows_of,
 )
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
 from qwenedit.loading import FLOATS, load_network, load_scheduler
@@ -186,12 +185,8 @@ class QwenImageEdit:
             batches for the multi-picture variants, and shows pictures in a list to Edit's language model at
             their own size) and in refusing sizes that it would round.
         """
-        if self.variant.max_pictures == 0:
-            raise ValueError(
-                f"{self.variant.name} makes pictures from text only: it cannot edit one; use generate"
-            )
         check_output_type(output_type)
-        rows = self._rows(prompt, image, height, width)
+        rows = rows_of(prompt, image, self.variant, self.areas, height, width)
         run = self._prepare(
             rows[0].geometry.grid,
             len(rows) * num_images_per_prompt,
@@ -232,7 +227,7 @@ class QwenImageEdit:
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
         check_output_type(output_type)
-        rows = self._rows(prompt, None, height, width)
+        rows = rows_of(prompt, None, self.variant, self.areas, height, width)
         run = self._prepare(
             rows[0].geometry.grid,
             len(rows) * num_images_per_prompt,
@@ -263,7 +258,9 @@ class QwenImageEdit:
         `pipe.sample(Conditioning.load("edit.safetensors"))`.
         """
         template = TEXT_TO_IMAGE if image is None else self.variant.template
-        return self._condition(self._rows(prompt, image, height, width), template, negative_prompt)
+        return self._condition(
+            rows_of(prompt, image, self.variant, self.areas, height, width), template, negative_prompt
+        )
 
     def steps(
         self,
@@ -319,29 +316,6 @@ class QwenImageEdit:
         pixels = self.vae.decode(denormalise(raw, config.latents_mean, config.latents_std))[:, :, 0]
         _require_finite(pixels, "VAE decoder: the picture")
         return (pixels * 0.5 + 0.5).clamp(0, 1)
-
-    def _rows(
-        self, prompt: str | Sequence[str], image: Any, height: int | None, width: int | None
-    ) -> list[Row]:
-        """What each prompt is run with. All checks of pictures, prompts and sizes are here."""
-        prompts = prompts_of(prompt)
-        if image is None:
-            pictures: list[list[Image.Image]] = [[] for _ in prompts]
-        else:
-            pictures = pictures_of(image, len(prompts), self.variant)
-        rows = []
-        for text, of_row in zip(prompts, pictures, strict=True):
-            plan = geometry.plan(
-                [picture.size for picture in of_row], areas=self.areas, height=height, width=width
-            )
-            rows.append(Row(text, of_row, plan))
-        sizes = sorted({row.geometry.size for row in rows})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the pictures of this batch ask for outputs of different sizes {sizes}: pass height and "
-                "width, or run them one by one"
-            )
-        return rows
 
     def _prepare(
         self,

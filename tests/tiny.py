@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the official layout, written by the reference libraries, with random non-trivial weights.
+"""Tiny checkpoints in the official layout, written by the reference libraries, with random weights.
 
 The one place that says how small the tests' models are.
 """
@@ -40,7 +40,9 @@ class ReferenceProcessor:
         features = {}
         if images is not None:
             features = self.image_processor(images=images, return_tensors=return_tensors)
-            counts = iter((features["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
+            counts = iter(
+                (features["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
+            )
             text = ["".join(_expanded(part, counts) for part in _split(one)) for one in text]
         tokens = self.tokenizer(text, padding=padding, return_tensors=return_tensors)
         return transformers.BatchFeature({**tokens, **features})
@@ -65,8 +67,17 @@ def checkpoint(kind: str, *, zero_cond_t: bool = False, seed: int = 0) -> Path:
         (folder / "processor" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     config = text_encoder_config(ids)
     config["text_config"] |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
-    config["text_config"]["rope_scaling"] = {"mrope_section": [1, 1, 1], "rope_type": "default", "type": "default"}
-    config["vision_config"] |= {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 24}
+    config["text_config"]["rope_scaling"] = {
+        "mrope_section": [1, 1, 1],
+        "rope_type": "default",
+        "type": "default",
+    }
+    config["vision_config"] |= {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+    }
     text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     transformer = diffusers.QwenImageTransformer2DModel(
         num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
@@ -131,7 +142,9 @@ def tiny_areas(monkeypatch) -> None:
     for module in (edit, plus):
         official = module.calculate_dimensions
         monkeypatch.setattr(
-            module, "calculate_dimensions", lambda area, ratio, official=official: official(areas[area], ratio)
+            module,
+            "calculate_dimensions",
+            lambda area, ratio, official=official: official(areas[area], ratio),
         )
 
 

@@ -82,8 +82,8 @@ def test_edit(zero_cond_t, size, options):
 
 
 def test_edit_a_batch_with_a_picture_a_prompt():
-    """The reference resizes every picture of a list to the first one's size for the VAE and not at all for the
-    language model; pictures of the planned size are what both of us mean."""
+    """The reference resizes every picture of a list to the first one's size for the VAE and not at all for
+    the language model; pictures of the planned size are what both of us mean."""
     ours, reference = both("edit")
     images = [picture(96, 32, seed=1), picture(96, 32, seed=2)]
     options = {"negative_prompt": [" ", "a much longer negative prompt"]}
@@ -114,7 +114,10 @@ def test_several_images_of_one_prompt(kind):
 
 def test_a_list_of_generators_and_given_latents_and_sigmas():
     ours, reference = both("edit")
-    image, options = picture(64, 64), {"num_inference_steps": 3, "output_type": "pt", "num_images_per_prompt": 2}
+    image, options = (
+        picture(64, 64),
+        {"num_inference_steps": 3, "output_type": "pt", "num_images_per_prompt": 2},
+    )
     got = ours(image, PROMPT, generator=[generator(1), generator(2)], **options).images
     wanted = reference(
         image, PROMPT, negative_prompt=" ", generator=[generator(1), generator(2)], **options
@@ -156,7 +159,10 @@ def test_whole_edit_in_fp64():
 @pytest.mark.parametrize("kind", ["edit", "plus"])
 def test_bfloat16_is_no_further_from_fp32_than_the_reference(kind):
     folder = checkpoint(kind)
-    image, options = picture(64, 50), {"num_inference_steps": 4, "output_type": "latent", "negative_prompt": " "}
+    image, options = (
+        picture(64, 50),
+        {"num_inference_steps": 4, "output_type": "latent", "negative_prompt": " "},
+    )
     noise = torch.randn(1, 4 * 4, 64, generator=generator()).to(torch.bfloat16)
 
     def run(pipeline, latents):

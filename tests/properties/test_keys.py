@@ -1,0 +1,123 @@
+"""The key tables and configs of the official checkpoints: names and shapes at full size, on meta."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwenedit.checkpoints import VARIANTS
+from qwenedit.loading import (
+    NETWORKS,
+    config_from,
+    network_config,
+    official_to_ours,
+    ours_to_official,
+)
+from qwenedit.mmdit import MMDiTConfig
+from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.vae import VAEConfig
+from qwenedit.vision_language import VisionLanguageConfig
+
+DATA = Path(__file__).parents[1] / "data"
+CONFIGS = json.loads((DATA / "official_configs.json").read_text())
+SUPPORTED = [name for name in CONFIGS if name != "Qwen-Image-Layered"]
+
+
+def full_size(component, model="Qwen-Image-Edit-2511"):
+    raw = CONFIGS[model][f"{component}/config.json"]
+    if component == "text_encoder":
+        config = VisionLanguageConfig.from_json(raw)
+    else:
+        config = config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, component)
+    with torch.device("meta"):
+        return NETWORKS[component].module(config)
+
+
+@pytest.mark.parametrize(
+    "component, keys",
+    [("transformer", "transformer"), ("vae", "vae_rgb"), ("text_encoder", "text_encoder_hub")],
+)
+def test_the_table_is_a_bijection_onto_the_official_tensors(component, keys):
+    network = NETWORKS[component]
+    official = json.loads((DATA / "keys" / f"{keys}.json").read_text())
+    used = {key: shape for key, shape in official.items() if key not in network.skipped}
+    assert set(official) - set(used) == set(network.skipped)
+    ours = {name: list(x.shape) for name, x in full_size(component).state_dict().items()}
+    renamed = {key: official_to_ours(network.table, key) for key in used}
+    assert sorted(renamed.values()) == sorted(ours)  # onto, and no two to one
+    assert all(ours[name] == used[key] for key, name in renamed.items())
+    assert all(ours_to_official(network.table, name) == key for key, name in renamed.items())
+
+
+def test_every_rule_of_every_table_is_used():
+    for component, keys in (
+        ("transformer", "transformer"),
+        ("vae", "vae_rgb"),
+        ("text_encoder", "text_encoder_hub"),
+    ):
+        official = json.loads((DATA / "keys" / f"{keys}.json").read_text())
+        for rule in NETWORKS[component].table:
+            assert any(official_to_ours((rule,), key) for key in official), (
+                f"{component}: {rule} renames nothing"
+            )
+
+
+def test_unknown_names_are_unknown():
+    table = NETWORKS["transformer"].table
+    assert official_to_ours(table, "transformer_blocks.0.attn.to_q.weight_scale") is None
+    assert official_to_ours(table, "transformer_blocks.x.attn.to_q.weight") is None
+    with pytest.raises(KeyError):
+        ours_to_official(table, "blocks.0.attn.q.weight")
+
+
+@pytest.mark.parametrize("model", SUPPORTED)
+def test_every_official_config_is_read(tmp_path, model):
+    for name, raw in CONFIGS[model].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(raw))
+    assert network_config(tmp_path, "transformer").zero_cond_t == (model == "Qwen-Image-Edit-2511")
+    assert network_config(tmp_path, "transformer").num_layers == 60
+    assert network_config(tmp_path, "vae").base_dim == 96
+    assert network_config(tmp_path, "text_encoder").text_config.num_hidden_layers == 28
+    scheduler = config_from(
+        FlowMatchScheduler, CONFIGS[model]["scheduler/scheduler_config.json"], "scheduler"
+    )
+    assert scheduler.shift_terminal == 0.02
+    assert CONFIGS[model]["model_index.json"]["_class_name"] in VARIANTS
+
+
+def test_layered_is_refused_by_its_config():
+    with pytest.raises(ValueError, match="use_additional_t_cond is True"):
+        config_from(MMDiTConfig, CONFIGS["Qwen-Image-Layered"]["transformer/config.json"], "transformer")
+    raw = CONFIGS["Qwen-Image-Layered"]["scheduler/scheduler_config.json"]
+    assert config_from(FlowMatchScheduler, raw, "scheduler").shift_terminal is None
+
+
+BASE = CONFIGS["Qwen-Image-Edit"]["transformer/config.json"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_layers": "60"}, r"num_layers is '60', wanted int"),
+        ({"num_layers": True}, r"num_layers is True, wanted int"),
+        ({"axes_dims_rope": [16, 56]}, r"axes_dims_rope is \[16, 56\], wanted 3 values"),
+        ({"axes_dims_rope": [16, 56, 55]}, "sum to attention_head_dim 128"),
+        ({"guidance_embeds": True}, "config.json: guidance_embeds is True, wanted False"),
+        ({"use_layer3d_rope": True}, "use_layer3d_rope is True, wanted False"),
+        ({"new_key": 1, "another": 2}, "has unknown keys: another, new_key"),
+        ({"num_layers": None}, "num_layers is None"),
+    ],
+)
+def test_bad_configs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from(MMDiTConfig, {**BASE, **changes}, "config.json")
+
+
+def test_missing_and_inert_keys():
+    with pytest.raises(ValueError, match=r"config.json lacks num_layers, joint_attention_dim"):
+        short = {k: v for k, v in BASE.items() if k not in ("num_layers", "joint_attention_dim")}
+        config_from(MMDiTConfig, short, "config.json")
+    inert = {"pooled_projection_dim": 768, "use_layer3d_rope": False, "_name_or_path": "x"}
+    assert config_from(MMDiTConfig, {**BASE, **inert}, "c") == config_from(MMDiTConfig, BASE, "c")
