@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import diffusers
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenedit import vae
+from qwenedit.loading import config_from, official_to_ours, ours_to_official
 from qwenedit.taps import taps
 from qwenedit.vae import KEY_TABLE, VAE, Past, VAEConfig
 from tests.support import FP32, FP64, FP64_CAST, assert_close, randomise_, relative_error
@@ -24,7 +24,7 @@ FRAMES = [1, 5, 9]
 
 def official_config(**changes):
     raw = json.loads((DATA / "configs/vae.json").read_text())
-    return VAEConfig(**{key: value for key, value in raw.items() if key[0] != "_"} | changes)
+    return config_from(VAEConfig, raw | changes, "config.json")
 
 
 def tiny(**changes):
@@ -51,17 +51,10 @@ def configs(draw):
 
 
 def renamed(key):
-    """Our name of an official key, which must match exactly one rule."""
-    groups = {r"\{n\}": r"(?P<n>\d+)", r"\{m\}": r"(?P<m>\d+)", r"\{p\}": "(?P<p>weight|bias)"}
-    hits = []
-    for template, own in KEY_TABLE:
-        pattern = re.escape(template)
-        for placeholder, group in groups.items():
-            pattern = pattern.replace(placeholder, group)
-        if match := re.fullmatch(pattern, key):
-            hits.append(own.format(**match.groupdict()))
-    assert len(hits) == 1, f"{key} matches {len(hits)} rules"
-    return hits[0]
+    """Our name of an official key."""
+    name = official_to_ours(KEY_TABLE, key)
+    assert name is not None, f"{key} matches no rule"
+    return name
 
 
 def share_weights(ours, reference, official_prefix="", prefix=""):
@@ -121,7 +114,7 @@ def decode_both(ours, reference, latents):
 def centre_(reference):
     """Move the pixels around 0, so that most but not all of them are within [-1, 1]."""
     with torch.no_grad():
-        reference.decoder.conv_out.weight.mul_(1.8)
+        reference.decoder.conv_out.weight.mul_(1.2)
         reference.decoder.conv_out.bias.mul_(0.1)
 
 
@@ -138,11 +131,11 @@ def test_key_table_is_a_bijection_onto_the_official_tensors():
     assert sum(p.numel() for p in ours.parameters()) == 126_892_531
 
 
-def test_every_rule_of_the_key_table_is_used():
-    wanted = [renamed(key) for key in json.loads((DATA / "keys/vae_rgb.json").read_text())]
-    for _, own in KEY_TABLE:
-        pattern = re.sub(r"\\\{[nm]\\\}", r"\\d+", re.escape(own)).replace(r"\{p\}", "(weight|bias)")
-        assert any(re.fullmatch(pattern, key) for key in wanted), own
+def test_key_table_goes_both_ways_and_every_rule_is_used():
+    keys = list(json.loads((DATA / "keys/vae_rgb.json").read_text()))
+    assert [ours_to_official(KEY_TABLE, renamed(key)) for key in keys] == keys
+    for rule in KEY_TABLE:
+        assert any(official_to_ours((rule,), key) for key in keys), rule
 
 
 # --- whole network -----------------------------------------------------------------------------------------
@@ -241,7 +234,7 @@ def pair_of(reference, config):
     return ours
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_posterior_is_the_reference_one(dtype):
     """Clamping, mode, and the noise of a sample: exact, from the same moments."""
     config = tiny()
@@ -324,21 +317,18 @@ def test_causal_convolution(kernel, stride, lengths, dtype, tolerance):
     assert all(frames.shape[2] <= 2 for frames in past.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISE)
 @pytest.mark.parametrize("mode", ["downsample2d", "downsample3d", "upsample2d", "upsample3d"])
 @pytest.mark.parametrize("lengths", [(1,), (1, 4), (1, 2, 2, 2), (1, 4, 4)])
-def test_resample(mode, lengths, dtype):
-    in_time = mode.endswith("3d")
-    reference = official.QwenImageResample(6, mode)
+def test_resample(mode, lengths, dtype, tolerance):
+    """To the last digits in float64 too: rounded to float32 in upsampling, but both from the same values."""
+    reference, in_time = official.QwenImageResample(6, mode), mode.endswith("3d")
     if mode.startswith("down"):
         ours = vae.Downsample(6, in_time=in_time)
         prepare(ours, reference, "encoder.down_blocks.0", "encoder.down.0", 2, dtype)
-        tolerance = FP64
     else:
         ours = vae.Upsample(6, in_time=in_time)
         prepare(ours, reference, "decoder.up_blocks.0.upsamplers.0", "decoder.up.0.upsample", 2, dtype)
-        tolerance = FP64_CAST
-    tolerance = FP32 if dtype == torch.float32 else tolerance
     assert_close(*run_chunks(ours, reference, video(lengths, 21, dtype), 1), tolerance)
 
 

@@ -223,7 +223,7 @@ def test_replaced_attention_maps_have_their_effect(name):
 
 @torch.no_grad()
 def test_a_replacement_reaches_the_output_from_every_tap():
-    vae = make()
+    vae = make(dim_mult=(1, 2), temperal_downsample=(True,))
     wanted = run(vae, 5)
     for name in tap_names(vae):
         with taps(vae, {name: lambda x, _site: torch.flip(x, [-1]) * 0.9}):
