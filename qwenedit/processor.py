@@ -415,6 +415,10 @@ def _checked(
     if len(pictures) != len(prompts):
         raise ValueError(f"got pictures for {len(pictures)} prompts, wanted {len(prompts)}, a list for each")
     for row, of_prompt in enumerate(pictures):
-        if not isinstance(of_prompt, Sequence) or not all(isinstance(one, Image.Image) for one in of_prompt):
-            raise ValueError(f"the pictures of prompt {row} are {of_prompt!r}, wanted a list of PIL pictures")
+        if not isinstance(of_prompt, Sequence):
+            raise ValueError(
+                f"prompt {row} has a {type(of_prompt).__name__} for pictures, wanted a list of PIL pictures"
+            )
+        if others := [type(one).__name__ for one in of_prompt if not isinstance(one, Image.Image)]:
+            raise ValueError(f"prompt {row} has {', '.join(others)} for pictures, wanted PIL pictures")
     return list(zip(prompts, pictures, strict=True))

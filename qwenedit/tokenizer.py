@@ -48,7 +48,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     folder = Path(folder)
     file = folder / "tokenizer.json"
     if file.is_file():
-        read_json(file)  # what is not JSON is named as such
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more precise
@@ -60,14 +59,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
     config = read_json(folder / "tokenizer_config.json", optional=True)
     listed = read_json(folder / "added_tokens.json", optional=True)
+    special_map = read_json(folder / "special_tokens_map.json", optional=True)
     added: list[tuple[int, AddedToken]] = []
     try:
         if "added_tokens_decoder" in config:
             added = _added_tokens(config["added_tokens_decoder"])
         elif not file.is_file():
-            special_map = read_json(folder / "special_tokens_map.json", optional=True)
             added = _added_tokens_from_list(listed, {**config, **special_map})
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: the added tokens are not listed as they should be: {error!r}") from error
     for _, token in added:
         tokenizer.add_tokens([token])  # one by one: each gets the next free id
