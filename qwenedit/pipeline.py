@@ -380,9 +380,7 @@ class QwenImageEdit:
     def _embed(self, rows: list[Row], prompts: list[str], template: Template, branch: str) -> Prompt:
         """Prompts with their rows' pictures -> embeddings without the template's system part."""
         if self.vision_language is None:
-            raise ValueError(
-                "this pipeline was loaded without vision_language: it can only sample from a Conditioning"
-            )
+            raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
         pictures = None
         if rows[0].pictures:
             pictures = [
