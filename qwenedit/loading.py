@@ -7,16 +7,12 @@ tensor read, once, from the memory-mapped file into its place in the wanted dtyp
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,18 +31,18 @@ from qwenedit.checkpoints import (
     read_variant,
     resolve,
 )
+from qwenedit.configs import config_from, vision_language_config
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAE, VAEConfig
-from qwenedit.vision_language import VisionLanguage, VisionLanguageConfig
+from qwenedit.vision_language import VisionLanguage
 
 __all__ = [
-    "Report", "config_from", "describe", "load_network", "load_scheduler", "network_config",
+    "Report", "describe", "load_network", "load_scheduler", "network_config",
     "official_to_ours", "ours_to_official", "verify",
 ]  # fmt: skip
 
 KeyTable = tuple[tuple[str, str], ...]
-Config = TypeVar("Config")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,65 +53,22 @@ class _Network:
     module: type[nn.Module]
     table: KeyTable
     skipped: tuple[str, ...] = ()  # official keys that are known and not read
-    aliases: tuple[tuple[str, str], ...] = ()  # (regex, replacement): other namings -> the hub's
+    prefixes: tuple[tuple[str, str], ...] = ()  # of other namings, and what the hub has instead
+
+    def hub_key(self, key: str) -> str:
+        for prefix, ours in self.prefixes:
+            if key.startswith(prefix):
+                return ours + key.removeprefix(prefix)
+        return key
 
 
 NETWORKS = {
     "text_encoder": _Network(
-        VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_ALIASES
+        VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_PREFIXES
     ),
     "transformer": _Network(MMDiT, mmdit.KEY_TABLE),
     "vae": _Network(VAE, vae.KEY_TABLE),
 }
-
-
-def config_from(cls: type[Config], raw: Mapping[str, Any], what: str) -> Config:
-    """A config dataclass from a config.json.
-
-    Keys that start with "_" and those in `cls.IGNORED` have no effect; those in `cls.FIXED` must hold the
-    value that we assume, if they are there at all.
-
-    Raises:
-        ValueError: unknown or missing keys, values of the wrong type or unsupported ones; `what` names the
-        file.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    fixed: Mapping[str, Any] = cls.FIXED  # type: ignore[attr-defined]
-    ignored: Iterable[str] = cls.IGNORED  # type: ignore[attr-defined]
-    values = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
-    for key, wanted in fixed.items():
-        if key in values and values.pop(key) != wanted:
-            raise ValueError(f"{what}: {key} is {raw[key]!r}, wanted {wanted!r}: nothing else is supported")
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}")
-    missing = [
-        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}")
-    hints = typing.get_type_hints(cls)
-    try:
-        return cls(**{key: _typed(value, hints[key], f"{what}: {key}") for key, value in values.items()})
-    except ValueError as error:
-        raise error if str(error).startswith(what) else ValueError(f"{what}: {error}") from error
-
-
-def _typed(value: Any, hint: Any, what: str) -> Any:
-    """The value as its annotation has it: JSON lists become tuples, whole numbers may stand for floats."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        # False is how some files write "none"
-        return None if value is None or value is False else _typed(value, parts[0], what)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if parts[-1] is not Ellipsis and len(parts) != len(value):
-            raise ValueError(f"{what} is {value!r}, wanted {len(parts)} values")
-        return tuple(_typed(one, parts[0], what) for one in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{what} is {value!r}, wanted {getattr(hint, '__name__', hint)}")
-    return value
 
 
 def official_to_ours(table: KeyTable, key: str) -> str | None:
@@ -161,7 +114,7 @@ def network_config(folder: Path, component: str) -> Any:
     path = folder / component / "config.json"
     raw = read_json(path)
     if component == "text_encoder":
-        return VisionLanguageConfig.from_json(raw)
+        return vision_language_config(raw, str(path))
     return config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, str(path))
 
 
@@ -219,21 +172,24 @@ def _compare(
         module = network.module(config)
     wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
     found: dict[str, tuple[str, Path, TensorInfo]] = {}
+    known: set[str] = set()  # names that the files have, fitting or not
     skipped, unexpected, misshapen, unreadable = [], [], [], []
     for key, (path, info) in component_headers(folder / component).items():
-        hub_key = functools.reduce(lambda k, rule: re.sub(rule[0], rule[1], k), network.aliases, key)
+        hub_key = network.hub_key(key)
         name = official_to_ours(network.table, hub_key)
         if hub_key in network.skipped:
             skipped.append(key)
-        elif name is None or name not in wanted or name in found:
+            continue
+        if name is None or name not in wanted or name in known:
             unexpected.append(key)
-        elif info.shape != wanted[name]:
+            continue
+        known.add(name)
+        if info.shape != wanted[name]:
             misshapen.append(f"{key} {list(info.shape)}, wanted {list(wanted[name])}")
         elif info.dtype not in FLOATS:
             unreadable.append(f"{key} ({_name(info.dtype)})")
         else:
             found[name] = (key, path, info)
-    known = {*found, *(official_to_ours(network.table, x.split()[0]) for x in misshapen + unreadable)}
     dtypes: dict[str, int] = {}
     for _, _, info in found.values():
         dtypes[_name(info.dtype)] = dtypes.get(_name(info.dtype), 0) + 1

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qwenedit import mini, mmdit, vae, vision_language
+from qwenedit.configs import vision_language_config
 from qwenedit.loading import ours_to_official
 from qwenedit.mini import vocabulary
 
@@ -159,7 +160,7 @@ def build(folder: Path, seed: int = 0) -> None:
     )
     _dump(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **asdict(AUTOENCODER)})
 
-    language = vision_language.VisionLanguage(vision_language.VisionLanguageConfig.from_json(text_encoder))
+    language = vision_language.VisionLanguage(vision_language_config(text_encoder, "text_encoder"))
     _save(language, vision_language.KEY_TABLE, folder / "text_encoder" / "model.safetensors")
     weights = "diffusion_pytorch_model.safetensors"
     _save(mmdit.MMDiT(TRANSFORMER), mmdit.KEY_TABLE, folder / "transformer" / weights)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwenedit.configs import vision_language_config
 from qwenedit.loading import NETWORKS, ours_to_official
 from qwenedit.mmdit import MMDiTConfig
 from qwenedit.processor import ImageProcessorConfig, picture_patches, vae_pixels
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAEConfig
-from qwenedit.vision_language import VisionLanguageConfig, mrope_positions
+from qwenedit.vision_language import mrope_positions
 from tests.golden import models
 from tests.support import FP32, assert_close
 
@@ -45,7 +46,7 @@ def test_vae_on_five_frames():
 
 
 def test_text_encoder_and_its_positions():
-    encoder = build("text_encoder", VisionLanguageConfig.from_json(models.TEXT_ENCODER))
+    encoder = build("text_encoder", vision_language_config(models.TEXT_ENCODER, "config.json"))
     ids, mask = models.token_ids()
     patches = models.seeded("patches", sum(h * w for _, h, w in models.PATCH_GRIDS), 3 * 2 * 8 * 8)
     positions = mrope_positions(

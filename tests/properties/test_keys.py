@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qwenedit.checkpoints import VARIANTS
+from qwenedit.configs import config_from, vision_language_config
 from qwenedit.loading import (
     NETWORKS,
-    config_from,
     network_config,
     official_to_ours,
     ours_to_official,
@@ -17,7 +17,6 @@ from qwenedit.loading import (
 from qwenedit.mmdit import MMDiTConfig
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAEConfig
-from qwenedit.vision_language import VisionLanguageConfig
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())
@@ -27,7 +26,7 @@ SUPPORTED = [name for name in CONFIGS if name != "Qwen-Image-Layered"]
 def full_size(component, model="Qwen-Image-Edit-2511"):
     raw = CONFIGS[model][f"{component}/config.json"]
     if component == "text_encoder":
-        config = VisionLanguageConfig.from_json(raw)
+        config = vision_language_config(raw, component)
     else:
         config = config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, component)
     with torch.device("meta"):
