@@ -214,3 +214,11 @@ def test_official_width_at_cut_depth():
     layout = [([(3, 5, 9)], 4), ([(2, 4, 4), (1, 3, 6)], 7)]
     got, wanted = run_both(ours, reference, batch_of(config, layout, 2))
     assert_close(got, wanted, FP32)
+
+
+@given(config=configs(), layout=layouts, seed=st.integers(0, 1000))
+def test_bfloat16_is_equal_to_the_bit(config, layout, seed):
+    """Every cast is where the reference has it: nothing else would round alike."""
+    ours, reference = pair(config, seed, torch.bfloat16)
+    got, wanted = run_both(ours, reference, batch_of(config, layout, seed).to(torch.bfloat16))
+    assert torch.equal(got, wanted)

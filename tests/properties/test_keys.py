@@ -49,6 +49,17 @@ def test_the_table_is_a_bijection_onto_the_official_tensors(component, keys):
     assert all(ours_to_official(network.table, name) == key for key, name in renamed.items())
 
 
+def test_the_naming_of_transformers_5_is_the_same_tensors():
+    network = NETWORKS["text_encoder"]
+    hub, other = (
+        json.loads((DATA / "keys" / f"text_encoder_{name}.json").read_text())
+        for name in ("hub", "transformers5")
+    )
+    assert set(other) & set(hub) == set(network.skipped)  # everything else has another name
+    assert {network.hub_key(key): shape for key, shape in other.items()} == hub
+    assert all(network.hub_key(key) == key for key in hub)
+
+
 def test_every_rule_of_every_table_is_used():
     for component, keys in (
         ("transformer", "transformer"),
