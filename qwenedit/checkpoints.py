@@ -19,10 +19,17 @@ from qwenedit.geometry import Areas
 from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
 
 __all__ = [
-    "COMPONENTS", "DTYPES", "TensorInfo", "Variant", "component_headers", "download_plan",
+    "COMPONENTS", "DTYPES", "FLOATS", "TensorInfo", "Variant", "component_headers", "download_plan",
     "is_local", "read_areas", "read_header", "read_json",
     "read_variant", "resolve",
 ]  # fmt: skip
+
+FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)  # what weights may be stored and run in
 
 # The three networks: folder -> the class that its config must name.
 COMPONENTS = {

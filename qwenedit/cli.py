@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            options.run(options)
     except KeyboardInterrupt:
         print("qwenedit: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -46,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
+    """A warning in one line, without the line of Python that it came from."""
+    print(f"qwenedit: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
@@ -171,7 +179,9 @@ def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> Qw
 
     folder = mini.CHECKPOINT if options.model is None else resolve(options.model, options.revision)
     variant = read_variant(folder)
-    rows_of(options.prompt, pictures, variant, read_areas(folder, variant), options.height, options.width)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns
+        rows_of(options.prompt, pictures, variant, read_areas(folder, variant), options.height, options.width)
     pipe = load(
         folder,
         device=options.device,

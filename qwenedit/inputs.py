@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from qwenedit import geometry
-from qwenedit.checkpoints import Variant
+from qwenedit.checkpoints import FLOATS, Variant
 from qwenedit.geometry import Areas, Geometry
 from qwenedit.guidance import TrueCFG
 
-__all__ = ["Row", "check_output_type", "guidance_of", "negative_prompts", "rows_of"]
+__all__ = [
+    "Row", "check_output_type", "device_of", "dtype_of", "guidance_of", "negative_prompts",
+    "rows_of", "warn_of_float16",
+]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -52,6 +56,14 @@ def rows_of(
     for text, of_row in zip(prompts, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         rows.append(Row(text, of_row, geometry.plan(sizes, areas=areas, height=height, width=width)))
+    for row in rows:
+        plan = row.geometry
+        if plan.follows is not None and not plan.aligned:
+            warnings.warn(
+                f"the output's token grid {plan.grid[1:]} is not that of the picture it follows, "
+                f"{plan.pictures[plan.follows].grid[1:]}: positions are centred, so expect a shift or a zoom",
+                stacklevel=4,
+            )
     outputs = sorted({row.geometry.size for row in rows})
     if len(outputs) > 1:
         raise ValueError(
@@ -134,10 +146,40 @@ def guidance_of(scale: float, negative_prompt: str | Sequence[str] | None) -> Tr
         return TrueCFG(scale)
     if scale > 1:
         warnings.warn(
-            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=3
+            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=4
         )
     elif negative_prompt not in (None, " "):
         warnings.warn(
-            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=3
+            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=4
         )
     return None
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)  # a device may have a name here and no hardware
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error
+    return wanted
+
+
+def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, wanted float32, bfloat16, float16 or float64")
+    return named
+
+
+def warn_of_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        warnings.warn(
+            "float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16",
+            stacklevel=4,
+        )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from qwenedit import mini, mmdit, vae, vision_language
 from qwenedit.checkpoints import (
     COMPONENTS,
+    FLOATS,
     TensorInfo,
     Variant,
     component_headers,
@@ -33,17 +34,17 @@ from qwenedit.checkpoints import (
 )
 from qwenedit.configs import config_from, vision_language_config
 from qwenedit.mmdit import MMDiT, MMDiTConfig
+from qwenedit.processor import Processor
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAE, VAEConfig
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = [
-    "Report", "describe", "load_network", "load_scheduler", "network_config",
+    "Report", "check_together", "describe", "load_network", "load_scheduler", "network_config",
     "official_to_ours", "ours_to_official", "verify",
 ]  # fmt: skip
 
 KeyTable = tuple[tuple[str, str], ...]
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,37 @@ def network_config(folder: Path, component: str) -> Any:
     if component == "text_encoder":
         return vision_language_config(raw, str(path))
     return config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, str(path))
+
+
+def check_together(folder: Path, processor: Processor, *, pictures: bool) -> None:
+    """Do the components of a folder fit each other? They may have been put together by hand.
+
+    Raises:
+        ValueError: what does not fit; see also `config_from`.
+    """
+    text_encoder, transformer, vae_config = (network_config(folder, name) for name in COMPONENTS)
+    text, vision = text_encoder.text_config, text_encoder.vision_config
+    tokens = processor.tokenizer.get_vocab_size()
+    agree = [
+        ("transformer's joint_attention_dim", transformer.joint_attention_dim,
+         "text_encoder's hidden_size", text.hidden_size),
+        ("transformer's out_channels", transformer.out_channels, "vae's z_dim", vae_config.z_dim),
+        ("text_encoder's image_token_id", text_encoder.image_token_id,
+         "tokenizer's", processor.image_token_id),
+    ]  # fmt: skip
+    if pictures:
+        config = processor.config
+        agree += [
+            ("processor's patch_size", config.patch_size, "text_encoder's", vision.patch_size),
+            ("processor's merge_size", config.merge_size, "text_encoder's", vision.spatial_merge_size),
+            ("processor's temporal_patch_size", config.temporal_patch_size,
+             "text_encoder's", vision.temporal_patch_size),
+        ]  # fmt: skip
+    for what, got, other, wanted in agree:
+        if got != wanted:
+            raise ValueError(f"{folder}: the {what} is {got}, wanted the {other}, {wanted}")
+    if tokens > text.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokens} tokens, the text_encoder {text.vocab_size}")
 
 
 def load_scheduler(folder: Path) -> FlowMatchScheduler:

@@ -29,12 +29,15 @@ from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import (
     Row,
     check_output_type,
+    device_of,
+    dtype_of,
     guidance_of,
     negative_prompts,
     rows_of,
+    warn_of_float16,
 )
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
-from qwenedit.loading import FLOATS, load_network, load_scheduler
+from qwenedit.loading import check_together, load_network, load_scheduler
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import TEXT_TO_IMAGE, Processor, Template
 from qwenedit.sampler import NonFiniteError, Step, euler, predictor
@@ -111,7 +114,7 @@ class QwenImageEdit:
         for network in (self.vision_language, self.vae, self.mmdit):
             if network is not None:
                 network.to(*args, **kwargs)
-        _warn_of_float16(self.dtype)
+        warn_of_float16(self.dtype)
         return self
 
     def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
@@ -315,7 +318,7 @@ class QwenImageEdit:
         config = self.vae.config
         pixels = self.vae.decode(denormalise(raw, config.latents_mean, config.latents_std))[:, :, 0]
         _require_finite(pixels, "VAE decoder: the picture")
-        return (pixels * 0.5 + 0.5).clamp(0, 1)
+        return processor.denormalise_pixels(pixels)
 
     def _prepare(
         self,
@@ -441,14 +444,6 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _warn_of_float16(dtype: torch.dtype) -> None:
-    if dtype == torch.float16:
-        warnings.warn(
-            "float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16",
-            stacklevel=3,
-        )
-
-
 def load(
     source: str | os.PathLike[str] | None = None,
     *,
@@ -473,14 +468,15 @@ def load(
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit.
     """
-    device = _device(device)
-    dtype = _named_dtype(dtype, device)
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
     folder = mini.CHECKPOINT if source is None else resolve(source, revision)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
+    check_together(folder, tokens_and_patches, pictures=variant.max_pictures > 0)
     if dtype is not None:
-        _warn_of_float16(dtype)
+        warn_of_float16(dtype)
 
     def network(component: str) -> Any:
         return load_network(folder, component, device=device, dtype=dtype, progress=progress)
@@ -496,25 +492,3 @@ def load(
     )
     pipe.progress = progress
     return pipe
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        wanted = torch.device(device)
-        torch.empty(0, device=wanted)  # a device may have a name here and no hardware
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error
-    return wanted
-
-
-def _named_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else None
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if named not in FLOATS:
-        raise ValueError(f"dtype is {dtype!r}, wanted float32, bfloat16, float16 or float64")
-    return named

@@ -57,6 +57,14 @@ def test_edit_writes_a_picture_and_says_where(picture, capsys):
     assert os.listdir() == ["out.png"]
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(picture, capsys):
+    size = ("--height", 64, "--width", 32)
+    assert run("edit", picture, "make the circle red", "-o", "out.png", *size, *QUICK) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "embedded model" not in x]
+    assert line.startswith("qwenedit: warning: the output's token grid (4, 2) is not that of the picture")
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(picture):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("edit", picture, "x", "-o", f"{name}.png", "--seed", seed, *QUICK) == 0

@@ -292,3 +292,39 @@ def test_a_folder_of_official_size_is_verified_from_headers_alone(tmp_path):
     report = verify(tmp_path)
     assert report.ok
     assert [r.parameters for r in report.reports] == [8292166656 - 544997376, 20430401088, 126892531]
+
+
+@pytest.mark.parametrize(
+    "file, changes, message",
+    [
+        ("processor/preprocessor_config.json", dict(patch_size=14), "processor's patch_size is 14, wanted"),
+        ("processor/preprocessor_config.json", dict(merge_size=1), "processor's merge_size is 1, wanted"),
+        (
+            "text_encoder/config.json",
+            dict(image_token_id=5),
+            "text_encoder's image_token_id is 5, wanted the tok",
+        ),
+        (
+            "transformer/config.json",
+            dict(joint_attention_dim=64),
+            "joint_attention_dim is 64, wanted the text_enc",
+        ),
+        (
+            "transformer/config.json",
+            dict(in_channels=32, out_channels=8),
+            "out_channels is 8, wanted the vae's z_dim, 16",
+        ),
+    ],
+)
+def test_components_that_do_not_fit_each_other(folder, file, changes, message):
+    edit_json(folder / file, **changes)
+    with pytest.raises(ValueError, match=message):
+        qwenedit.load(folder, device="cpu", progress=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(folder):
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    config["text_config"]["vocab_size"] = 300
+    (folder / "text_encoder/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the text_encoder 300"):
+        qwenedit.load(folder, device="cpu", progress=False)

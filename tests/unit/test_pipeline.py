@@ -48,6 +48,7 @@ def run(pipe, *arguments, **options):
     return call(*arguments, **options).images
 
 
+@pytest.mark.filterwarnings("ignore:the output's token grid")
 def test_each_row_of_a_batch_equals_its_single_run(edit):
     images = [picture(64, 64, 10), picture(70, 70, 90), picture(100, 40, 170)]
     size = {"height": 64, "width": 64}
@@ -58,6 +59,7 @@ def test_each_row_of_a_batch_equals_its_single_run(edit):
     assert (whole[0] - whole[1]).abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:the output's token grid")
 def test_each_row_of_a_multi_picture_batch_equals_its_single_run(plus):
     """The reference refuses such a batch; here rows even differ in number and shapes of their pictures."""
     images = [
@@ -96,6 +98,7 @@ def test_one_picture_serves_every_prompt_and_is_encoded_once(edit):
     assert torch.equal(whole, run(edit, [[image], [image]], PROMPTS[:2], generator=generators(1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:the output's token grid")
 def test_the_forms_of_image_for_several_pictures(plus):
     images = [picture(64, 64, 10), picture(64, 32, 90)]
     flat = run(plus, images, PROMPTS[0], generator=generators(1))
@@ -199,6 +202,16 @@ def test_guidance_wants_both_a_scale_and_a_negative_prompt(edit):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(edit, image, PROMPTS[0], true_cfg_scale=1.0)
+
+
+def test_a_size_of_other_proportions_warns(edit):
+    with pytest.warns(
+        UserWarning, match=r"token grid \(2, 4\) is not that of the picture it follows, \(4, 4\)"
+    ):
+        run(edit, picture(64, 64, 10), PROMPTS[0], height=32, width=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(edit, picture(64, 64, 10), PROMPTS[0], height=64, width=64)
 
 
 A = picture(64, 64, 10)
