@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
-from qwenedit.tokenizer import _SPLIT, load_tokenizer
+from qwenedit.tokenizer import SPLIT, load_tokenizer
 
 __all__ = ["SPECIAL_TOKENS", "train", "write"]
 
@@ -48,7 +48,7 @@ def train() -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
