@@ -1,4 +1,4 @@
-"""The README's Python runs: blocks in order, in one namespace; those that need a download are only compiled."""
+"""The README's Python runs, block after block in one namespace; what needs a download is only compiled."""
 
 import re
 from pathlib import Path
