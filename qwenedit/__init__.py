@@ -9,8 +9,13 @@ result.images[0].save("out.png")
 
 __version__ = "0.1.0"
 
-from qwenedit.conditioning import Conditioning
-from qwenedit.pipeline import QwenImageEdit, Result, load
-from qwenedit.taps import scope, tap_names, taps
+import warnings
+
+with warnings.catch_warnings():
+    # torch says so where numpy is not installed, and nothing here needs numpy
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    from qwenedit.conditioning import Conditioning
+    from qwenedit.pipeline import QwenImageEdit, Result, load
+    from qwenedit.taps import scope, tap_names, taps
 
 __all__ = ["Conditioning", "QwenImageEdit", "Result", "load", "scope", "tap_names", "taps"]

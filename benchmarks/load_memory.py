@@ -1,0 +1,114 @@
+"""Peak memory of loading: `python benchmarks/load_memory.py [--gigabytes 3]`.
+
+Writes a synthetic transformer checkpoint in the official layout (a few blocks at the official width, random
+weights), loads it in a fresh process and compares the peak with what the design allows: the module's own
+bytes plus one tensor. The pages of the memory-mapped file are not counted: the kernel drops them at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qwenedit.loading import load_network, ours_to_official
+from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+
+OFFICIAL = dict(
+    patch_size=2, in_channels=64, out_channels=16, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=3584, guidance_embeds=False, axes_dims_rope=(16, 56, 56),
+)  # fmt: skip
+
+
+def write(folder: Path, blocks: int) -> None:
+    """One shard a block, as large checkpoints have them."""
+    (folder / "transformer").mkdir()
+    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": blocks, **OFFICIAL}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        state = MMDiT(MMDiTConfig(num_layers=blocks, **OFFICIAL)).state_dict()
+    shards: dict[str, list[str]] = {}
+    for name in state:
+        part = name.split(".")[1] if name.startswith("blocks.") else "rest"
+        shards.setdefault(f"diffusion_pytorch_model-{part}.safetensors", []).append(name)
+    weight_map = {}
+    for file, names in shards.items():
+        tensors = {
+            ours_to_official(KEY_TABLE, name): torch.randn(state[name].shape, dtype=torch.bfloat16)
+            for name in names
+        }
+        save_file(tensors, folder / "transformer" / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+
+
+def anonymous_bytes() -> int:
+    """Memory that this process owns: resident, without the pages of mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status: this benchmark needs Linux")
+
+
+def measure(folder: Path, dtype: str) -> dict[str, int | float]:
+    """Load the transformer and watch this process's own memory meanwhile."""
+    before = peak = anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    module = load_network(
+        folder, "transformer", device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=False
+    )
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    sizes = [x.nbytes for x in module.parameters()]
+    return {
+        "seconds": seconds,
+        "module": sum(sizes),
+        "largest": max(sizes),
+        "grown": max(peak, anonymous_bytes()) - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint, in bfloat16")
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(Path(options.measure[0]), options.measure[1])))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), max(1, round(options.gigabytes / 0.68)))
+        print(f"torch {torch.__version__}, CPU; MiB; allowed is the module plus its largest tensor")
+        for dtype in ("bfloat16", "float32"):
+            command = [sys.executable, __file__, "--measure", name, dtype]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seen = json.loads(out)
+            allowed = seen["module"] + seen["largest"]
+            print(
+                f"{dtype:9} module {seen['module'] >> 20}, largest tensor {seen['largest'] >> 20}, "
+                f"grown by {seen['grown'] >> 20} at most, allowed {allowed >> 20}, {seen['seconds']:.1f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
