@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from qwenedit.guidance import TrueCFG
 
 __all__ = [
     "Row", "check_output_type", "device_of", "dtype_of", "guidance_of", "negative_prompts",
-    "rows_of", "warn_of_float16",
+    "rows_of", "warn", "warn_of_float16",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -59,10 +60,9 @@ def rows_of(
     for row in rows:
         plan = row.geometry
         if plan.follows is not None and not plan.aligned:
-            warnings.warn(
+            warn(
                 f"the output's token grid {plan.grid[1:]} is not that of the picture it follows, "
-                f"{plan.pictures[plan.follows].grid[1:]}: positions are centred, so expect a shift or a zoom",
-                stacklevel=4,
+                f"{plan.pictures[plan.follows].grid[1:]}: positions are centred, so expect a shift or a zoom"
             )
     outputs = sorted({row.geometry.size for row in rows})
     if len(outputs) > 1:
@@ -145,13 +145,9 @@ def guidance_of(scale: float, negative_prompt: str | Sequence[str] | None) -> Tr
     if scale > 1 and negative_prompt is not None:
         return TrueCFG(scale)
     if scale > 1:
-        warnings.warn(
-            f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided", stacklevel=4
-        )
+        warn(f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided")
     elif negative_prompt not in (None, " "):
-        warnings.warn(
-            f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided", stacklevel=4
-        )
+        warn(f"a negative_prompt is given, but at true_cfg_scale {scale} the run is unguided")
     return None
 
 
@@ -179,7 +175,12 @@ def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dty
 
 def warn_of_float16(dtype: torch.dtype) -> None:
     if dtype == torch.float16:
-        warnings.warn(
-            "float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16",
-            stacklevel=4,
-        )
+        warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's own line: however deep in this package and torch's wrappers we are."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("qwenedit", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=depth)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from qwenedit.inputs import (
     guidance_of,
     negative_prompts,
     rows_of,
+    warn,
     warn_of_float16,
 )
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
@@ -135,10 +135,9 @@ class QwenImageEdit:
         if prompt is None:
             raise ValueError("prompt is None, wanted a string or a list of strings")
         if guidance_scale not in (None, 1.0):
-            warnings.warn(
+            warn(
                 "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
-                "pass true_cfg_scale",
-                stacklevel=2,
+                "pass true_cfg_scale"
             )
         if image is None:
             return self.generate(prompt, **options)

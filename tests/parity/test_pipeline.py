@@ -65,6 +65,7 @@ def test_generate_works_with_an_editing_checkpoint(kind):
     compare(ours, text_only, None, PROMPT, height=64, width=48)
 
 
+@pytest.mark.filterwarnings("ignore:the output's token grid")
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 @pytest.mark.parametrize(
     "size, options",
@@ -99,6 +100,7 @@ def test_edit_plus(zero_cond_t, sizes, options):
     compare(ours, reference, images, CHINESE, **options)
 
 
+@pytest.mark.filterwarnings("ignore:the output's token grid")
 def test_edit_plus_with_one_picture_not_in_a_list_and_a_size():
     ours, reference = both("plus")
     compare(ours, reference, picture(70, 50), PROMPT, height=48, width=112)
