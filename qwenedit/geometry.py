@@ -32,6 +32,7 @@ Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _MULTIPLE = 32  # the official pipelines round every side that follows from an area to this
+_LONGEST = 200  # times as long as it is wide: what `smart_resize` takes, here as in the reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ def plan(
 
     Raises:
         ValueError: a height or width that is not a positive multiple of a token's side (the message names the
-            next one), a picture too long to be resized, or several pictures where one is edited.
+            next one), a picture over 200 times as long as it is wide, or several pictures where one is edited.
     Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
         `QwenImagePipeline.__call__`. These round a given size down; we refuse it.
     """
@@ -265,8 +266,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """
     if min(height, width) < 1:
         raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"the picture is {width}x{height}, wanted a ratio of its sides of at most 200")
+    if _length((width, height)) > _LONGEST:
+        raise ValueError(
+            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
+        )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)
@@ -288,10 +291,24 @@ def _picture(size: Size, areas: Areas, token: int) -> Picture:
     width, height = size
     if min(width, height) < 1:
         raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
+    if _length(size) > _LONGEST:
+        raise ValueError(
+            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
+        )
     ratio = width / height
     vae = fit_area(areas.vae, ratio)
     vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
+    if _length(vl) > _LONGEST:  # rounding to multiples made it longer
+        raise ValueError(
+            f"the picture is {width}x{height}, which the language model would see at {vl[0]}x{vl[1]}, wanted "
+            f"a ratio of its sides of at most {_LONGEST}"
+        )
     return Picture(size=(width, height), vae=vae, vl=vl, token=token)
+
+
+def _length(size: Size) -> float:
+    """The longer side in multiples of the shorter one."""
+    return max(size) / min(size)
 
 
 def _checked(name: str, value: int, token: int) -> int:

@@ -127,9 +127,26 @@ def test_the_output_follows_a_picture_that_is_there(follow):
 def test_a_picture_too_long_for_its_area_is_refused(ratio):
     with pytest.raises(ValueError, match=r"ratio of width to height .* wanted no side of 0"):
         fit_area(1024 * 1024, ratio)
-    size = (5000, 1) if ratio > 1 else (1, 5000)
+    size = (150, 1) if ratio > 1 else (1, 150)
     with pytest.raises(ValueError, match="wanted no side of 0"):
-        plan([size], areas=EDIT)
+        plan([size], areas=MINI)
+
+
+@pytest.mark.parametrize("areas", [EDIT, EDIT_PLUS], ids=["Edit", "Edit-Plus"])
+@pytest.mark.parametrize("size", [(2010, 10), (10, 2010), (2500, 10), (201, 1)])
+def test_a_picture_over_200_times_as_long_as_wide_is_refused_by_its_own_size(areas, size):
+    message = f"the picture is {size[0]}x{size[1]}, wanted a ratio of its sides of at most 200"
+    with pytest.raises(ValueError, match=message):
+        plan([size], areas=areas)
+
+
+def test_a_picture_that_rounding_makes_too_long_is_refused_by_both_sizes():
+    """195 is fine; 14304 / 64 is not, and it is what the language model would be given."""
+    message = "the picture is 1950x10, which the language model would see at 14304x64, wanted a ratio"
+    with pytest.raises(ValueError, match=message):
+        plan([(1950, 10)], areas=EDIT)
+    assert plan([(1950, 10)], areas=EDIT_PLUS).pictures[0].vl == (5376, 32)
+    assert plan([(2000, 10)], areas=EDIT_PLUS).pictures[0].vl == (5440, 32)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])
