@@ -53,6 +53,11 @@ class FlowMatchScheduler:
         if self.num_train_timesteps != 1000:
             got = self.num_train_timesteps
             raise ValueError(f"num_train_timesteps is {got}, wanted 1000: the transformer embeds 1000 sigma")
+        if self.base_image_seq_len == self.max_image_seq_len:
+            got = self.base_image_seq_len
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {got}, wanted two numbers")
+        if self.shift_terminal and not 0 < self.shift_terminal < 1:
+            raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
 
     def mu(self, tokens: int) -> float:
         """The resolution's shift: linear in the number of target tokens, through (base) and (max) of the
@@ -75,22 +80,33 @@ class FlowMatchScheduler:
         stretch is 0/0 and its sigma NaN; ours stays 1.
 
         Raises:
-            ValueError: no steps, or custom sigmas that are not falling within (0, 1] or not `steps` many.
+            ValueError: no steps, custom sigmas that are not falling within (0, 1] or not `steps` many, or
+                sigmas so close that float32 or the shift makes them equal.
         """
-        if steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}, wanted at least 1")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
         plain = _even(steps) if custom is None else _checked(custom, steps)
         t = torch.tensor(plain, dtype=torch.float32)
         t = self._shifted(t, tokens)
         if self.shift_terminal:
             t = _stretched(t, self.shift_terminal)
-        return [*t.tolist(), 0.0]
+        sigmas = [*t.tolist(), 0.0]
+        if not all(a > b for a, b in pairwise(sigmas)):
+            raise ValueError(
+                f"{steps} sigmas for {tokens} tokens no longer fall strictly when shifted and rounded to "
+                "float32, wanted fewer, or further apart"
+            )
+        return sigmas
 
     def _shifted(self, t: Tensor, tokens: int) -> Tensor:
         if not self.use_dynamic_shifting:
             return self.shift * t / (1 + (self.shift - 1) * t)
         mu = self.mu(tokens)
-        factor = torch.tensor(math.exp(mu) if self.time_shift_type == "exponential" else mu, dtype=t.dtype)
+        try:
+            shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
+        except OverflowError:
+            raise ValueError(f"{tokens} tokens are too many for the schedule: its shift overflows") from None
+        factor = torch.tensor(shift, dtype=t.dtype)
         one = torch.ones_like(t)  # a true division: `1 / t` would be a reciprocal and a product
         return factor / (factor + (one / t - 1))
 
@@ -104,9 +120,12 @@ def _even(steps: int) -> list[float]:
 
 
 def _checked(custom: Sequence[float], steps: int) -> list[float]:
-    if len(custom) != steps:
-        raise ValueError(f"got {len(custom)} sigmas for {steps} steps, wanted as many (the final 0 is added)")
-    sigmas = [float(sigma) for sigma in custom]
+    try:
+        sigmas = [float(sigma) for sigma in custom]
+    except (TypeError, ValueError):
+        raise ValueError(f"sigmas are {custom!r}, wanted falling numbers within (0, 1]") from None
+    if len(sigmas) != steps:
+        raise ValueError(f"got {len(sigmas)} sigmas for {steps} steps, wanted as many (the final 0 is added)")
     falling = all(a > b for a, b in pairwise(sigmas))
     if not falling or not 0 < sigmas[-1] <= sigmas[0] <= 1:
         raise ValueError(f"sigmas are {sigmas}, wanted strictly falling numbers within (0, 1]")

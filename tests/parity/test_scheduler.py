@@ -135,3 +135,18 @@ def test_the_loop_equals_the_reference_bit_by_bit(dtype, guided, seed, scale):
     for step in euler(predict, latents, sigmas, TrueCFG(scale)):
         ours = step.after
     assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"shift_terminal": 1.0}, r"shift_terminal is 1\.0, wanted a number between 0 and 1"),
+        ({"shift_terminal": -0.1}, r"shift_terminal is -0\.1"),
+        ({"max_image_seq_len": 256}, "base_image_seq_len and max_image_seq_len are both 256"),
+        ({"time_shift_type": "cosine"}, "time_shift_type is 'cosine'"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps is 500, wanted 1000"),
+    ],
+)
+def test_configs_without_meaning_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatchScheduler(**{**OFFICIAL, **changes})
