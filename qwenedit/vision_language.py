@@ -292,7 +292,7 @@ def mrope_positions(
     Shapes: `input_ids`, `attention_mask` (B, T) -> (3, B, T) long; grids in the order of the rows' pictures.
     Raises: ValueError where runs of image tokens do not fit the grids.
     Source: `Qwen2_5_VLModel.get_rope_index`, which looks for pictures behind `<|vision_start|>`; we take
-        every image token for one, and the counts must agree.
+        every image token for one, and the counts must agree. Without any grid, image tokens are text.
 
     +-- positions -----------------------------------------------------------------------------------------+
     | text     one number for all three, one more a token; padding is not counted, and has 1               |
@@ -310,7 +310,7 @@ def mrope_positions(
         places: list[Grid] = []
         start = 0
         while (at := len(places)) < len(tokens):
-            if tokens[at] != image_token_id:
+            if tokens[at] != image_token_id or not grids:
                 places.append((start, start, start))
                 start += 1
                 continue
