@@ -19,13 +19,18 @@ from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
 from qwenedit.taps import current_labels, scope
 
-__all__ = ["NonFiniteError", "Predict", "Step", "euler", "predictor"]
+__all__ = ["NonFiniteError", "Predict", "Step", "euler", "predictor", "require_finite"]
 
 Predict = Callable[[Tensor, float], "tuple[Tensor, Tensor | None]"]  # latents, sigma -> cond, uncond
 
 
 class NonFiniteError(ArithmeticError):
     """A tensor of the run holds NaN or infinity; the message names the component and the step."""
+
+
+def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
+    if not torch.isfinite(x).all():
+        raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
 
 class Step:
@@ -36,7 +41,8 @@ class Step:
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
         velocity: what the step moves along: `cond`, guided where there is an `uncond`. It follows what is
-            written into `cond` or `uncond`, until it is written itself.
+            written into `cond` or `uncond`, until it is written itself. Where guidance makes NaN or infinity,
+            reading it raises NonFiniteError.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
         after: the latents at `sigma_next`.
     """
@@ -83,6 +89,11 @@ class Step:
                 self._velocity = self._cond
             else:
                 self._velocity = self._guidance(self._cond, self._uncond)
+                require_finite(
+                    self._velocity,
+                    f"guidance: the guided velocity at step {self.index}, sigma {self.sigma:.4f},",
+                    "the predictions cancel out, or overflow",
+                )
         return self._velocity
 
     @velocity.setter
@@ -128,11 +139,12 @@ def predictor(mmdit: MMDiT, conditioning: Conditioning, *, guided: bool) -> Pred
     another, so that each row is computed as it would be alone.
 
     Raises:
-        ValueError: `guided` without a negative prompt.
+        ValueError: `guided` without a negative prompt, or a conditioning of another model's widths.
         NonFiniteError: while predicting, a velocity with NaN or infinity.
     """
     if guided and conditioning.negative is None:
         raise ValueError("guidance is on, but the conditioning has no negative prompt")
+    _require_widths(conditioning, mmdit)
     groups = list(conditioning.groups())
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
@@ -149,6 +161,21 @@ def predictor(mmdit: MMDiT, conditioning: Conditioning, *, guided: bool) -> Pred
     return predict
 
 
+def _require_widths(conditioning: Conditioning, mmdit: MMDiT) -> None:
+    prompts = [conditioning.prompt] + ([conditioning.negative] if conditioning.negative else [])
+    for what, tensors, wanted in (
+        ("prompt embeddings", [prompt.embeds for prompt in prompts], mmdit.config.joint_attention_dim),
+        (
+            "reference latents",
+            [x for row in conditioning.reference_latents for x in row],
+            mmdit.config.in_channels,
+        ),
+    ):
+        for x in tensors:
+            if x.shape[-1] != wanted:
+                raise ValueError(f"{what} are {x.shape[-1]} wide, wanted {wanted}: is it another model's?")
+
+
 def _velocity(mmdit: MMDiT, group: RowGroup, branch: str, latents: Tensor, timestep: Tensor) -> Tensor:
     prompt = group.prompt if branch == "cond" else group.negative
     assert prompt is not None
@@ -158,11 +185,11 @@ def _velocity(mmdit: MMDiT, group: RowGroup, branch: str, latents: Tensor, times
     with scope(branch=branch, layout=layout, rows=group.rows):
         velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
     target = velocity[:, layout.target]  # the prediction for the reference tokens is dropped
-    if not torch.isfinite(target).all():
-        labels = current_labels()
-        where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
-        raise NonFiniteError(
-            f"transformer: the {branch} velocity has NaN or infinity at {where}; look for it in the "
-            "weights and the conditioning, or, in float16, for an overflow"
-        )
+    labels = current_labels()
+    where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
+    require_finite(
+        target,
+        f"transformer: the {branch} velocity at {where}",
+        "look for it in the weights and the conditioning, or, in float16, for an overflow",
+    )
     return target

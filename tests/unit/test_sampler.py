@@ -186,6 +186,21 @@ def test_nan_names_component_branch_and_step(mmdit):
             next(loop)
 
 
+def test_nan_of_the_guidance_is_not_blamed_on_the_next_prediction():
+    """Predictions that cancel out: the reference's rescaling is 0 / 0."""
+    loop = euler(lambda latents, _: (0 * latents, 0 * latents), LATENTS, SIGMAS, TrueCFG(4.0))
+    step = next(loop)
+    with pytest.raises(NonFiniteError, match=r"guidance: the guided velocity at step 0, sigma 1\.0000"):
+        next(loop)
+    assert torch.equal(step.cond, 0 * LATENTS)  # what it was made of can still be read
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), None, "4"])
+def test_a_guidance_scale_is_a_finite_number(scale):
+    with pytest.raises(ValueError, match=f"true_cfg_scale is {scale!r}, wanted a finite number"):
+        TrueCFG(scale)
+
+
 def test_the_timestep_is_rounded_where_the_reference_rounds():
     seen = []
     sigma = 0.87327
