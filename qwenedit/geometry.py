@@ -209,7 +209,7 @@ def plan(
 
     Raises:
         ValueError: a height or width that is not a positive multiple of a token's side (the message names the
-            next one), a picture over 200 times as long as it is wide, or several pictures where one is edited.
+            next one), a picture over 200 times as long as it is wide, several pictures where one is edited.
     Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
         `QwenImagePipeline.__call__`. These round a given size down; we refuse it.
     """

@@ -13,12 +13,13 @@ from PIL import Image
 
 from qwenedit import geometry
 from qwenedit.checkpoints import FLOATS, Variant
-from qwenedit.geometry import Areas, Geometry
+from qwenedit.geometry import Areas, Geometry, Picture
 from qwenedit.guidance import TrueCFG
+from qwenedit.processor import check_prompt
 
 __all__ = [
-    "Row", "check_output_type", "device_of", "dtype_of", "guidance_of", "negative_prompts",
-    "rows_of", "warn", "warn_of_float16",
+    "Row", "check_count", "check_output_type", "device_of", "dtype_of", "guidance_of", "rows_of", "warn",
+    "warn_of_float16",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -26,15 +27,22 @@ OUTPUT_TYPES = ("pil", "pt", "latent")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt with its pictures and all their sizes."""
+    """One prompt with its negative prompt, its pictures and all their sizes."""
 
     prompt: str
+    negative: str | None
     pictures: list[Image.Image]
     geometry: Geometry
+
+    @property
+    def planned(self) -> list[tuple[Image.Image, Picture]]:
+        """Each picture with its sizes."""
+        return list(zip(self.pictures, self.geometry.pictures, strict=True))
 
 
 def rows_of(
     prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
     image: Any,
     variant: Variant,
     areas: Areas,
@@ -48,15 +56,19 @@ def rows_of(
     Raises:
         ValueError: bad input; what, got, wanted.
     """
-    prompts = _prompts(prompt)
+    prompts = _prompts("prompt", prompt, illustrated=image is not None)
+    negatives: list[str] | list[None] = [None] * len(prompts)
+    if negative_prompt is not None:
+        negatives = _negatives(negative_prompt, len(prompts), illustrated=image is not None)
     if image is None:
         pictures: list[list[Image.Image]] = [[] for _ in prompts]
     else:
         pictures = _pictures(image, len(prompts), variant)
     rows = []
-    for text, of_row in zip(prompts, pictures, strict=True):
+    for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
-        rows.append(Row(text, of_row, geometry.plan(sizes, areas=areas, height=height, width=width)))
+        plan = geometry.plan(sizes, areas=areas, height=height, width=width)
+        rows.append(Row(text, negative, of_row, plan))
     for row in rows:
         plan = row.geometry
         if plan.follows is not None and not plan.aligned:
@@ -78,18 +90,22 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
-def _prompts(prompt: str | Sequence[str]) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("prompt is an empty list, wanted at least one prompt")
+def check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+
+
+def _prompts(name: str, value: str | Sequence[str], *, illustrated: bool) -> list[str]:
+    if not isinstance(value, Sequence) or not (isinstance(value, str) or value):
+        raise ValueError(f"{name} is {_describe(value)}, wanted a string or a list of at least one")
+    prompts = [value] if isinstance(value, str) else list(value)
     for one in prompts:
-        if not isinstance(one, str):
-            raise ValueError(f"a prompt is {type(one).__name__}, wanted a string")
+        check_prompt(one, illustrated=illustrated)
     return prompts
 
 
-def negative_prompts(negative_prompt: str | Sequence[str], batch: int) -> list[str]:
-    negatives = _prompts(negative_prompt)
+def _negatives(value: str | Sequence[str], batch: int, *, illustrated: bool) -> list[str]:
+    negatives = _prompts("negative_prompt", value, illustrated=illustrated)
     if len(negatives) == 1:
         return negatives * batch
     if len(negatives) != batch:
@@ -117,7 +133,9 @@ def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image
                 f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one a prompt"
             )
     else:
-        pictures = [list(one) if isinstance(one, Sequence) else [one] for one in image]
+        pictures = [
+            [one] if isinstance(one, str) or not isinstance(one, Sequence) else list(one) for one in image
+        ]
         if len(pictures) != batch:
             raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
     for of_row in pictures:
@@ -140,10 +158,15 @@ def _describe(value: Any) -> str:
     )
 
 
-def guidance_of(scale: float, negative_prompt: str | Sequence[str] | None) -> TrueCFG | None:
-    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip."""
+def guidance_of(scale: float, negative_prompt: object) -> TrueCFG | None:
+    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip.
+
+    Raises:
+        ValueError: the scale is no finite number.
+    """
+    guidance = TrueCFG(scale)
     if scale > 1 and negative_prompt is not None:
-        return TrueCFG(scale)
+        return guidance
     if scale > 1:
         warn(f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided")
     elif negative_prompt not in (None, " "):

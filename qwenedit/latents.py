@@ -98,7 +98,12 @@ def initial_noise(
     """
     _, rows, columns = grid
     shape = (1, channels, 2 * rows, 2 * columns)
-    generators = [generator] if generator is None or isinstance(generator, Generator) else list(generator)
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    for one in generators:
+        if one is not None and not isinstance(one, Generator):
+            raise ValueError(
+                f"a generator is {type(one).__name__}, wanted a torch.Generator, or a list of them"
+            )
     if isinstance(generator, Sequence) and len(generators) != batch:
         raise ValueError(
             f"got {len(generators)} generators, wanted one, or a list of {batch}, one for each row"

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,36 +19,35 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import __version__, mini, processor
+from qwenedit import mini, processor
 from qwenedit.checkpoints import Variant, read_areas, read_variant, resolve
-from qwenedit.conditioning import Conditioning, Prompt
+from qwenedit.conditioning import Conditioning
+from qwenedit.encoding import encode_rows
 from qwenedit.geometry import Areas
 from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import (
     Row,
+    check_count,
     check_output_type,
     device_of,
     dtype_of,
     guidance_of,
-    negative_prompts,
     rows_of,
     warn,
     warn_of_float16,
 )
-from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
+from qwenedit.latents import denormalise, initial_noise, unpack
 from qwenedit.loading import check_together, load_network, load_scheduler
 from qwenedit.mmdit import Grid, MMDiT
-from qwenedit.processor import TEXT_TO_IMAGE, Processor, Template
-from qwenedit.sampler import NonFiniteError, Step, euler, predictor
+from qwenedit.processor import Processor
+from qwenedit.sampler import Step, euler, predictor, require_finite
 from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.taps import scope
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = ["QwenImageEdit", "Result", "load"]
 
-Size = tuple[int, int]  # width, height, as in PIL
-MAX_SEQUENCE_LENGTH = 512  # tokens of a text-to-image prompt
+MAX_TOKENS = 512  # of a text-to-image prompt, unless the caller wants another number
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,23 +185,12 @@ class QwenImageEdit:
             batches for the multi-picture variants, and shows pictures in a list to Edit's language model at
             their own size) and in refusing sizes that it would round.
         """
-        check_output_type(output_type)
-        rows = rows_of(prompt, image, self.variant, self.areas, height, width)
-        run = self._prepare(
-            rows[0].geometry.grid,
-            len(rows) * num_images_per_prompt,
-            num_inference_steps,
-            sigmas,
-            generator,
-            latents,
-        )
-        guidance = guidance_of(true_cfg_scale, negative_prompt)
-        negative_prompt = negative_prompt if guidance else None
-        conditioning = self._condition(rows, self.variant.template, negative_prompt).repeat(
-            num_images_per_prompt
-        )
-        steps = self._steps(conditioning, run, guidance)
-        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+        if image is None:
+            raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
+        return self._run(
+            image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
+            generator, num_images_per_prompt, latents, output_type,
+        )  # fmt: skip
 
     @torch.no_grad()
     def generate(
@@ -228,21 +215,10 @@ class QwenImageEdit:
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
-        check_output_type(output_type)
-        rows = rows_of(prompt, None, self.variant, self.areas, height, width)
-        run = self._prepare(
-            rows[0].geometry.grid,
-            len(rows) * num_images_per_prompt,
-            num_inference_steps,
-            sigmas,
-            generator,
-            latents,
-        )
-        guidance = guidance_of(true_cfg_scale, negative_prompt)
-        negative_prompt = negative_prompt if guidance else None
-        conditioning = self._condition(rows, TEXT_TO_IMAGE, negative_prompt).repeat(num_images_per_prompt)
-        steps = self._steps(conditioning, run, guidance)
-        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+        return self._run(
+            None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
+            generator, num_images_per_prompt, latents, output_type,
+        )  # fmt: skip
 
     @torch.no_grad()
     def condition(
@@ -259,10 +235,8 @@ class QwenImageEdit:
         Save it, and the run can be repeated without the text encoder and the VAE's encoder:
         `pipe.sample(Conditioning.load("edit.safetensors"))`.
         """
-        template = TEXT_TO_IMAGE if image is None else self.variant.template
-        return self._condition(
-            rows_of(prompt, image, self.variant, self.areas, height, width), template, negative_prompt
-        )
+        rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
+        return self._condition(rows, guided=negative_prompt is not None)
 
     def steps(
         self,
@@ -281,9 +255,8 @@ class QwenImageEdit:
         run = self._prepare(
             conditioning.target_grid, conditioning.batch, num_inference_steps, sigmas, generator, latents
         )
-        guidance = (
-            TrueCFG(true_cfg_scale) if true_cfg_scale > 1 and conditioning.negative is not None else None
-        )
+        # " " is what a negative prompt is by default: unguided, it needs no warning
+        guidance = guidance_of(true_cfg_scale, None if conditioning.negative is None else " ")
         return self._steps(conditioning, run, guidance)
 
     @torch.no_grad()
@@ -313,11 +286,36 @@ class QwenImageEdit:
     @torch.no_grad()
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
-        raw = unpack(latents, grid).to(_dtype(self.vae))
+        raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
         config = self.vae.config
         pixels = self.vae.decode(denormalise(raw, config.latents_mean, config.latents_std))[:, :, 0]
-        _require_finite(pixels, "VAE decoder: the picture")
+        require_finite(pixels, "VAE decoder: the picture")
         return processor.denormalise_pixels(pixels)
+
+    def _run(
+        self,
+        image: Any,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None,
+        true_cfg_scale: float,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+        height: int | None,
+        width: int | None,
+        generator: Generator | Sequence[Generator] | None,
+        num_images_per_prompt: int,
+        latents: Tensor | None,
+        output_type: str,
+    ) -> Result:
+        """What `edit` and, with None for an image, `generate` do."""
+        check_output_type(output_type)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
+        grid, batch = rows[0].geometry.grid, len(rows) * num_images_per_prompt
+        run = self._prepare(grid, batch, num_inference_steps, sigmas, generator, latents)
+        guidance = guidance_of(true_cfg_scale, negative_prompt)
+        conditioning = self._condition(rows, guided=guidance is not None).repeat(num_images_per_prompt)
+        return self._finish(self._steps(conditioning, run, guidance), num_inference_steps, grid, output_type)
 
     def _prepare(
         self,
@@ -329,8 +327,6 @@ class QwenImageEdit:
         latents: Tensor | None,
     ) -> tuple[Tensor, list[float]]:
         """Noise and schedule of a run: cheap, so bad input shows before any network runs."""
-        if batch < 1:
-            raise ValueError(f"num_images_per_prompt makes a batch of {batch}, wanted at least 1")
         tokens = grid[1] * grid[2]
         schedule = self.scheduler.sigmas(steps, tokens, sigmas)
         channels = self.mmdit.config.out_channels
@@ -340,81 +336,27 @@ class QwenImageEdit:
             )
         else:
             wanted = (batch, tokens, self.mmdit.config.in_channels)
-            if tuple(latents.shape) != wanted:
-                raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted {wanted}")
+            if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
+                got = (
+                    f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+                )
+                raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
             noise = latents.to(self.device, self.dtype)
         return noise, schedule
 
-    def _condition(
-        self, rows: list[Row], template: Template, negative_prompt: str | Sequence[str] | None
-    ) -> Conditioning:
-        prompts = [row.prompt for row in rows]
-        negatives = None if negative_prompt is None else negative_prompts(negative_prompt, len(rows))
-        prompt = self._embed(rows, prompts, template, "cond")
-        negative = None if negatives is None else self._embed(rows, negatives, template, "uncond")
-        encoded: dict[tuple[int, Size], Tensor] = {}  # a picture that several rows share is encoded once
-        latents = []
-        for row in rows:
-            for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True):
-                key = (id(picture), plan.vae)
-                if key not in encoded:
-                    encoded[key] = self._encode(picture, plan.vae)
-            latents.append(
-                tuple(
-                    encoded[id(picture), plan.vae]
-                    for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True)
-                )
-            )
-        return Conditioning(
-            prompt=prompt,
-            negative=negative,
-            target_grid=rows[0].geometry.grid,
-            reference_latents=tuple(latents),
-            reference_grids=tuple(tuple(plan.grid for plan in row.geometry.pictures) for row in rows),
-            provenance={
-                "qwenedit": __version__,
-                "variant": self.variant.name,
-                "prompt": json.dumps(prompts, ensure_ascii=False),
-                "negative_prompt": json.dumps(negatives, ensure_ascii=False),
-            },
-        )
-
-    def _embed(self, rows: list[Row], prompts: list[str], template: Template, branch: str) -> Prompt:
-        """Prompts with their rows' pictures -> embeddings without the template's system part."""
+    def _condition(self, rows: list[Row], *, guided: bool, max_tokens: int = MAX_TOKENS) -> Conditioning:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-        pictures = None
-        if rows[0].pictures:
-            pictures = [
-                [
-                    processor.resize_rgb(picture, *plan.vl)
-                    for picture, plan in zip(row.pictures, row.geometry.pictures, strict=True)
-                ]
-                for row in rows
-            ]
-        batch = self.processor(prompts, pictures, template)
-        device = next(self.vision_language.parameters()).device
-        mask = batch.attention_mask.to(device)
-        pixels = None if batch.pixel_values is None else batch.pixel_values.to(device)
-        with scope(branch=branch):
-            embeds = self.vision_language(batch.input_ids.to(device), mask, pixels, batch.image_grid_thw)
-        kept = [embeds[row][mask[row].bool()][batch.drop_index :] for row in range(len(rows))]
-        if template is TEXT_TO_IMAGE:
-            kept = [x[:MAX_SEQUENCE_LENGTH] for x in kept]
-        _require_finite(torch.cat(kept), f"text encoder: the embeddings of the {branch} prompt")
-        lengths = torch.tensor([len(x) for x in kept], device=device)
-        padded = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device, self.dtype)
-        real = torch.arange(padded.shape[1], device=device) < lengths[:, None]
-        return Prompt(padded, None if real.all() else real.to(self.device))
-
-    def _encode(self, picture: Image.Image, size: Size) -> Tensor:
-        """A picture -> normalised packed latents (S, 64), from the posterior's mode."""
-        vae = next(self.vae.parameters())
-        pixels = processor.vae_pixels(picture, *size)[:, :, None].to(vae.device, vae.dtype)
-        raw = self.vae.encode(pixels).mode()
-        _require_finite(raw, "VAE encoder: the latents of a picture")
-        latents = normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std)
-        return pack(latents)[0].to(self.device, self.dtype)
+        conditioning = encode_rows(
+            rows,
+            guided=guided,
+            max_tokens=max_tokens,
+            variant=self.variant,
+            processor=self.processor,
+            vision_language=self.vision_language,
+            vae=self.vae,
+        )
+        return conditioning.to(self.device, self.dtype)
 
     def _steps(
         self, conditioning: Conditioning, run: tuple[Tensor, list[float]], guidance: TrueCFG | None
@@ -427,20 +369,11 @@ class QwenImageEdit:
         """Take all steps, under a progress bar, and make the result."""
         for step in tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True):
             latents = step.after
-        _require_finite(latents, "sampler: the final latents")
+        require_finite(latents, "sampler: the final latents")
         if output_type == "latent":
             return Result(latents)
         pixels = self.decode(latents, grid)
         return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)
-
-
-def _require_finite(x: Tensor, what: str) -> None:
-    if not torch.isfinite(x).all():
-        raise NonFiniteError(f"{what} has NaN or infinity; look for it in the component's weights")
-
-
-def _dtype(module: torch.nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 def load(

@@ -35,6 +35,7 @@ __all__ = [
     "Processor",
     "ProcessorOutput",
     "Template",
+    "check_prompt",
     "denormalise_pixels",
     "load_tokenizer",
     "picture_patches",
@@ -298,15 +299,12 @@ class Processor:
         patches: list[Tensor] = []
         grids: list[Grid] = []
         ids: list[list[int]] = []
-        illustrated = any(of_prompt for _, of_prompt in rows)
         for prompt, of_prompt in rows:
             made = [picture_patches(picture, self.config) for picture in of_prompt]
             patches += [values for values, _ in made]
             grids += [grid for _, grid in made]
             pads = [height * width // self.config.merge_size**2 for _, (_, height, width) in made]
             ids.append(self._ids(template.render(prompt, pads), template))
-            if illustrated:
-                self._check_pads(ids[-1], sum(pads))
 
         length = max(map(len, ids))
         return ProcessorOutput(
@@ -321,9 +319,21 @@ class Processor:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids if template.max_tokens is None else ids[: template.drop_index + template.max_tokens]
 
-    def _check_pads(self, ids: list[int], wanted: int) -> None:
-        if ids.count(self.image_token_id) != wanted or self.video_token_id in ids:
-            raise ValueError(f"a prompt contains {_IMAGE} or {_VIDEO}, wanted neither beside pictures")
+
+def check_prompt(prompt: object, *, illustrated: bool) -> None:
+    """Can this be a prompt, beside pictures or without?
+
+    Raises:
+        ValueError: no text, not valid Unicode, or what stands for a picture where there are pictures.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt is {type(prompt).__name__}, wanted a string")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a prompt is not valid Unicode: {error}") from error
+    if illustrated and (_IMAGE in prompt or _VIDEO in prompt):
+        raise ValueError(f"a prompt contains {_IMAGE} or {_VIDEO}, wanted neither beside pictures")
 
 
 def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple[Tensor, Grid]:
@@ -403,13 +413,9 @@ def _checked(
 ) -> list[tuple[str, Sequence[Image.Image]]]:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts are {prompts!r}, wanted a list of at least one text")
+    illustrated = pictures is not None and any(pictures)
     for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is {type(prompt).__name__}, wanted text")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"a prompt is not valid Unicode: {error}") from error
+        check_prompt(prompt, illustrated=illustrated)
     if pictures is None:
         return [(prompt, []) for prompt in prompts]
     if len(pictures) != len(prompts):

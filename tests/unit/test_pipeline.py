@@ -1,5 +1,6 @@
 """The pipeline beyond the reference: batches row by row, saved conditionings, forms of input, refusals."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -10,7 +11,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.conditioning import Conditioning
+from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.taps import taps
 
 PROMPTS = ["make the circle red", "把左边的蓝色圆形变成红色 🔴", ""]
@@ -237,19 +238,51 @@ A = picture(64, 64, 10)
         ((A, "x"), {"height": 50}, "height is 50, wanted a positive multiple of 16: the next one is 64"),
         ((A, "x"), {"width": 0}, "width is 0"),
         ((A, "x"), {"output_type": "np"}, "output_type is 'np', wanted one of pil, pt, latent"),
-        ((A, "x"), {"num_inference_steps": 0}, "num_inference_steps is 0, wanted at least 1"),
-        ((A, "x"), {"num_images_per_prompt": 0}, "batch of 0, wanted at least 1"),
+        (
+            (A, "x"),
+            {"num_inference_steps": 0},
+            "num_inference_steps is 0, wanted a whole number of at least 1",
+        ),
+        (
+            (A, "x"),
+            {"num_images_per_prompt": 0},
+            "num_images_per_prompt is 0, wanted a whole number of at least 1",
+        ),
         (
             (A, "x"),
             {"latents": torch.zeros(1, 9, 64)},
-            r"latents have shape \(1, 9, 64\), wanted \(1, 16, 64\)",
+            r"latents are shape \(1, 9, 64\), wanted a tensor of shape \(1, 16, 64\)",
         ),
         ((A, "x"), {"generator": generators(1, 2)}, "got 2 generators, wanted one, or a list of 1"),
         ((A, "x"), {"sigmas": [0.5, 0.7]}, "wanted strictly falling numbers"),
         ((A, "x"), {"sigmas": [1.0]}, "got 1 sigmas for 2 steps"),
         ((A, ["x", "y"]), {"negative_prompt": ["a", "b", "c"]}, "got 3 negative prompts, wanted one, or 2"),
         ((A, "<|image_pad|>"), {}, r"contains <\|image_pad\|>"),
-        ((Image.new("RGB", (3, 900)), "x"), {}, "ratio"),
+        ((A, "x"), {"negative_prompt": "<|video_pad|>"}, r"contains <\|image_pad\|> or <\|video_pad\|>"),
+        ((A, "\ud800"), {}, "a prompt is not valid Unicode"),
+        ((A, "x"), {"negative_prompt": "\ud800"}, "a prompt is not valid Unicode"),
+        ((Image.new("RGB", (3, 900)), "x"), {}, "the picture is 3x900, wanted a ratio"),
+        ((A, None), {}, "prompt is NoneType, wanted a string or a list of at least one"),
+        ((A, 5), {}, "prompt is int, wanted a string or a list of at least one"),
+        ((None,), {}, "prompt is NoneType, wanted a string"),
+        ((None, "x"), {}, "image is None, wanted a PIL picture"),
+        ((["a.png"], "x"), {}, "a picture is str, wanted a PIL picture"),
+        (([A, None], ["x", "y"]), {}, "a picture is NoneType, wanted a PIL picture"),
+        ((A, "x"), {"negative_prompt": 5}, "negative_prompt is int, wanted a string"),
+        ((A, "x"), {"negative_prompt": []}, "negative_prompt is an empty list"),
+        ((A, "x"), {"generator": 5}, r"a generator is int, wanted a torch\.Generator, or a list of them"),
+        ((A, "x"), {"generator": [1]}, r"a generator is int, wanted a torch\.Generator"),
+        ((A, "x"), {"num_inference_steps": "2"}, "num_inference_steps is '2', wanted a whole number"),
+        ((A, "x"), {"num_inference_steps": 2.0}, r"num_inference_steps is 2\.0, wanted a whole number"),
+        ((A, "x"), {"num_images_per_prompt": None}, "num_images_per_prompt is None, wanted a whole number"),
+        ((A, "x"), {"num_images_per_prompt": 2.0}, r"num_images_per_prompt is 2\.0, wanted a whole number"),
+        ((A, "x"), {"true_cfg_scale": "4"}, "true_cfg_scale is '4', wanted a finite number"),
+        ((A, "x"), {"true_cfg_scale": None}, "true_cfg_scale is None, wanted a finite number"),
+        ((A, "x"), {"true_cfg_scale": float("nan")}, "true_cfg_scale is nan, wanted a finite number"),
+        ((A, "x"), {"true_cfg_scale": float("inf")}, "true_cfg_scale is inf, wanted a finite number"),
+        ((A, "x"), {"latents": [0.0]}, r"latents are list, wanted a tensor of shape \(1, 16, 64\)"),
+        ((A, "x"), {"sigmas": 5}, "sigmas are 5, wanted falling numbers"),
+        ((A, "x"), {"sigmas": ["a", "b"]}, r"sigmas are \['a', 'b'\], wanted"),
     ],
 )
 def test_bad_input_is_refused_before_any_network_runs(edit, arguments, options, message):
@@ -270,6 +303,32 @@ def test_more_pictures_than_the_multi_picture_variants_take(plus):
         ValueError, match="got 4 pictures for a prompt, but Qwen-Image-Edit-Plus takes 1 to 3"
     ):
         run(plus, [A] * 4, "x")
+
+
+def test_no_picture_is_no_edit(plus):
+    """The template of the multi-picture variants would take it."""
+    with pytest.raises(ValueError, match="image is None, wanted a PIL picture or a list of them"):
+        plus.edit(None, "x")
+
+
+def test_a_run_from_a_conditioning_without_negative_prompt_says_that_it_is_unguided(edit):
+    conditioning = edit.condition(A, "x", negative_prompt=None)
+    with pytest.warns(UserWarning, match="without a negative_prompt the run is unguided"):
+        edit.sample(conditioning, num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit.sample(conditioning, num_inference_steps=1, true_cfg_scale=1.0)
+        edit.sample(edit.condition(A, "x"), num_inference_steps=1, true_cfg_scale=1.0)
+
+
+def test_a_conditioning_of_another_model_is_refused(edit):
+    conditioning = edit.condition(A, "x", negative_prompt=None)
+    prompt = Prompt(conditioning.prompt.embeds[..., :-1])
+    with pytest.raises(ValueError, match="prompt embeddings are 127 wide, wanted 128"):
+        edit.sample(dataclasses.replace(conditioning, prompt=prompt), true_cfg_scale=1.0)
+    latents = ((conditioning.reference_latents[0][0][:, :-1],),)
+    with pytest.raises(ValueError, match="reference latents are 63 wide, wanted 64"):
+        edit.sample(dataclasses.replace(conditioning, reference_latents=latents), true_cfg_scale=1.0)
 
 
 def test_one_step_is_a_step(edit):

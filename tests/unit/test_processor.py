@@ -123,8 +123,8 @@ def test_a_placeholder_in_a_prompt_is_text(processor):
     [
         ([], "wanted a list of at least one text"),
         ("red", "prompts are 'red', wanted a list"),
-        ([None], "a prompt is NoneType, wanted text"),
-        (["red", b"blue"], "a prompt is bytes, wanted text"),
+        ([None], "a prompt is NoneType, wanted a string"),
+        (["red", b"blue"], "a prompt is bytes, wanted a string"),
         (["\ud800"], "a prompt is not valid Unicode"),
     ],
 )
