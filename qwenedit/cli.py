@@ -7,9 +7,14 @@ shows it). Pictures are written whole or not at all.
 from __future__ import annotations
 
 import argparse
+import io
+import math
+import stat
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,6 +41,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be printable here
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -102,12 +109,14 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         "--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)"
     )
     add("--negative-prompt", default=" ", metavar="T", help="what to steer away from (default: a space)")
-    add("--seed", type=int, metavar="N", help="seed of the noise (default: another picture every time)")
-    add("--height", type=int, metavar="H", help="of the output, a multiple of 16 (default: as the picture)")
-    add("--width", type=int, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
+    add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
+    add(
+        "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
+    )
+    add("--width", type=_whole, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
     add(
         "--num-images",
-        type=_positive,
+        type=_batch,
         default=1,
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
@@ -118,10 +127,31 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show tracebacks")
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _batch(text: str) -> int:
+    value = _positive(text)
+    if value > 1000:  # they are made together, in one batch
+        raise argparse.ArgumentTypeError(f"{value} is more than 1000")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**64 - 1")
     return value
 
 
@@ -174,14 +204,18 @@ def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> Qw
     """The pipeline, once it is clear that it can do what is asked: weights may be many gigabytes."""
     from qwenedit import mini
     from qwenedit.checkpoints import read_areas, read_variant, resolve
-    from qwenedit.inputs import rows_of
+    from qwenedit.inputs import guidance_of, rows_of
+    from qwenedit.loading import load_scheduler
     from qwenedit.pipeline import load
 
     folder = mini.CHECKPOINT if options.model is None else resolve(options.model, options.revision)
     variant = read_variant(folder)
+    areas, prompts = read_areas(folder, variant), (options.prompt, options.negative_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
-        rows_of(options.prompt, pictures, variant, read_areas(folder, variant), options.height, options.width)
+        (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
+        guidance_of(options.true_cfg_scale, options.negative_prompt)
+    load_scheduler(folder).sigmas(options.steps, math.prod(row.geometry.grid))
     pipe = load(
         folder,
         device=options.device,
@@ -202,42 +236,73 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            return ImageOps.exif_transpose(_in_8_bits(picture))
     except UnidentifiedImageError:
         raise InputError(f"not a picture that Pillow can read: {path}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read picture {path}: {error}") from error
 
 
-def _outputs(options: argparse.Namespace) -> list[Path]:
-    """The files to write, checked before any work: the folder exists and the suffix names a format."""
-    from PIL import Image
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, which Pillow would clip at 255, in 8; everything else as it is."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    return picture
 
+
+def _outputs(options: argparse.Namespace) -> list[Path]:
+    """The files to write, checked before any work: they can be written, in the format of their suffix."""
     output: Path = options.output
     if not output.parent.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-    if output.is_dir():
-        raise InputError(f"cannot write {output}: it is a folder, wanted a file name like out.png")
+    outputs = [output]
+    if options.num_images > 1:
+        outputs = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]
+    try:
+        for path in outputs:
+            if _is_folder(path):
+                raise InputError(f"cannot write {path}: it is a folder, wanted a file name like out.png")
+        _check_format(output)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}") from error
+    return outputs
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _check_format(output: Path) -> None:
+    """Pillow also knows suffixes of formats that it only reads, or that hold no colours: so try."""
+    from PIL import Image
+
     Image.init()
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+    name = Image.registered_extensions().get(output.suffix.lower())
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=name or "none")
+    except Exception:
+        what = output.suffix or "no suffix"
         raise InputError(
-            f"cannot write {output}: {output.suffix or 'no suffix'!r} is no picture format (try .png)"
-        )
-    if options.num_images == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]
+            f"cannot write {output}: {what!r} is no format for a picture in colour (try .png)"
+        ) from None
 
 
 def _save(images: Any, outputs: list[Path]) -> None:
+    """Write all files, then give all of them their names: they appear together or not at all."""
     from qwenedit.conditioning import replacing_file
 
-    for image, path in zip(images, outputs, strict=True):
-        try:
-            with replacing_file(path) as temporary:
-                image.save(temporary)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error}") from error
-        print(path)
+    try:
+        with ExitStack() as files:
+            for image, path in zip(images, outputs, strict=True):
+                image.save(files.enter_context(replacing_file(path)))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    print(*outputs, sep="\n")
 
 
 if __name__ == "__main__":

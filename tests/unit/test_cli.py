@@ -1,5 +1,6 @@
 """The command line: results, exit status, and one line for whatever goes wrong, with nothing written."""
 
+import io
 import json
 import os
 import shutil
@@ -150,23 +151,113 @@ def test_bad_options(picture, capsys):
     assert "contains <|image_pad|>" in fails(capsys, "edit", picture, "<|image_pad|>", "-o", "o.png", *QUICK)
 
 
+@pytest.fixture
+def no_loading(monkeypatch):
+    """What is refused here is refused before any weight is read."""
+    for name in ("qwenedit.pipeline.load", "qwenedit.loading.load_network"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_numbers_that_are_none_or_too_large(picture, capsys):
+    def edit(*options):
+        return fails(capsys, "edit", picture, "x", "-o", "out.png", *QUICK, *options)
+
+    assert "--steps: '1e3' is not a whole number" in edit("--steps", "1e3")
+    assert "--num-images: 1000000000 is more than 1000" in edit("--num-images", 10**9)
+    for seed in (10**30, -1):
+        assert f"--seed: {seed} is not from 0 to 2**64 - 1" in edit("--seed", seed)
+    assert "250000000 tokens are too many for the schedule" in edit("--height", 10**9)
+    for scale in ("nan", "inf"):
+        assert f"true_cfg_scale is {scale}, wanted a finite number" in edit("--true-cfg-scale", scale)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("text", ["red <|image_pad|>", "<|video_pad|>", "\ud800"])
+def test_prompts_that_cannot_be_run_are_refused_before_loading(picture, capsys, text):
+    wanted = "not valid Unicode" if text == "\ud800" else "contains <|image_pad|> or <|video_pad|>"
+    assert wanted in fails(capsys, "edit", picture, text, "-o", "out.png", *QUICK)
+    assert wanted in fails(capsys, "edit", picture, "x", "--negative-prompt", text, "-o", "out.png", *QUICK)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    "pipeline, size", [("QwenImageEditPipeline", (2010, 10)), ("QwenImageEditPlusPipeline", (2500, 10))]
+)
+def test_a_too_long_picture_is_refused_at_the_official_areas(tmp_path, capsys, pipeline, size):
+    folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "official")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_qwenedit"]
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+    Image.new("RGB", size).save(tmp_path / "long.png")
+    line = fails(capsys, "edit", tmp_path / "long.png", "x", "-o", "out.png", "--model", folder, *QUICK)
+    assert f"the picture is {size[0]}x{size[1]}, wanted a ratio of its sides of at most 200" in line
+
+
+@pytest.mark.usefixtures("no_loading")
 def test_bad_outputs(picture, capsys, monkeypatch):
-    def edit(output):
-        return fails(capsys, "edit", picture, "x", "-o", output, *QUICK)
+    def edit(output, *options):
+        return fails(capsys, "edit", picture, "x", "-o", output, *QUICK, *options)
 
     assert "there is no folder absent" in edit("absent/out.png")
-    assert "is no picture format" in edit("out.docx")
-    assert "is no picture format" in edit("out")
+    for suffix in (".docx", ".xbm", ".palm", ".msp", ".h5", ".wmf"):  # Pillow knows all but the first
+        assert f"'{suffix}' is no format for a picture in colour" in edit(f"out{suffix}")
+    assert "'no suffix' is no format for a picture in colour" in edit("out")
+    assert "File name too long" in edit(f"{'x' * 300}.png")
     os.mkdir("folder.png")
     assert "it is a folder" in edit("folder.png")
+    os.mkdir("out-2.png")
+    assert "cannot write out-2.png: it is a folder" in edit("out.png", "--num-images", 2)
 
-    def full(_image, path, *_args, **_options):
-        with open(path, "wb") as file:
-            file.write(b"half a pict")
-        raise OSError(28, "No space left on device")
+    def refuse(**_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert "cannot write out.png: [Errno 13] Permission denied" in edit("out.png")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_leaves_no_file_at_all(picture, capsys, monkeypatch, count):
+    """Where several are written, neither those that still fitted."""
+    save, saved = Image.Image.save, []
+
+    def full(image, target, *arguments, **options):
+        if not isinstance(target, io.BytesIO):
+            saved.append(target)
+            if len(saved) == count:
+                target.write_bytes(b"half a pict")
+                raise OSError(28, "No space left on device")
+        save(image, target, *arguments, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    assert "cannot write out.png: [Errno 28] No space left on device" in edit("out.png")
+    line = fails(capsys, "edit", picture, "x", "-o", "out.png", "--num-images", count, *QUICK)
+    name = "out.png" if count == 1 else "out-2.png"
+    assert f"cannot write {name}: [Errno 28] No space left on device" in line and len(saved) == count
+
+
+def test_the_longest_name_that_a_folder_takes(picture):
+    name = "x" * 251 + ".png"
+    assert run("edit", picture, "x", "-o", name, *QUICK) == 0
+    assert os.listdir() == [name]
+
+
+def test_a_name_that_the_terminal_cannot_print(picture, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    assert run("edit", picture, "x", "-o", "图.png", *QUICK) == 0
+    ascii_only.flush()
+    assert ascii_only.buffer.getvalue() == b"\\u56fe.png\n" and os.listdir() == ["图.png"]
+
+
+def test_grey_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
+    deep = Image.new("I;16", (4, 1))
+    for column, level in enumerate((0, 128 * 257, 200 * 257, 65535)):
+        deep.putpixel((column, 0), level)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    deep.save(tmp_path / "deep.png", exif=exif)
+    picture = cli._open(tmp_path / "deep.png")
+    assert picture.mode == "L" and list(picture.tobytes()) == [255, 200, 128, 0]
 
 
 def test_nan_in_weights_is_named_by_component_and_step(tmp_path, picture, capsys):
@@ -180,7 +271,7 @@ def test_nan_in_weights_is_named_by_component_and_step(tmp_path, picture, capsys
 
     assert "text encoder: the embeddings of the cond prompt" in poisoned("text_encoder", "model.norm.weight")
     assert "VAE encoder" in poisoned("vae", "encoder.conv_in.bias")
-    assert "transformer: the cond velocity has NaN or infinity at step 0" in poisoned(
+    assert "transformer: the cond velocity at step 0, sigma 1.0000 has NaN or infinity" in poisoned(
         "transformer", "img_in.bias"
     )
     assert "VAE decoder" in poisoned("vae", "decoder.conv_in.bias")
