@@ -23,8 +23,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qwenedit.files import read_json
 from qwenedit.geometry import Grid, smart_resize
-from qwenedit.tokenizer import has_tokenizer, load_tokenizer, read_json
+from qwenedit.tokenizer import has_tokenizer, load_tokenizer
 
 __all__ = [
     "EDIT",

@@ -5,7 +5,6 @@ Source: transformers 4.57.6, `Qwen2TokenizerFast` with `Qwen2Converter` (convert
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from tokenizers import (
     processors,
 )
 
-__all__ = ["has_tokenizer", "load_tokenizer", "read_json"]
+from qwenedit.files import read_json
+
+__all__ = ["has_tokenizer", "load_tokenizer"]
 
 # How Qwen2 cuts a text before merging: contractions, words with what precedes them, single digits, runs of
 # marks, line breaks, other spaces.
@@ -147,22 +148,3 @@ def _added_tokens_from_list(
         (index, AddedToken(content, normalized=content not in special, special=content in special))
         for content, index in sorted(listed.items(), key=lambda item: item[1])
     ]
-
-
-def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one for an optional file that is not there.
-
-    Raises:
-        ValueError: no such file, or it holds no JSON object.
-    """
-    if not file.is_file():
-        if optional:
-            return {}
-        raise ValueError(f"no file {file}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, wanted an object")
-    return content
