@@ -1,35 +1,21 @@
-"""Checkpoint folders in the official layout: where they come from, what they are, what their files hold.
-
-Nothing here reads a weight: safetensors headers are enough for every question but the numbers themselves.
-"""
+"""Checkpoint folders in the official layout: where they come from, and what they are."""
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from qwenedit.files import component_headers, read_json
 from qwenedit.geometry import Areas
 from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
 
 __all__ = [
-    "COMPONENTS", "DTYPES", "FLOATS", "TensorInfo", "Variant", "component_headers", "download_plan",
-    "is_local", "read_areas", "read_header", "read_json",
-    "read_variant", "resolve",
+    "COMPONENTS", "Variant", "download_plan", "find_local", "is_local", "read_areas", "read_variant",
+    "resolve",
 ]  # fmt: skip
-
-FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # what weights may be stored and run in
 
 # The three networks: folder -> the class that its config must name.
 COMPONENTS = {
@@ -43,11 +29,6 @@ _CLASSES = {
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 # Only what a run reads: no pickles, no sample pictures, no other formats of the same weights.
 _NEEDED = (
     "model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*",
@@ -71,7 +52,7 @@ VARIANTS = {
 }
 _REFUSED = {
     "Layered": "Qwen-Image-Layered, which makes RGBA layers",
-    "ControlNet": "a Qwen-Image ControlNet pipeline",
+    "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
     "Img2Img": "a Qwen-Image image-to-image pipeline",
     "QwenImage21": "Qwen-Image 2.1, another architecture (Qwen3-VL, single stream)",
@@ -79,7 +60,7 @@ _REFUSED = {
 }
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(source: str | os.PathLike[str], revision: str | None = None, *, progress: bool = True) -> Path:
     """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache.
 
     Only the files that a run reads are downloaded; offline, a complete cached snapshot is used.
@@ -101,7 +82,8 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
 
     at = f"{source}" if revision is None else f"{source} at revision {revision}"
     try:
-        return _local(Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_NEEDED))))
+        with _hub_bars(progress):
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_NEEDED)))
     except GatedRepoError as error:
         raise ValueError(f"{at} is gated: accept its terms on the hub, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -110,25 +92,81 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{source} has no revision {revision} on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ValueError(
             f"{at} is neither a local folder nor in the hub's cache, and the hub cannot be reached: check "
             "the id and the network, or give a folder"
         ) from error
+    except OSError as error:  # the disk's, not the network's
+        raise ValueError(f"{at} cannot be downloaded: {error}") from error
+    if lacking := _lacking(folder):  # which it can only do where the hub was not reached
+        raise ValueError(
+            f"{at} is in the hub's cache only in part, and the hub cannot be reached for the rest: {lacking}"
+        )
+    return _local(folder)
+
+
+def find_local(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The checkpoint's folder on this machine, without asking the hub; of a hub id, the cached snapshot.
+
+    Raises:
+        ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
+    """
+    path = Path(source)
+    if path.exists() or not _is_hub_id(str(source)):
+        return _local(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _local(Path(snapshot_download(str(source), revision=revision, local_files_only=True)))
+    except LocalEntryNotFoundError:
+        at = "" if revision is None else f" --revision {revision}"
+        raise ValueError(
+            f"{source} is not on this machine{at and f' at revision {revision}'}: load it once, or run "
+            f"`hf download {source}{at}`"
+        ) from None
 
 
 def is_local(source: str | os.PathLike[str], revision: str | None = None) -> bool:
     """Is the checkpoint a folder, or a hub id whose files are all in the cache?"""
     if Path(source).exists() or not _is_hub_id(str(source)):
         return True
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
-        snapshot = Path(snapshot_download(str(source), revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        return _lacking(find_local(source, revision)) is None
+    except ValueError:
         return False
-    return all((snapshot / name / "config.json").is_file() for name in COMPONENTS)
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a cached snapshot of this family lacks; None where nothing is, or where it is another family's."""
+    try:
+        if read_json(folder / "model_index.json").get("_class_name") in VARIANTS:
+            for component in COMPONENTS:
+                read_json(folder / component / "config.json")
+                component_headers(folder / component)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _hub_bars(shown: bool) -> Iterator[None]:
+    """The hub's own progress bars, for the length of a block, unless the user has disabled them anyway."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def download_plan(source: str, revision: str | None = None) -> str:
@@ -168,33 +206,27 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _local(path: Path) -> Path:
+    layout = "model_index.json, scheduler/, text_encoder/, tokenizer/, transformer/, vae/"
+    if path.is_file():
+        raise ValueError(f"{path} is a file, wanted a folder in the official layout: {layout}")
     if not path.is_dir():
         raise ValueError(
             f"no checkpoint at {path}: there is no such folder, and it is no hub id like org/name"
         )
     if not (path / "model_index.json").is_file():
+        name = read_json(path / "config.json", optional=True).get("_class_name")
+        what = (
+            "no checkpoint" if name is None else f"a single {name} ({_what_it_is(str(name))}), no checkpoint"
+        )
         raise ValueError(
-            f"{path} is no checkpoint: it has no model_index.json (wanted the official layout: "
-            "model_index.json, scheduler/, text_encoder/, tokenizer/, transformer/, vae/)"
+            f"{path} is {what}: it has no model_index.json (wanted the official layout: {layout})"
         )
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: the file is absent, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, wanted a JSON object")
-    return value
+def _what_it_is(name: str) -> str:
+    """Another class of pipeline or model in words."""
+    return next((text for part, text in _REFUSED.items() if part in name), "not of this family")
 
 
 def read_variant(folder: Path) -> Variant:
@@ -206,8 +238,7 @@ def read_variant(folder: Path) -> Variant:
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in VARIANTS:
-        what = next((text for part, text in _REFUSED.items() if part in name), "not of this family")
-        raise ValueError(f"{folder} is a {name}: {what}; supported are {', '.join(VARIANTS)}")
+        raise ValueError(f"{folder} is a {name}: {_what_it_is(name)}; supported are {', '.join(VARIANTS)}")
     for component, wanted in _CLASSES.items():
         if component == "processor" and component not in index:
             continue
@@ -245,95 +276,3 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
     default = Areas()
     vl = own.get("vl_area", default.vl) if variant.max_pictures > 1 else None
     return Areas(vae=own.get("vae_area", default.vae), vl=vl)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor; start and end are bytes within the file's data."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header alone.
-
-    Raises:
-        ValueError: no such file, or an empty, truncated or otherwise broken one.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            if len(head) < 8:
-                raise ValueError(
-                    f"{path} is {size} bytes long: too short for a safetensors file; download it again"
-                )
-            (length,) = struct.unpack("<Q", head)
-            if length > min(size - 8, 100_000_000):
-                raise ValueError(
-                    f"{path} is truncated or no safetensors file: its header is said to have {length} bytes, "
-                    f"but the file has {size}"
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from error
-    tensors = {}
-    try:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: its header has an entry that cannot be read ({error!r})") from error
-    wanted = 8 + length + max((info.end for info in tensors.values()), default=0)
-    if size != wanted:
-        state = "truncated" if size < wanted else "too long"
-        raise ValueError(
-            f"{path} is {state}: it has {size} bytes, its header asks for {wanted}; download it again"
-        )
-    return tensors
-
-
-def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """Every tensor of a component's folder with the file that holds it; shards follow the index.
-
-    Raises:
-        ValueError: no weights, a shard that the index names and the folder lacks, a tensor that the index
-            promises and its shard lacks, or a broken file.
-    """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            found = "none" if not files else ", ".join(file.name for file in files)
-            raise ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {found}")
-        return {name: (files[0], info) for name, info in read_header(files[0]).items()}
-    weight_map = read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{indexes[0]} has no weight_map")
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        raise ValueError(
-            f"{folder} lacks {len(absent)} of the {len(shards)} files that {indexes[0].name} names: "
-            f"{', '.join(absent[:10])}; download them again"
-        )
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
-    if lost:
-        raise ValueError(
-            f"{folder}: {len(lost)} tensors are not in the file that {indexes[0].name} names for them: "
-            f"{', '.join(lost[:10])}"
-        )
-    return {
-        name: (folder / shard, info) for shard, header in headers.items() for name, info in header.items()
-    }

@@ -208,7 +208,9 @@ def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> Qw
     from qwenedit.loading import load_scheduler
     from qwenedit.pipeline import load
 
-    folder = mini.CHECKPOINT if options.model is None else resolve(options.model, options.revision)
+    folder = mini.CHECKPOINT
+    if options.model is not None:
+        folder = resolve(options.model, options.revision, progress=not options.quiet)
     variant = read_variant(folder)
     areas, prompts = read_areas(folder, variant), (options.prompt, options.negative_prompt)
     with warnings.catch_warnings():

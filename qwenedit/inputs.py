@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from qwenedit import geometry
-from qwenedit.checkpoints import FLOATS, Variant
+from qwenedit.checkpoints import Variant
+from qwenedit.files import FLOATS
 from qwenedit.geometry import Areas, Geometry, Picture
 from qwenedit.guidance import TrueCFG
 from qwenedit.processor import check_prompt
@@ -133,9 +134,7 @@ def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image
                 f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one a prompt"
             )
     else:
-        pictures = [
-            [one] if isinstance(one, str) or not isinstance(one, Sequence) else list(one) for one in image
-        ]
+        pictures = [list(one) if isinstance(one, (list, tuple)) else [one] for one in image]
         if len(pictures) != batch:
             raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
     for of_row in pictures:
@@ -180,7 +179,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         wanted = torch.device(device)
-        torch.empty(0, device=wanted)  # a device may have a name here and no hardware
+        torch.empty(0, device=wanted).sum().item()  # it may have a name and no hardware, or hold no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error

@@ -10,29 +10,20 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
 from qwenedit import mini, mmdit, vae, vision_language
-from qwenedit.checkpoints import (
-    COMPONENTS,
-    FLOATS,
-    TensorInfo,
-    Variant,
-    component_headers,
-    download_plan,
-    is_local,
-    read_json,
-    read_variant,
-    resolve,
-)
+from qwenedit.checkpoints import COMPONENTS, Variant, download_plan, find_local, is_local, read_variant
 from qwenedit.configs import config_from, vision_language_config
+from qwenedit.files import FLOATS, TensorInfo, component_headers, read_json
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.processor import Processor
 from qwenedit.scheduler import FlowMatchScheduler
@@ -40,8 +31,8 @@ from qwenedit.vae import VAE, VAEConfig
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = [
-    "Report", "check_together", "describe", "load_network", "load_scheduler", "network_config",
-    "official_to_ours", "ours_to_official", "verify",
+    "Report", "check_together", "describe", "load_network", "load_networks", "load_scheduler",
+    "network_config", "official_to_ours", "ours_to_official", "verify",
 ]  # fmt: skip
 
 KeyTable = tuple[tuple[str, str], ...]
@@ -194,16 +185,17 @@ class Report:
         return "; ".join(parts)
 
 
-def _compare(
-    folder: Path, component: str
-) -> tuple[nn.Module, dict[str, tuple[str, Path, TensorInfo]], Report]:
-    """The module on the meta device; our name -> official key, file and info; and what does not fit."""
+_Found = dict[str, tuple[str, Path, TensorInfo]]  # our name -> official key, file and info
+
+
+def _compare(folder: Path, component: str) -> tuple[nn.Module, _Found, Report]:
+    """The module on the meta device, its tensors in the files, and what does not fit."""
     network = NETWORKS[component]
     config = network_config(folder, component)
     with torch.device("meta"):
         module = network.module(config)
     wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    found: dict[str, tuple[str, Path, TensorInfo]] = {}
+    found: _Found = {}
     known: set[str] = set()  # names that the files have, fitting or not
     skipped, unexpected, misshapen, unreadable = [], [], [], []
     for key, (path, info) in component_headers(folder / component).items():
@@ -244,6 +236,42 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def load_networks(
+    folder: Path,
+    components: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> list[nn.Module]:
+    """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
+
+    `dtype` None keeps what the files store. Parameters own their memory (the files may change afterwards),
+    want no gradient, and at no time is more than one tensor held twice.
+
+    Raises:
+        ValueError: files that are broken or do not fit their module, all problems of a component in one
+            message, before any weight of any component is read.
+    """
+    compared = []
+    for component in components:
+        module, found, report = _compare(folder, component)
+        if not report.ok:
+            raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
+        compared.append((module, found, report))
+    for module, found, report in compared:
+        bar = tqdm(
+            total=report.bytes,
+            desc=f"loading {report.component}",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        )
+        with bar:
+            _read(module, found, device, dtype, bar)
+    return [module.eval() for module, _, _ in compared]
+
+
 def load_network(
     folder: Path,
     component: str,
@@ -252,30 +280,20 @@ def load_network(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """One network of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
+    """One of `load_networks`."""
+    (module,) = load_networks(folder, [component], device=device, dtype=dtype, progress=progress)
+    return module
 
-    `dtype` None keeps what the files store. Parameters own their memory (the files may change afterwards),
-    want no gradient, and at no time is more than one tensor held twice.
 
-    Raises:
-        ValueError: files that are broken or do not fit the module, all problems in one message, before any
-            weight is read.
-    """
-    module, found, report = _compare(folder, component)
-    if not report.ok:
-        raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
+def _read(
+    module: nn.Module, found: _Found, device: torch.device, dtype: torch.dtype | None, bar: tqdm
+) -> None:
+    """Each tensor from its file into its place."""
     by_file: dict[Path, list[tuple[int, str, str]]] = {}
     for name, (key, path, info) in found.items():
         by_file.setdefault(path, []).append((info.start, name, key))
-    bar = tqdm(
-        total=report.bytes,
-        desc=f"loading {component}",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
-    with bar:
-        for path, entries in by_file.items():
+    for path, entries in by_file.items():
+        try:
             with safe_open(path, framework="pt") as file:
                 for _, name, key in sorted(entries):  # in the order of the file: one pass over the disk
                     mapped = file.get_tensor(key)
@@ -284,7 +302,8 @@ def load_network(
                     parent, _, leaf = name.rpartition(".")
                     setattr(module.get_submodule(parent), leaf, nn.Parameter(own, requires_grad=False))
                     bar.update(mapped.nbytes)
-    return module.eval()
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -316,21 +335,20 @@ def verify(source: str | os.PathLike[str] | None = None, *, revision: str | None
     """Every tensor of a checkpoint against the model, from headers alone; None is the embedded model.
 
     Raises:
-        ValueError: no checkpoint, a broken file, or one of another family.
+        ValueError: no checkpoint on this machine (nothing is downloaded), a broken file, or another family.
     """
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
+    folder = mini.CHECKPOINT if source is None else find_local(source, revision)
     variant = read_variant(folder)
     load_scheduler(folder)
     return Verification(folder, variant, [_compare(folder, component)[2] for component in COMPONENTS])
 
 
 def describe(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> str:
-    """What a checkpoint holds, or, for a hub id that is not on this machine, what would be downloaded.
+    """What a checkpoint holds, or, for a hub id that is not all on this machine, what would be downloaded.
 
     Raises:
         ValueError: as `verify`.
     """
     if source is not None and not is_local(source, revision):
         return download_plan(str(source), revision)
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
-    return str(verify(folder))
+    return str(verify(source, revision=revision))

@@ -37,7 +37,7 @@ from qwenedit.inputs import (
     warn_of_float16,
 )
 from qwenedit.latents import denormalise, initial_noise, unpack
-from qwenedit.loading import check_together, load_network, load_scheduler
+from qwenedit.loading import check_together, load_networks, load_scheduler
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
 from qwenedit.sampler import Step, euler, predictor, require_finite
@@ -402,7 +402,7 @@ def load(
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision)
+    folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
@@ -410,13 +410,14 @@ def load(
     if dtype is not None:
         warn_of_float16(dtype)
 
-    def network(component: str) -> Any:
-        return load_network(folder, component, device=device, dtype=dtype, progress=progress)
-
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
+    networks: Any = dict(
+        zip(names, load_networks(folder, names, device=device, dtype=dtype, progress=progress), strict=True)
+    )
     pipe = QwenImageEdit(
-        vision_language=network("text_encoder") if text_encoder else None,
-        vae=network("vae"),
-        mmdit=network("transformer"),
+        vision_language=networks.get("text_encoder"),
+        vae=networks["vae"],
+        mmdit=networks["transformer"],
         scheduler=scheduler,
         processor=tokens_and_patches,
         variant=variant,

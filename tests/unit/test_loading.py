@@ -11,7 +11,8 @@ import torch
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.checkpoints import component_headers, read_areas, read_header, read_variant, resolve
+from qwenedit.checkpoints import read_areas, read_variant, resolve
+from qwenedit.files import component_headers, read_header
 from qwenedit.loading import describe, load_network, verify
 
 CPU = torch.device("cpu")
@@ -131,7 +132,7 @@ def test_tensors_that_do_not_fit_are_one_error_that_names_them(folder, change, m
         (b"1234", "4 bytes long: too short"),
         (struct.pack("<Q", 10**15) + b"{}", "truncated or no safetensors file"),
         (struct.pack("<Q", 2) + b"no", "header is not JSON"),
-        (struct.pack("<Q", 8) + b'{"a": 1}', "has an entry that cannot be read"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "entry for a cannot be read"),
         (b"<html>Not found</html>" * 9, "truncated or no safetensors file"),
     ],
 )
@@ -139,6 +140,61 @@ def test_files_that_are_no_safetensors(tmp_path, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_header(tmp_path / "x.safetensors")
+
+
+def entry(start, end, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ([1], "its header is a list"),
+        ({"__metadata__": {"step": 3}, "a": entry(0, 4)}, r"__metadata__ is {'step': 3}, wanted texts"),
+        ({"a": entry(0.0, 4.0)}, r"entry for a has 0\.0, wanted whole numbers from 0"),
+        ({"a": entry(True, 5)}, "entry for a has True, wanted whole numbers"),
+        ({"a": entry(0, 4, shape=(1.0,))}, r"entry for a has 1\.0, wanted whole numbers"),
+        ({"a": entry(0, -4, shape=(-1,))}, "entry for a has -1, wanted whole numbers"),
+        ({"a": entry(0, 4, shape=(2,))}, r"entry for a has 4 bytes, wanted 8 for F32 of shape \[2\]"),
+        ({"a": entry(0, 4, dtype="F128")}, "entry for a cannot be read: KeyError"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, "entry for a cannot be read"),
+        ({"a": entry(4, 8)}, "a starts at byte 4, wanted 0: gaps or overlaps"),
+        ({"a": entry(0, 4), "b": entry(6, 10)}, "b starts at byte 6, wanted 4: gaps or overlaps"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, "b starts at byte 0, wanted 4: gaps or overlaps"),
+    ],
+)
+def test_headers_that_the_safetensors_library_refuses(tmp_path, header, message):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(10))
+    with pytest.raises(ValueError, match=message):
+        read_header(tmp_path / "x.safetensors")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(tmp_path / "x.safetensors", framework="pt")
+
+
+def test_a_file_that_breaks_after_it_was_checked_is_named(folder, monkeypatch):
+    def broken(_path, **_options):
+        raise safetensors.SafetensorError("incomplete metadata")
+
+    monkeypatch.setattr("qwenedit.loading.safe_open", broken)
+    with pytest.raises(ValueError, match=r"vae/\S+\.safetensors cannot be read: incomplete metadata"):
+        load_network(folder, "vae", device=CPU, progress=False)
+
+
+@pytest.mark.parametrize("victim", ["text_encoder", "transformer", "vae"])
+def test_every_header_is_compared_before_any_weight_is_read(folder, victim, monkeypatch):
+    monkeypatch.setattr("qwenedit.loading.safe_open", lambda *_, **__: pytest.fail("a weight was read"))
+    weights(folder, victim).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{victim}/\S+ is 0 bytes long"):
+        qwenedit.load(folder, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("weight_map", [{"a": 1}, {"a": ["x.safetensors"]}, ["a"], None])
+def test_an_index_without_names_of_files(folder, weight_map):
+    shard(folder, "vae")
+    edit_json(folder / "vae" / "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(ValueError, match="has no weight_map, wanted the name of a file for each tensor"):
+        component_headers(folder / "vae")
 
 
 def test_truncated_and_overlong_files(folder):
@@ -186,6 +242,12 @@ def test_sources_that_are_no_checkpoint(tmp_path):
         resolve(tmp_path)
     with pytest.raises(ValueError, match="neither a local folder nor in the hub's cache"):
         resolve("nobody/no-such-model")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.safetensors is a file, wanted a folder in the official layout"):
+        resolve(tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "QwenImageControlNetModel"}')
+    with pytest.raises(ValueError, match=r"is a single QwenImageControlNetModel \(a Qwen-Image ControlNet\)"):
+        resolve(tmp_path)
     (tmp_path / "model_index.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds a list, wanted a JSON object"):
         read_variant(tmp_path)
@@ -247,7 +309,7 @@ def test_areas_come_from_the_checkpoint(folder):
 
 
 def test_bad_devices_and_dtypes():
-    for device in ("cuda:99", "bogus", "xpu"):
+    for device in ("cuda:99", "bogus", "xpu", "meta"):
         with pytest.raises(ValueError, match=f"device is '{device}'"):
             qwenedit.load(device=device)
     for dtype in ("int8", "bogus", torch.int32, "nn"):
