@@ -5,6 +5,8 @@ import dataclasses
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.models.transformers.transformer_qwenimage import (
     QwenEmbedRope,
     QwenImageTransformerBlock,
@@ -14,7 +16,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig, Rope, TimeEmbedding, rotate
+from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig, Rope, TimeEmbedding, joint_key_mask, rotate
 from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_
 
 AXES = [(2, 4, 6), (4, 4, 8), (8, 12, 12), (4, 2, 10)]
@@ -157,6 +159,59 @@ def test_block(config, grids, batch, length, masked, seed):
     assert isinstance(reference.transformer_blocks[0], QwenImageTransformerBlock)
     assert_close(got_img, wanted_img, FP32, "img")
     assert_close(got_txt, wanted_txt, FP32, "txt")
+
+
+@given(**CASES)
+def test_joint_attention(config, grids, batch, length, masked, seed):
+    ours, reference = pair(config, seed)
+    tokens = sum(rows * columns for _, rows, columns in grids)
+    generator = torch.Generator().manual_seed(seed)
+    img = torch.randn(batch, tokens, config.width, generator=generator)
+    txt = torch.randn(batch, length, config.width, generator=generator)
+    mask = inputs(config, grids, batch, length, masked, seed)[-1]
+    with torch.no_grad():
+        key_mask = None if mask is None else joint_key_mask(mask, tokens)
+        got = ours.blocks[0].attn(img, txt, ours.rope(grids, length, img.device), key_mask)
+        wanted = reference.transformer_blocks[0].attn(
+            hidden_states=img,
+            encoder_hidden_states=txt,
+            encoder_hidden_states_mask=mask,
+            image_rotary_emb=reference.pos_embed([grids], device=img.device, max_txt_seq_len=length),
+        )
+    for name, one, other in zip(("img", "txt"), got, wanted, strict=True):
+        assert_close(one, other, FP32, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@given(config=configs(), shape=st.tuples(st.integers(1, 3), st.integers(1, 9)), seed=st.integers(0, 1000))
+def test_the_small_modules_are_equal_bit_by_bit(dtype, config, shape, seed):
+    """The MLP, the last norm, and the RMSNorms of prompt, queries and keys: the same kernels in one order."""
+    ours, reference = pair(config, seed, dtype)
+    official, own = reference.transformer_blocks[0], ours.blocks[0]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes):
+        return (2 * torch.randn(*sizes, generator=generator)).to(dtype)
+
+    x, temb = random(*shape, config.width), random(shape[0], config.width)
+    heads = random(*shape, config.num_attention_heads, config.attention_head_dim)
+    prompt = random(*shape, config.joint_attention_dim)
+    with torch.no_grad():
+        for got, wanted in (
+            (own.img_mlp(x), official.img_mlp(x)),
+            (own.txt_mlp(x), official.txt_mlp(x)),
+            (ours.norm_out(x, temb), reference.norm_out(x, temb)),
+            (own.img_mod(temb), official.img_mod(temb)),
+            (own.txt_mod(temb), official.txt_mod(temb)),
+            (ours.txt_norm(prompt), reference.txt_norm(prompt)),
+            (own.attn.img_q_norm(heads), official.attn.norm_q(heads)),
+            (own.attn.img_k_norm(heads), official.attn.norm_k(heads)),
+            (own.attn.txt_q_norm(heads), official.attn.norm_added_q(heads)),
+            (own.attn.txt_k_norm(heads), official.attn.norm_added_k(heads)),
+        ):
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+    kinds = (type(official.img_mlp), type(reference.norm_out), type(reference.txt_norm))
+    assert kinds == (FeedForward, AdaLayerNormContinuous, RMSNorm)
 
 
 @given(axes=st.sampled_from([*AXES, (16, 56, 56)]), grids=grids, length=st.integers(1, 40))
