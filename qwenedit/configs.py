@@ -87,7 +87,10 @@ def vision_language_config(raw: Mapping[str, Any], what: str) -> VisionLanguageC
 
     text_keys = {field.name for field in dataclasses.fields(TextConfig)} | set(TextConfig.FIXED)
     flat = {key: top.pop(key) for key in list(top) if key in text_keys | {"rope_scaling", "layer_types"}}
-    flat, nested = (_plain_text(keys, what) for keys in (flat, top.pop("text_config", None) or {}))
+    within = top.pop("text_config", None) or {}
+    if not isinstance(within, dict):
+        raise ValueError(f"{what}: text_config is {within!r}, wanted an object")
+    flat, nested = (_plain_text(keys, what) for keys in (flat, within))
     if clash := sorted(key for key in flat.keys() & nested.keys() if flat[key] != nested[key]):
         raise ValueError(f"{what}: {', '.join(clash)} differ from those in text_config")
     top["vision_config"] = config_from(VisionConfig, vision, f"{what}: vision_config")
@@ -98,14 +101,17 @@ def vision_language_config(raw: Mapping[str, Any], what: str) -> VisionLanguageC
 def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The language model's keys, `layer_types` checked and `rope_scaling` reduced to its `mrope_section`."""
     text = {key: value for key, value in raw.items() if key not in ("rope_scaling", "layer_types")}
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
-        raise ValueError(f"{what}: layer_types is {raw['layer_types']}, wanted full_attention everywhere")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"{what}: layer_types is {kinds!r}, wanted full_attention everywhere")
     if "rope_scaling" in raw:
         rope = raw["rope_scaling"] or {}
-        kinds = {rope.get("type", "mrope"), rope.get("rope_type", "mrope")}
-        if not kinds <= {"mrope", "default"} or rope.keys() - {"type", "rope_type"} != {"mrope_section"}:
+        named = rope.keys() - {"type", "rope_type"} if isinstance(rope, dict) else None
+        if named != {"mrope_section"} or any(
+            rope.get(key, "mrope") not in ("mrope", "default") for key in ("type", "rope_type")
+        ):
             raise ValueError(
-                f"{what}: rope_scaling is {rope}, wanted mrope_section, of type mrope or default"
+                f"{what}: rope_scaling is {rope!r}, wanted mrope_section, of type mrope or default"
             )
         text["mrope_section"] = rope["mrope_section"]
     return text

@@ -173,6 +173,16 @@ def test_modules_fire_their_hooks():
     assert {name for name, _ in module.named_modules()} - fired == lists
 
 
+@given(layout=layouts, side=st.sampled_from(["left", "right"]), seed=SEEDS)
+def test_without_any_grid_image_tokens_are_text(layout, side, seed):
+    batch = batch_of(CONFIG, layout, seed, side)
+    as_text = batch.input_ids.clone().masked_fill(batch.input_ids == IMAGE, 0)
+    options = {"image_token_id": IMAGE, "spatial_merge_size": 2}
+    positions = mrope_positions(batch.input_ids, batch.attention_mask, None, **options)
+    assert torch.equal(positions, mrope_positions(as_text, batch.attention_mask, None, **options))
+    assert torch.isfinite(network(CONFIG)(batch.input_ids, batch.attention_mask)).all()
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -231,6 +241,9 @@ def altered(**changes):
         (dict(text_config__rope_scaling={"mrope_section": [1, 1, 2]}), "sum to half the head dim, 3"),
         (dict(text_config__num_key_value_heads=3), "wanted each a multiple of the next"),
         (dict(text_config__layer_types=["sliding_attention"]), "wanted full_attention everywhere"),
+        (dict(text_config=3), "text_config is 3, wanted an object"),
+        (dict(text_config__rope_scaling="x"), "rope_scaling is 'x', wanted mrope_section"),
+        (dict(text_config__layer_types=3), "layer_types is 3, wanted full_attention everywhere"),
         (dict(hidden_size=32), "hidden_size differ from those in text_config"),
         (dict(quantization_config={}), "unknown keys: quantization_config"),
     ],
