@@ -58,8 +58,19 @@ def _expanded(part, counts):
 
 
 @functools.cache
-def checkpoint(kind: str, *, zero_cond_t: bool = False, seed: int = 0) -> Path:
-    """A folder for "generate", "edit" or "plus"; the weights depend on the seed alone."""
+def checkpoint(
+    kind: str,
+    *,
+    zero_cond_t: bool = False,
+    seed: int = 0,
+    layers: int = 2,
+    heads: int = 2,
+    axes: tuple[int, int, int] = (4, 6, 6),
+) -> Path:
+    """A folder for "generate", "edit" or "plus"; the weights depend on the seed alone.
+
+    `zero_cond_t`, `layers`, `heads` and `axes` are the transformer's.
+    """
     folder = Path(tempfile.mkdtemp(prefix="qwenedit-tiny-"))
     ids = vocabulary.write(folder / "tokenizer")
     if kind != "generate":
@@ -80,8 +91,8 @@ def checkpoint(kind: str, *, zero_cond_t: bool = False, seed: int = 0) -> Path:
     }
     text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     transformer = diffusers.QwenImageTransformer2DModel(
-        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
-        axes_dims_rope=(4, 6, 6), zero_cond_t=zero_cond_t,
+        num_layers=layers, attention_head_dim=sum(axes), num_attention_heads=heads, joint_attention_dim=24,
+        axes_dims_rope=axes, zero_cond_t=zero_cond_t,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
     for number, (name, module) in enumerate(

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qwenedit
 from tests.support import assert_close
@@ -17,8 +19,8 @@ def _tiny_areas(monkeypatch):
     tiny_areas(monkeypatch)
 
 
-def both(kind, *, zero_cond_t=False, seed=0):
-    folder = checkpoint(kind, zero_cond_t=zero_cond_t, seed=seed)
+def both(kind, **config):
+    folder = checkpoint(kind, **config)
     return qwenedit.load(folder, device="cpu", progress=False), reference_pipeline(folder)
 
 
@@ -52,6 +54,12 @@ def test_generate_a_batch_of_prompts_of_different_length():
     prompts = [PROMPT, CHINESE, ""]
     negatives = ["a dog", " ", "low quality, 低画质"]
     compare(ours, reference, None, prompts, negative_prompt=negatives, height=48, width=64)
+
+
+def test_generate_takes_what_stands_for_pictures_as_text():
+    ours, reference = both("generate")
+    prompts = ["a <|image_pad|> b", "<|vision_start|><|image_pad|><|vision_end|> <|video_pad|>红"]
+    compare(ours, reference, None, prompts, negative_prompt="<|image_pad|>", height=48, width=64)
 
 
 @pytest.mark.parametrize("kind", ["edit", "plus"])
@@ -112,6 +120,38 @@ def test_several_images_of_one_prompt(kind):
     ours, reference = both(kind)
     got = compare(ours, reference, picture(60, 60), PROMPT, num_images_per_prompt=2)
     assert (got[0] - got[1]).abs().max() > 1e-3
+
+
+SIDES = st.integers(20, 130)
+
+
+@pytest.mark.filterwarnings("ignore:the output's token grid")
+@settings(max_examples=8)
+@given(
+    kind=st.sampled_from(["generate", "edit", "plus"]),
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    axes=st.sampled_from([(4, 6, 6), (2, 4, 10), (8, 4, 4)]),
+    zero_cond_t=st.booleans(),
+    sizes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=3),
+    output=st.none() | st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    guided=st.booleans(),
+    steps=st.integers(2, 3),
+    seed=st.integers(0, 100),
+)
+def test_any_configuration_and_any_pictures(
+    kind, layers, heads, axes, zero_cond_t, sizes, output, guided, steps, seed
+):
+    ours, reference = both(kind, seed=seed, layers=layers, heads=heads, axes=axes, zero_cond_t=zero_cond_t)
+    pictures = [picture(*size, seed=seed + i) for i, size in enumerate(sizes)]
+    image = {"generate": None, "edit": pictures[0], "plus": pictures}[kind]
+    options = {"num_inference_steps": steps}
+    if output is not None or kind == "generate":
+        rows, columns = output or (4, 4)
+        options |= {"height": 16 * rows, "width": 16 * columns}
+    if not guided:
+        options |= {"true_cfg_scale": 1.0, "negative_prompt": None}
+    compare(ours, reference, image, CHINESE, **options)
 
 
 def test_a_list_of_generators_and_given_latents_and_sigmas():
