@@ -1,0 +1,156 @@
+"""Completeness: every tensor that a network computes can be read by name, but for a listed few."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+import qwenedit
+from qwenedit.taps import tap_names, taps
+from tests.properties import test_mmdit as mmdit
+from tests.properties import test_vae as vae
+from tests.properties.test_vision_language import CONFIG, LAYOUT
+from tests.vision_language import batch_of, encode, network
+
+PACKAGE = str(Path(qwenedit.__file__).parent)
+
+# The few: function, operation -> on how many lines. Whoever adds to them says why nobody needs a name for it.
+RMS_NORM = {f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")}
+ROTATION = {f"rotate: {op}": 1 for op in ("mul", "sub", "add")}
+MMDIT = {
+    **RMS_NORM,
+    **ROTATION,
+    "Block.forward: add": 4,  # 1 + scale, of two norms in two streams
+    "Block.forward: mul": 4,  # ... times the norm, before + shift
+    "AdaLayerNormOut.forward: add": 1,  # 1 + scale
+    "AdaLayerNormOut.forward: mul": 1,
+    "AdaLayerNormOut.forward: silu": 1,  # of temb, as in the next one
+    "Modulation.forward: silu": 1,
+    "per_token: cat": 1,  # the two rows of img_mod, repeated for each token
+    "JointAttention.forward: cat": 3,  # text and image tokens of q, k, v
+    "JointAttention.forward: contiguous": 2,  # the heads of each stream, copied
+    "MMDiT.forward: mul": 1,  # the timestep of the references, 0
+    "MMDiT.forward: cat": 1,
+    **{f"TimeEmbedding.forward: {op}": 1 for op in ("arange", "div", "exp", "cos", "sin")},  # of sinusoids
+    "TimeEmbedding.forward: mul": 2,
+    "TimeEmbedding.forward: silu": 1,
+    **{f"rope_table: {op}": 1 for op in ("arange", "div", "rpow", "rdiv", "mul", "cat", "cos", "sin")},
+}
+VAE = {
+    "RMSNorm.forward: normalize": 1,
+    "RMSNorm.forward: mul": 1,
+    "CausalConv3d.forward: pad": 1,
+    "CausalConv3d.forward: cat": 1,  # what the convolution remembers, before what it is given
+    "Past.keep: clone": 1,
+    "Downsample.forward: pad": 1,
+    "Upsample.forward: interpolate": 1,  # every value of `mid` four times
+    "VAE.encode: clamp": 1,  # the posterior's logvar, which the caller gets
+    "VAE.decode: clamp": 1,  # the pixels, likewise
+}
+VISION_LANGUAGE = {
+    **RMS_NORM,
+    **ROTATION,
+    "Attention.forward: repeat_interleave": 2,  # k and v, once for each head of queries
+    "VisionAttention.forward: flatten": 1,  # the heads, copied
+    "attention_by_segment: scaled_dot_product_attention": 1,  # of each segment; together they are `heads`
+    "MLP.forward: silu": 1,  # of the gate, before it is multiplied
+    "VisionMLP.forward: silu": 1,
+    **{f"rope_frequencies: {op}": 1 for op in ("arange", "div", "rpow", "rdiv")},
+    **{f"Rope.forward: {op}": 1 for op in ("float", "mul", "cos", "sin")},
+    **{f"VisionRope.forward: {op}": 1 for op in ("mul", "cos", "sin")},
+}
+
+
+class Results(TorchFunctionMode):
+    """Every floating result that is no view of its arguments, with the line of the package that wants it."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []  # storage, site, tensor: held, so that no memory is used twice
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        old = {storage(x) for x in tensors((args, kwargs))}
+        for x in tensors(result):
+            if x.is_floating_point() and storage(x) not in old:
+                self.made.append((storage(x), (*asking(), func.__name__.strip("_")), x))
+        return result
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def storage(x):
+    return x.untyped_storage()._cdata
+
+
+def asking():
+    """The innermost function of the package on the stack, with its line."""
+    frame = sys._getframe(2)
+    while not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name.startswith("<"):
+        frame = frame.f_back  # out of torch, of einops, and of comprehensions
+    owner = frame.f_locals.get("self")
+    name = frame.f_code.co_name
+    return (name if owner is None else f"{type(owner).__name__}.{name}"), frame.f_lineno
+
+
+def anonymous(network, run, without=()):
+    """Where results are made that neither a tap nor a module's output holds: function, operation -> lines."""
+    named = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _arguments, output: named.extend(tensors(output)))
+        for module in network.modules()
+    ]
+    names = [name for name in tap_names(network) if not costly(name) and name not in without]
+    taken = {name: lambda x, site: named.append(x) for name in names}
+    try:
+        with torch.no_grad(), taps(network, taken, strict=False), Results() as results:
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    known = {storage(x) for x in named}
+    lines = {}
+    for place, (function, line, operation), _ in results.made:
+        if place not in known:
+            lines.setdefault(f"{function}: {operation}", set()).add(line)
+    return {site: len(of_site) for site, of_site in lines.items()}
+
+
+def costly(name):
+    """Attention maps: tapping them replaces the fused attention."""
+    return name.endswith((".scores", ".probs"))
+
+
+def run_mmdit(without=()):
+    ours, case = mmdit.network(zero_cond_t=True), mmdit.inputs()
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return anonymous(ours, lambda: ours(*case, mask), without)
+
+
+def test_transformer():
+    assert run_mmdit() == MMDIT
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_vae(frames):
+    ours, pixels = vae.make(), vae.pixels(frames)
+    of_videos = ("CausalConv3d.forward: cat", "Past.keep: clone") if frames == 1 else ()
+    got = anonymous(ours, lambda: ours.decode(ours.encode(pixels).mode()))
+    assert got == {site: count for site, count in VAE.items() if site not in of_videos}
+
+
+def test_vision_language():
+    module, batch = network(CONFIG), batch_of(CONFIG, LAYOUT, 0)
+    assert anonymous(module, lambda: encode(module, batch)) == VISION_LANGUAGE
+
+
+def test_a_missing_tap_would_show():
+    more = run_mmdit(without=("blocks.0.img_mid", "blocks.1.img_mid", "blocks.1.attn.img_k_rot"))
+    assert more.pop("Block.forward: add") == MMDIT["Block.forward: add"] + 1
+    assert more.pop("rotate: stack") == 1
+    assert more == {site: count for site, count in MMDIT.items() if site != "Block.forward: add"}
