@@ -25,9 +25,8 @@ from qwenedit.taps import Tapped
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig"]
 
-Grid = tuple[
-    int, int, int
-]  # frames, rows and columns of tokens (2x2 latent pixels each); frames is 1 for pictures
+# frames (1 for pictures), rows and columns of tokens, 2x2 latent pixels each
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +54,15 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         if self.guidance_embeds:
-            raise ValueError(
-                "guidance_embeds is True, wanted False: no released checkpoint of this family uses it"
-            )
+            raise ValueError("guidance_embeds is True, wanted False: no released checkpoint has it")
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope is {self.axes_dims_rope}, wanted three even numbers that sum to "
                 f"attention_head_dim {self.attention_head_dim}"
             )
-        if self.in_channels != self.out_channels * self.patch_size**2:
+        if self.in_channels != (wanted := self.out_channels * self.patch_size**2):
             raise ValueError(
-                f"in_channels is {self.in_channels}, wanted out_channels {self.out_channels} * patch_size "
-                f"{self.patch_size} squared = {self.out_channels * self.patch_size**2}"
+                f"in_channels is {self.in_channels}, wanted out_channels * patch_size squared = {wanted}"
             )
 
     @property
@@ -135,8 +131,7 @@ class Block(Tapped):
     """One dual-stream block: joint attention, then an MLP a stream, all under adaLN modulation from `temb`.
 
     Shapes: `temb` (R, D) with R = B, or 2 B under `zero_cond_t` (rows B: for the reference tokens).
-    Source: `QwenImageTransformerBlock`, which returns (txt, img) though it takes (img, txt); we keep one
-        order.
+    Source: `QwenImageTransformerBlock`, which takes (img, txt) and returns (txt, img); we keep one order.
     """
 
     TAPS = (
@@ -271,8 +266,7 @@ class JointAttention(Tapped):
 class MLP(Tapped):
     """Four times as wide inside, with the tanh form of GELU.
 
-    Source: diffusers `FeedForward(activation_fn="gelu-approximate")`; its "geglu-approximate" is the sigmoid
-        form.
+    Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
     """
 
     TAPS = ("mlp_hidden",)

@@ -12,10 +12,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit import vae
+from qwenedit import vae, vae_layers
 from qwenedit.loading import config_from, official_to_ours, ours_to_official
 from qwenedit.taps import taps
-from qwenedit.vae import KEY_TABLE, VAE, Past, VAEConfig
+from qwenedit.vae import KEY_TABLE, VAE, VAEConfig
+from qwenedit.vae_layers import Past
 from tests.support import FP32, FP64, FP64_CAST, assert_close, randomise_, relative_error
 
 DATA = Path(__file__).parents[1] / "data"
@@ -306,7 +307,7 @@ def test_causal_convolution(kernel, stride, lengths, dtype, tolerance):
     """Chunk after chunk is the reference's convolution of the whole video."""
     padding = tuple(k // 2 for k in kernel)
     reference = official.QwenImageCausalConv3d(6, 5, kernel, stride, padding)
-    ours = vae.CausalConv3d(6, 5, kernel, stride)
+    ours = vae_layers.CausalConv3d(6, 5, kernel, stride)
     randomise_(reference, 1).to(dtype)
     ours.load_state_dict(reference.state_dict(), assign=True)
     chunks, past = video(lengths, 20, dtype), Past()
@@ -324,10 +325,10 @@ def test_resample(mode, lengths, dtype, tolerance):
     """To the last digits in float64 too: rounded to float32 in upsampling, but both from the same values."""
     reference, in_time = official.QwenImageResample(6, mode), mode.endswith("3d")
     if mode.startswith("down"):
-        ours = vae.Downsample(6, in_time=in_time)
+        ours = vae_layers.Downsample(6, in_time=in_time)
         prepare(ours, reference, "encoder.down_blocks.0", "encoder.down.0", 2, dtype)
     else:
-        ours = vae.Upsample(6, in_time=in_time)
+        ours = vae_layers.Upsample(6, in_time=in_time)
         prepare(ours, reference, "decoder.up_blocks.0.upsamplers.0", "decoder.up.0.upsample", 2, dtype)
     assert_close(*run_chunks(ours, reference, video(lengths, 21, dtype), 1), tolerance)
 
@@ -335,7 +336,7 @@ def test_resample(mode, lengths, dtype, tolerance):
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (1, 1, 1)])
 def test_upsampling_in_time_frame_by_frame(lengths):
     """The decoder's first upsampler sees one frame at a time: its past grows from zeros to two frames."""
-    reference, ours = official.QwenImageResample(6, "upsample3d"), vae.Upsample(6, in_time=True)
+    reference, ours = official.QwenImageResample(6, "upsample3d"), vae_layers.Upsample(6, in_time=True)
     prepare(ours, reference, "decoder.up_blocks.0.upsamplers.0", "decoder.up.0.upsample", 2, torch.float32)
     got, wanted = run_chunks(ours, reference, video(lengths, 22, torch.float32), 1)
     assert got.shape[2] == 2 * len(lengths) - 1
@@ -346,7 +347,7 @@ def test_upsampling_in_time_frame_by_frame(lengths):
 @pytest.mark.parametrize("out", [6, 9])
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (1, 4, 4)])
 def test_residual_block(out, lengths, dtype, tolerance):
-    reference, ours = official.QwenImageResidualBlock(6, out), vae.ResidualBlock(6, out)
+    reference, ours = official.QwenImageResidualBlock(6, out), vae_layers.ResidualBlock(6, out)
     prepare(ours, reference, "encoder.down_blocks.0", "encoder.down.0", 3, dtype)
     chunks = video(lengths, 23, dtype)
     assert_close(*run_chunks(ours, reference, chunks, 2), tolerance)
@@ -357,7 +358,7 @@ def test_residual_block(out, lengths, dtype, tolerance):
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISE)
 @pytest.mark.parametrize("frames", [1, 3])
 def test_attention(frames, dtype, tolerance):
-    reference, ours = official.QwenImageAttentionBlock(6), vae.FrameAttention(6)
+    reference, ours = official.QwenImageAttentionBlock(6), vae_layers.FrameAttention(6)
     name = "encoder.mid_block.attentions.0", "encoder.mid.attn"
     prepare(ours, reference, *name, 4, dtype)
     (x,) = video([frames], 24, dtype)
@@ -376,7 +377,7 @@ def test_middle(lengths, dtype, tolerance):
 @pytest.mark.parametrize("eps_matters", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_norm(dtype, eps_matters):
-    reference, ours = official.QwenImageRMS_norm(6, images=False), vae.RMSNorm(6, trailing=3)
+    reference, ours = official.QwenImageRMS_norm(6, images=False), vae_layers.RMSNorm(6, trailing=3)
     randomise_(reference, 6).to(dtype)
     ours.load_state_dict(reference.state_dict(), assign=True)
     (x,) = video([3], 26, dtype)

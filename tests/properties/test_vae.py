@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenedit.taps import Tapped, tap_names, taps
-from qwenedit.vae import VAE, FrameAttention, Past, VAEConfig
+from qwenedit.vae import VAE, VAEConfig
+from qwenedit.vae_layers import FrameAttention, Past
 from tests.support import FP32, assert_close, randomise_
 
 PATTERNS = [(False, True, True), (True, False, True), (True, True, False), (False, False, True), (False,) * 3]

@@ -27,7 +27,7 @@ def test_names_are_the_recorded_ones(pipe, network):
     assert sorted(names) == RECORDED[network]
 
 
-@pytest.mark.parametrize("file", ["mmdit", "vae", "vision_language", "vision_tower"])
+@pytest.mark.parametrize("file", ["mmdit", "vae", "vae_layers", "vision_language", "vision_tower"])
 def test_nothing_is_changed_in_place(file):
     """A tap or a hook may keep any tensor: what it holds must not change afterwards."""
     tree = ast.parse((ROOT / "qwenedit" / f"{file}.py").read_text())
