@@ -19,11 +19,46 @@ from qwenedit.guidance import TrueCFG
 from qwenedit.processor import check_prompt
 
 __all__ = [
-    "Row", "check_count", "check_output_type", "device_of", "dtype_of", "guidance_of", "rows_of", "warn",
-    "warn_of_float16",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "Row", "check_count", "check_output_type", "device_of", "dtype_of",
+    "guidance_of", "rows_of", "warn", "warn_of_float16", "without_reference_options",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
+
+# What scripts written for the reference pipelines may also pass: the values that ask for nothing but what
+# happens anyway, and what to do for others. No values: whatever it is, it has no effect here.
+_STEPS = ((None,), "loop over `steps`, which shows and takes every step")
+_SAMPLE = ((None,), "make a `Conditioning` and `sample` from it")
+LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "low_cpu_mem_usage": ((), ""),
+    "use_safetensors": ((None, True), "there is no other format"),
+    "variant": ((None,), "give the folder that holds the files"),
+    "device_map": ((None,), "pass device"),
+}
+CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "return_dict": ((True,), "the pictures are the result's `images`"),
+    "callback_on_step_end": _STEPS,
+    "callback_on_step_end_tensor_inputs": ((), ""),
+    "attention_kwargs": ((None,), "attach `taps`"),
+    **dict.fromkeys(("prompt_embeds", "prompt_embeds_mask"), _SAMPLE),
+    **dict.fromkeys(("negative_prompt_embeds", "negative_prompt_embeds_mask"), _SAMPLE),
+}
+
+
+def without_reference_options(
+    options: dict[str, Any], known: dict[str, tuple[tuple[Any, ...], str]]
+) -> dict[str, Any]:
+    """The options that are ours.
+
+    Raises:
+        ValueError: one of the reference's asks for what is done in another way here.
+    """
+    for name, (harmless, instead) in known.items():
+        value = options.get(name)
+        if name in options and harmless and not any(value is one for one in harmless):
+            got = repr(value) if isinstance(value, (bool, str)) else type(value).__name__
+            raise ValueError(f"{name} is {got}, wanted {' or '.join(map(str, harmless))}: {instead}")
+    return {name: value for name, value in options.items() if name not in known}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +126,11 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
-def check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object, *, most: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}, wanted at most {most}")
 
 
 def _prompts(name: str, value: str | Sequence[str], *, illustrated: bool) -> list[str]:

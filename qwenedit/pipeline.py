@@ -20,12 +20,14 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from qwenedit import mini, processor
-from qwenedit.checkpoints import Variant, read_areas, read_variant, resolve
+from qwenedit.checkpoints import Variant, find_local, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning
 from qwenedit.encoding import encode_rows
 from qwenedit.geometry import Areas
 from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import (
+    CALL_OPTIONS,
+    LOAD_OPTIONS,
     Row,
     check_count,
     check_output_type,
@@ -35,6 +37,7 @@ from qwenedit.inputs import (
     rows_of,
     warn,
     warn_of_float16,
+    without_reference_options,
 )
 from qwenedit.latents import denormalise, initial_noise, unpack
 from qwenedit.loading import check_together, load_networks, load_scheduler
@@ -94,9 +97,18 @@ class QwenImageEdit:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
-        """`load` under the name that the ecosystem expects; `torch_dtype` is taken for `dtype`."""
+        """`load` under the name that the ecosystem expects, with that ecosystem's options where they fit.
+
+        `torch_dtype` is `dtype`; `local_files_only=True` takes a hub id from the cache without asking the hub.
+
+        Raises:
+            ValueError: as `load`; an option that asks for something else than what happens here.
+        """
+        options = without_reference_options(options, LOAD_OPTIONS)
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
+        if options.pop("local_files_only", False) and source is not None:
+            source = find_local(source, options.pop("revision", None))
         return load(source, **options)
 
     @property
@@ -125,20 +137,27 @@ class QwenImageEdit:
         prompt: str | Sequence[str] | None = None,
         *,
         guidance_scale: float | None = None,
+        max_sequence_length: int = MAX_TOKENS,
         **options: Any,
     ) -> Result:
-        """`edit`, or `generate` where no image is given. `guidance_scale` is for distilled models:
-        ignored.
+        """`edit`, or `generate` where no image is given, for scripts written for the reference pipelines.
+
+        `guidance_scale` is for distilled models: ignored, with a warning. `max_sequence_length` has no effect
+        on editing, as in the reference.
+
+        Raises:
+            ValueError: as `edit`; an option that asks for something else than what happens here.
         """
-        if prompt is None:
-            raise ValueError("prompt is None, wanted a string or a list of strings")
+        options = without_reference_options(options, CALL_OPTIONS)
         if guidance_scale not in (None, 1.0):
             warn(
                 "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
                 "pass true_cfg_scale"
             )
+        if prompt is None:
+            raise ValueError("prompt is None, wanted a string or a list of strings")
         if image is None:
-            return self.generate(prompt, **options)
+            return self.generate(prompt, max_sequence_length=max_sequence_length, **options)
         return self.edit(image, prompt, **options)
 
     @torch.no_grad()
@@ -207,17 +226,18 @@ class QwenImageEdit:
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        max_sequence_length: int = MAX_TOKENS,
     ) -> Result:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
         The arguments are those of `edit`; height and width default to a square of the checkpoint's area.
-        Prompts are cut after 512 tokens, as in the reference.
+        Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
         return self._run(
             None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type,
+            generator, num_images_per_prompt, latents, output_type, max_sequence_length,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -306,15 +326,18 @@ class QwenImageEdit:
         num_images_per_prompt: int,
         latents: Tensor | None,
         output_type: str,
+        max_tokens: int = MAX_TOKENS,
     ) -> Result:
         """What `edit` and, with None for an image, `generate` do."""
         check_output_type(output_type)
         check_count("num_images_per_prompt", num_images_per_prompt)
+        check_count("max_sequence_length", max_tokens, most=1024)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
         grid, batch = rows[0].geometry.grid, len(rows) * num_images_per_prompt
         run = self._prepare(grid, batch, num_inference_steps, sigmas, generator, latents)
         guidance = guidance_of(true_cfg_scale, negative_prompt)
-        conditioning = self._condition(rows, guided=guidance is not None).repeat(num_images_per_prompt)
+        conditioning = self._condition(rows, guided=guidance is not None, max_tokens=max_tokens)
+        conditioning = conditioning.repeat(num_images_per_prompt)
         return self._finish(self._steps(conditioning, run, guidance), num_inference_steps, grid, output_type)
 
     def _prepare(

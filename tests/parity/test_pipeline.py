@@ -54,6 +54,7 @@ def test_generate_a_batch_of_prompts_of_different_length():
     prompts = [PROMPT, CHINESE, ""]
     negatives = ["a dog", " ", "low quality, 低画质"]
     compare(ours, reference, None, prompts, negative_prompt=negatives, height=48, width=64)
+    compare(ours, reference, None, prompts, height=48, width=64, max_sequence_length=7)
 
 
 def test_generate_takes_what_stands_for_pictures_as_text():

@@ -168,7 +168,10 @@ def test_without_guidance_the_negative_prompt_is_not_encoded(edit):
 
 
 def test_scripts_for_the_reference_run_unchanged():
-    pipe = qwenedit.QwenImageEdit.from_pretrained(None, torch_dtype=torch.float32, device="cpu")
+    pipe = qwenedit.QwenImageEdit.from_pretrained(
+        mini.CHECKPOINT, torch_dtype=torch.float32, device="cpu", use_safetensors=True,
+        low_cpu_mem_usage=True, variant=None, local_files_only=True,
+    )  # fmt: skip
     pipe.to(torch.float32)
     pipe.to("cpu")
     pipe.set_progress_bar_config(disable=None)
@@ -182,6 +185,10 @@ def test_scripts_for_the_reference_run_unchanged():
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
         "num_images_per_prompt": 1,
+        "max_sequence_length": 512,
+        "return_dict": True,
+        "callback_on_step_end": None,
+        "callback_on_step_end_tensor_inputs": ["latents"],
     }
     with torch.inference_mode():
         output = pipe(**inputs)
@@ -190,6 +197,49 @@ def test_scripts_for_the_reference_run_unchanged():
     assert text_only[0].size == (48, 32)
     with pytest.warns(UserWarning, match="guidance_scale has no effect"):
         pipe(prompt="x", guidance_scale=3.5, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"return_dict": False}, "return_dict is False, wanted True: the pictures are the result's `images`"),
+        ({"callback_on_step_end": print}, "callback_on_step_end is .*, wanted None: loop over `steps`"),
+        ({"prompt_embeds": torch.zeros(1, 3, 128)}, "prompt_embeds is Tensor, wanted None: make a `Cond"),
+        ({"max_sequence_length": 1025}, "max_sequence_length is 1025, wanted at most 1024"),
+        ({"max_sequence_length": "x"}, "max_sequence_length is 'x', wanted a whole number"),
+    ],
+)
+def test_what_the_reference_takes_and_we_do_not(edit, options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(prompt="x", **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variant": "fp16"}, "variant is 'fp16', wanted None: give the folder that holds the files"),
+        ({"use_safetensors": False}, "use_safetensors is False, wanted None or True: there is no other"),
+        ({"local_files_only": True}, "nobody/nothing is not on this machine"),
+    ],
+)
+def test_what_the_reference_loads_and_we_do_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        qwenedit.QwenImageEdit.from_pretrained("nobody/nothing", **options)
+
+
+def test_max_sequence_length_cuts_the_prompt_of_text_to_image_only(edit):
+    lengths = []
+    record = {"txt_in": lambda x, site: lengths.append(x.shape[1])}
+    with taps(edit.mmdit, record):
+        for length in (3, 9):
+            edit(prompt="red " * 20, max_sequence_length=length, num_inference_steps=1, true_cfg_scale=1.0)
+    assert lengths == [3, 9]
+    short, long = (
+        edit(A, "red " * 20, max_sequence_length=length, num_inference_steps=1, output_type="pt",
+             generator=generators(1)).images
+        for length in (3, 1024)
+    )  # fmt: skip
+    assert torch.equal(short, long)
 
 
 def test_guidance_wants_both_a_scale_and_a_negative_prompt(edit):
