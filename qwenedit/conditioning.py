@@ -223,13 +223,20 @@ class Conditioning:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
+        try:
+            return cls._from_tensors(tensors, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a broken conditioning: {error!r}") from error
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Conditioning:
+        def prompt(name: str) -> Prompt:
+            return Prompt(tensors[name], tensors.get(f"{name}_mask"))
+
         grids = tuple(tuple(tuple(grid) for grid in row) for row in json.loads(metadata["reference_grids"]))
-        negative = tensors.get("negative_prompt_embeds")
         return cls(
-            prompt=Prompt(tensors["prompt_embeds"], tensors.get("prompt_embeds_mask")),
-            negative=None
-            if negative is None
-            else Prompt(negative, tensors.get("negative_prompt_embeds_mask")),
+            prompt=prompt("prompt_embeds"),
+            negative=prompt("negative_prompt_embeds") if "negative_prompt_embeds" in tensors else None,
             target_grid=tuple(json.loads(metadata["target_grid"])),
             reference_latents=tuple(
                 tuple(tensors[f"reference_latents.{row}.{k}"] for k in range(len(of_row)))

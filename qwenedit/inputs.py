@@ -27,7 +27,6 @@ OUTPUT_TYPES = ("pil", "pt", "latent")
 
 # What scripts written for the reference pipelines may also pass: the values that ask for nothing but what
 # happens anyway, and what to do for others. No values: whatever it is, it has no effect here.
-_STEPS = ((None,), "loop over `steps`, which shows and takes every step")
 _SAMPLE = ((None,), "make a `Conditioning` and `sample` from it")
 LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "low_cpu_mem_usage": ((), ""),
@@ -37,7 +36,7 @@ LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_dict": ((True,), "the pictures are the result's `images`"),
-    "callback_on_step_end": _STEPS,
+    "callback_on_step_end": ((None,), "loop over `steps`, which shows every step and takes changes"),
     "callback_on_step_end_tensor_inputs": ((), ""),
     "attention_kwargs": ((None,), "attach `taps`"),
     **dict.fromkeys(("prompt_embeds", "prompt_embeds_mask"), _SAMPLE),

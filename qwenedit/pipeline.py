@@ -99,7 +99,7 @@ class QwenImageEdit:
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
         """`load` under the name that the ecosystem expects, with that ecosystem's options where they fit.
 
-        `torch_dtype` is `dtype`; `local_files_only=True` takes a hub id from the cache without asking the hub.
+        `torch_dtype` is `dtype`; `local_files_only=True` finds a hub id in the cache or not at all.
 
         Raises:
             ValueError: as `load`; an option that asks for something else than what happens here.

@@ -95,6 +95,28 @@ def test_files_that_are_no_conditioning_are_refused(tmp_path):
         Conditioning.load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: tensors.pop("prompt_embeds"),
+        lambda tensors, metadata: tensors.pop("reference_latents.1.0"),
+        lambda tensors, metadata: tensors.update(prompt_embeds=torch.zeros(2, 7)),
+        lambda tensors, metadata: metadata.pop("reference_grids"),
+        lambda tensors, metadata: metadata.update(reference_grids="[1"),
+        lambda tensors, metadata: metadata.update(target_grid="3"),
+    ],
+)
+def test_a_broken_conditioning_is_named(tmp_path, change):
+    path = tmp_path / "c.safetensors"
+    conditioning().save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    change(tensors, metadata)
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"c\.safetensors is a broken conditioning: "):
+        Conditioning.load(path)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out.txt"
     target.write_text("old")
