@@ -68,8 +68,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None, *, prog
     Raises:
         ValueError: no such folder, no checkpoint, or whatever keeps the hub from giving it, in one line.
     """
-    path = Path(source)
-    if path.exists() or not _is_hub_id(str(source)):
+    if (path := _path(source)) is not None:
         return _local(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -112,8 +111,7 @@ def find_local(source: str | os.PathLike[str], revision: str | None = None) -> P
     Raises:
         ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
     """
-    path = Path(source)
-    if path.exists() or not _is_hub_id(str(source)):
+    if (path := _path(source)) is not None:
         return _local(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -130,7 +128,7 @@ def find_local(source: str | os.PathLike[str], revision: str | None = None) -> P
 
 def is_local(source: str | os.PathLike[str], revision: str | None = None) -> bool:
     """Is the checkpoint a folder, or a hub id whose files are all in the cache?"""
-    if Path(source).exists() or not _is_hub_id(str(source)):
+    if _path(source) is not None:
         return True
     try:
         return _lacking(find_local(source, revision)) is None
@@ -141,7 +139,7 @@ def is_local(source: str | os.PathLike[str], revision: str | None = None) -> boo
 def _lacking(folder: Path) -> str | None:
     """What a cached snapshot of this family lacks; None where nothing is, or where it is another family's."""
     try:
-        if read_json(folder / "model_index.json").get("_class_name") in VARIANTS:
+        if read_json(folder / "model_index.json", optional=True).get("_class_name") in VARIANTS:
             for component in COMPONENTS:
                 read_json(folder / component / "config.json")
                 component_headers(folder / component)
@@ -196,13 +194,14 @@ def download_plan(source: str, revision: str | None = None) -> str:
     return "\n".join([*lines, f"  {'together':<13} {sum(f.size or 0 for f in needed):,} bytes"])
 
 
-def _is_hub_id(source: str) -> bool:
-    parts = source.split("/")
-    return (
-        len(parts) == 2
-        and all(part and not part.startswith((".", "~")) for part in parts)
-        and "\\" not in source
-    )
+def _path(source: str | os.PathLike[str]) -> Path | None:
+    """Of a local source; None for what can only be a hub id."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source is {type(source).__name__}, wanted a hub id or a folder")
+    parts = str(source).split("/")
+    hub_id = len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
+    path = Path(source)
+    return None if hub_id and "\\" not in str(source) and not path.exists() else path
 
 
 def _local(path: Path) -> Path:
@@ -225,7 +224,9 @@ def _local(path: Path) -> Path:
 
 
 def _what_it_is(name: str) -> str:
-    """Another class of pipeline or model in words."""
+    """A class of pipeline or model that is no whole checkpoint, in words."""
+    if name in COMPONENTS.values():
+        return "one component of a checkpoint"
     return next((text for part, text in _REFUSED.items() if part in name), "not of this family")
 
 

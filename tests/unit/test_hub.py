@@ -96,6 +96,21 @@ def test_a_snapshot_without_all_its_weights(cache, component):
         verify(ID)
 
 
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (None, r"is no checkpoint: it has no model_index\.json"),
+        ('{"_class_name": "FluxPipeline"}', "is a FluxPipeline: not of this family"),
+    ],
+)
+def test_what_is_whole_but_another_familys(tmp_path, monkeypatch, index, message):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        qwenedit.load("somebody/something-else", device="cpu")
+
+
 def hub_files():
     """What the hub would list for the model, with sizes."""
     for path in sorted(mini.CHECKPOINT.rglob("*")):

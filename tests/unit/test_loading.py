@@ -248,6 +248,12 @@ def test_sources_that_are_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "QwenImageControlNetModel"}')
     with pytest.raises(ValueError, match=r"is a single QwenImageControlNetModel \(a Qwen-Image ControlNet\)"):
         resolve(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is a single \w+2DModel \(one component of a checkpoint\), no check"
+    ):
+        resolve(mini.CHECKPOINT / "transformer")
+    with pytest.raises(ValueError, match="source is int, wanted a hub id or a folder"):
+        resolve(5)
     (tmp_path / "model_index.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds a list, wanted a JSON object"):
         read_variant(tmp_path)
