@@ -97,9 +97,9 @@ def judge(scene: Scene, request: Request, picture: Image.Image | Tensor) -> Verd
         expected = dataclasses.replace(
             scene, shapes=tuple(shape for shape in scene.shapes if shape.kind != request.referent)
         )
-    found = [one.shape for one in read_shapes(picture, expected.background) if one.fit >= LEAST_FIT]
-    badly = len(read_shapes(picture, expected.background)) - len(found)
-    reason = _first_fault(scene, request, expected, found, badly)
+    pieces = read_shapes(picture, expected.background)
+    found = [one.shape for one in pieces if one.fit >= LEAST_FIT]
+    reason = _first_fault(scene, request, expected, found, len(pieces) - len(found))
     ground = paint_background(expected.background)
     away = (picture - ground).norm(dim=0)
     empty = _around((*expected.shapes, *found)) == 0
@@ -141,32 +141,25 @@ def _first_fault(scene: Scene, request: Request, expected: Scene, found: list[Sh
 def _preservation(
     scene: Scene, request: Request, expected: Scene, picture: Tensor, found: list[Shape]
 ) -> float:
-    """PSNR of the pixels that the edit should leave alone."""
-    before, after = paint(scene), paint(expected)
-    touched = (before - after).abs().amax(dim=0) > 0
+    """PSNR of the pixels that the edit should leave alone, a pixel away from those that it should not."""
+    before = paint(scene)
+    touched = (before - paint(expected)).abs().amax(dim=0) > 0
     if request.is_open:  # what was added or changed, wherever the picture has it
-        touched = touched | (_around(tuple(one for one in found if one not in expected.shapes)) > 0)
         kept = _around(expected.shapes) > 0
-        touched = touched & ~kept
-    if request.action == "background":  # the shapes are what should stay
-        touched = _around(scene.shapes, grow=-1.0) == 0
-    touched = (
-        F.max_pool2d(touched[None, None].float(), 3, 1, 1)[0, 0] > 0
-        if not request.action == ("background")
-        else touched
-    )
-    if bool(touched.all()):
+        touched = touched | (_around(tuple(found)) > 0) & ~kept
+    untouched = F.max_pool2d(touched[None, None].float(), 3, 1, 1)[0, 0] == 0
+    if not bool(untouched.any()):
         return math.inf
-    error = (picture - before).pow(2).mean(dim=0)[~touched].mean()
+    error = (picture - before).pow(2).mean(dim=0)[untouched].mean()
     return -10 * math.log10(max(float(error), 1e-10))
 
 
-def _around(shapes: tuple[Shape, ...], grow: float = 2.0) -> Tensor:
-    """(SIDE, SIDE): 1 within the circles around shapes, enlarged."""
+def _around(shapes: tuple[Shape, ...]) -> Tensor:
+    """(SIDE, SIDE): above 0 within the circles around shapes, two pixels enlarged."""
     inside = torch.zeros(SIDE, SIDE)
     for shape in shapes:
-        corner = (shape.extent if grow > 0 else shape.radius * 0.8) + grow
-        inside = torch.maximum(inside, coverage("circle", *torch.tensor([shape.x, shape.y, corner])))
+        place = torch.tensor([shape.x, shape.y, shape.extent + 2])
+        inside = torch.maximum(inside, coverage("circle", *place))
     return inside
 
 

@@ -30,9 +30,9 @@ from torch import Tensor
 from qwenedit.processor import to_pil
 
 __all__ = [
-    "ACTIONS", "COLOURS", "DETERMINED", "KINDS", "OPEN", "PLACES", "SIDE", "Background", "Request", "Scene",
-    "Shape", "article", "coverage", "draw", "free", "held_out", "instruction", "outcome", "paint",
-    "paint_background", "random_request", "random_scene", "scenes", "visible",
+    "ACTIONS", "COLOURS", "DETERMINED", "EXAMPLE", "KINDS", "OPEN", "PLACES", "SIDE", "Background",
+    "Request", "Scene", "Shape", "article", "coverage", "draw", "free", "held_out", "instruction", "outcome",
+    "paint", "paint_background", "random_request", "random_scene", "scenes", "visible",
 ]  # fmt: skip
 
 SIDE = 64  # pixels a side of every picture
@@ -152,6 +152,15 @@ def area(kind: str) -> float:
     ratio = math.cos(half) if inner is None else inner
     return corners * ratio * math.sin(half) * _CORNERS[kind] ** 2
 
+
+EXAMPLE = Scene(  # examples/scene.png
+    Background("white", -0.15, 90.0),
+    (
+        Shape("circle", "blue", 19.0, 22.0, 10.0),
+        Shape("square", "green", 46.0, 44.0, 9.5),
+        Shape("star", "orange", 45.0, 16.0, 8.5),
+    ),
+)
 
 Rgb = tuple[float, ...]  # of [0, 1]
 
@@ -386,13 +395,13 @@ def instruction(rng: Random, request: Request, *, plain: bool = False) -> str:
 
     `plain` gives the first wording, as in the README.
     """
-    wordings = _WORDINGS[request.action]
+    wordings, places = _WORDINGS[request.action], _WHERE[request.place or "left"]
     text = (wordings[0] if plain else rng.choice(wordings)).format(
         referent=request.referent,
         kind=request.kind,
         colour=request.colour,
         a_colour=article(request.colour or "a"),
-        place=rng.choice(_WHERE[request.place or "left"]),
+        place=places[0] if plain else rng.choice(places),
         side=request.place if request.place != "center" or plain else rng.choice(("center", "middle")),
     )
     if plain:

@@ -74,6 +74,7 @@ def write(folder: Path) -> dict[str, int]:
     ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read instead of the new files
     tokenizer = train()
     tokenizer.model.save(str(folder))
     first = tokenizer.get_vocab_size()
