@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -150,7 +151,8 @@ def test_held_out_compositions_are_about_a_tenth_and_never_trained_on():
 
 
 def test_the_example_is_drawn_by_the_code():
-    assert Image.open(mini.EXAMPLE).convert("RGB").tobytes() == draw(EXAMPLE).tobytes()
+    for path in (mini.EXAMPLE, Path(__file__).parents[2] / "examples" / "scene.png"):
+        assert Image.open(path).convert("RGB").tobytes() == draw(EXAMPLE).tobytes()
 
 
 # The oracle
