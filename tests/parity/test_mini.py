@@ -18,7 +18,8 @@ def files(folder):
 def test_it_is_small_and_whole():
     assert sum(path.stat().st_size for path in files(mini.CHECKPOINT).values()) <= 15e6
     assert {path.name for path in mini.CHECKPOINT.iterdir()} == {
-        "README.md", "model_index.json", "processor", "scheduler", "text_encoder", "tokenizer", "transformer", "vae",
+        "README.md", "model_index.json", "processor", "scheduler",
+        "text_encoder", "tokenizer", "transformer", "vae",
     }  # fmt: skip
 
 

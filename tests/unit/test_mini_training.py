@@ -65,10 +65,10 @@ def assert_equal(one, other):
 
 
 def test_the_vae_learns(tmp_path):
-    vae = train_vae(tmp_path, config=SMALL_VAE, steps=150, batch=12, rate=4e-3, **FLOAT32)
+    vae = train_vae(tmp_path, config=SMALL_VAE, steps=100, batch=12, rate=4e-3, **FLOAT32)
     lines = [line for line in log(tmp_path) if "square" in line]
-    assert lines[0]["square"] > 0.25 and lines[-1]["square"] < 0.06, lines
-    assert lines[-1]["step"] == 150
+    assert lines[0]["square"] > 0.35 and lines[-1]["square"] < 0.25, lines
+    assert lines[-1]["step"] == 100
     std = vae.config.latents_std
     assert min(std) > 0 and std != SMALL_VAE.latents_std
     x = pictures("others", 32)
