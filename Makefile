@@ -21,8 +21,7 @@ $(VENV)/.dev: $(VENV)/.test
 	touch $@
 
 edit: $(VENV)/.run  ## edit the example picture with the embedded model
-	mkdir -p out
-	$(BIN)/qwenedit edit qwenedit/mini/example.png "make the circle red" --steps 8 -o out/edit.png
+	$(BIN)/python -m qwenedit.mini.demo examples/scene.png "make the circle red"
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
@@ -38,4 +37,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) edited.png before-after.png

@@ -225,7 +225,7 @@ def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> Qw
         progress=not options.quiet,
     )
     if options.model is None:
-        print("qwenedit: the embedded model is untrained so far: expect noise, not an edit", file=sys.stderr)
+        print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
     return pipe
 
 

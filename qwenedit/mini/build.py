@@ -1,26 +1,25 @@
-"""Write the embedded model's checkpoint: `python -m qwenedit.mini.build [FOLDER]`.
+"""The embedded model's configs, and how its checkpoint folder is written.
 
-The folder has the official layout, so that the reference pipelines read it too. Its weights are seeded random
-ones so far: the shape of a model, not a model that edits.
+The folder has the official layout, so that the reference pipelines read it too. train.py fills it.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import nn
 
-from qwenedit import mini, mmdit, vae, vision_language
-from qwenedit.configs import vision_language_config
+from qwenedit import mmdit, vae, vision_language
+from qwenedit.conditioning import replacing_file
 from qwenedit.loading import ours_to_official
 from qwenedit.mini import vocabulary
+from qwenedit.mmdit import MMDiT
+from qwenedit.vae import VAE
+from qwenedit.vision_language import VisionLanguage
 
 AREA = 64 * 64  # of pictures, for the VAE and for the language model
 
@@ -128,13 +127,11 @@ def text_encoder_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def build(folder: Path, seed: int = 0) -> None:
-    """Write the whole checkpoint folder; the same seed writes the same bytes."""
-    torch.manual_seed(seed)
+def write_shared(folder: Path) -> dict[str, int]:
+    """Everything but the networks: index, tokenizer, processor, scheduler; returns the added tokens' ids."""
     ids = vocabulary.write(folder / "tokenizer")
     vocabulary.write(folder / "processor")
     _dump(folder / "processor" / "preprocessor_config.json", PREPROCESSOR)
-    text_encoder = text_encoder_config(ids)
     _dump(
         folder / "model_index.json",
         {
@@ -153,39 +150,28 @@ def build(folder: Path, seed: int = 0) -> None:
         folder / "scheduler" / "scheduler_config.json",
         {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER},
     )
-    _dump(folder / "text_encoder" / "config.json", text_encoder)
-    _dump(
-        folder / "transformer" / "config.json",
-        {"_class_name": "QwenImageTransformer2DModel", **asdict(TRANSFORMER)},
-    )
-    _dump(folder / "vae" / "config.json", {"_class_name": "AutoencoderKLQwenImage", **asdict(AUTOENCODER)})
-
-    language = vision_language.VisionLanguage(vision_language_config(text_encoder, "text_encoder"))
-    _save(language, vision_language.KEY_TABLE, folder / "text_encoder" / "model.safetensors")
-    weights = "diffusion_pytorch_model.safetensors"
-    _save(mmdit.MMDiT(TRANSFORMER), mmdit.KEY_TABLE, folder / "transformer" / weights)
-    _save(vae.VAE(AUTOENCODER), vae.KEY_TABLE, folder / "vae" / weights)
+    return ids
 
 
-def draw_example(path: Path) -> None:
-    """The picture that the README edits: a blue circle and a green square on a light ground."""
-    big = Image.new("RGB", (512, 512), (235, 230, 220))
-    draw = ImageDraw.Draw(big)
-    draw.ellipse((64, 80, 272, 288), fill=(40, 80, 220))
-    draw.rectangle((300, 270, 460, 430), fill=(30, 160, 70))
-    big.resize((64, 64), Image.Resampling.LANCZOS).save(path)
+def write_network(folder: Path, network: VisionLanguage | MMDiT | VAE, ids: dict[str, int]) -> None:
+    """One network's config and bfloat16 weights, under its folder's official names."""
+    if isinstance(network, VisionLanguage):
+        config, component, table = text_encoder_config(ids), "text_encoder", vision_language.KEY_TABLE
+    elif isinstance(network, MMDiT):
+        config = {"_class_name": "QwenImageTransformer2DModel", **asdict(network.config)}
+        component, table = "transformer", mmdit.KEY_TABLE
+    else:
+        config = {"_class_name": "AutoencoderKLQwenImage", **asdict(network.config)}
+        component, table = "vae", vae.KEY_TABLE
+    _dump(folder / component / "config.json", config)
+    name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    tensors = {
+        ours_to_official(table, key): x.to("cpu", torch.bfloat16) for key, x in network.state_dict().items()
+    }
+    with replacing_file(folder / component / f"{name}.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
 
 
 def _dump(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _save(module: nn.Module, table: tuple[tuple[str, str], ...], path: Path) -> None:
-    tensors = {ours_to_official(table, name): x.to(torch.bfloat16) for name, x in module.state_dict().items()}
-    save_file(tensors, path, {"format": "pt"})
-
-
-if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else mini.CHECKPOINT)
-    draw_example(mini.EXAMPLE)

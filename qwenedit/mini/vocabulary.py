@@ -33,12 +33,19 @@ WORDS = (
     "erase take away replace swap with into to the a an of on at in it is and below above left "
     "right top bottom center middle corner side next behind front circle square triangle star "
     "shape background picture red green blue yellow purple orange white black big bigger small "
-    "smaller larger size upper lower from by instead one two three "
+    "smaller larger size upper lower from by instead one two three for something colour another "
+    "recolour different "
+).split()
+# An instruction may start with a capital.
+VERBS = (
+    "make change turn paint color recolor move put place shift add draw insert remove delete erase take "
+    "replace swap"
 ).split()
 TEXTS = (
     *(template.render("", [1] * template.pictures[0]) for template in (TEXT_TO_IMAGE, EDIT)),
     EDIT_PLUS.picture,
     *(form for word in WORDS for form in (word, f" {word}")),
+    *(verb.capitalize() for verb in VERBS),
 )
 
 
@@ -67,6 +74,7 @@ def write(folder: Path) -> dict[str, int]:
     ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read instead of the new files
     tokenizer = train()
     tokenizer.model.save(str(folder))
     first = tokenizer.get_vocab_size()

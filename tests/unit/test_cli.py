@@ -52,7 +52,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 def test_edit_writes_a_picture_and_says_where(picture, capsys):
     assert run("edit", picture, "make the circle red", "-o", "out.png", "--seed", 1, *QUICK) == 0
     printed = capsys.readouterr()
-    assert printed.out == "out.png\n" and "untrained" in printed.err
+    assert printed.out == "out.png\n" and "drawn shapes only" in printed.err
     with Image.open("out.png") as image:
         assert image.size == (64, 64) and image.mode == "RGB"
     assert os.listdir() == ["out.png"]

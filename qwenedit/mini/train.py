@@ -1,0 +1,94 @@
+"""Train the embedded model: `python -m qwenedit.mini.train vae|edit|export RUN`.
+
+    python -m qwenedit.mini.train vae RUN          # the VAE, into RUN/vae
+    python -m qwenedit.mini.train edit RUN         # text encoder and transformer, into RUN/edit
+    python -m qwenedit.mini.train export RUN OUT   # the checkpoint folder
+
+Each stage goes on where it was stopped, however it was stopped, and ends in RUN/model, which grows into a
+whole checkpoint. The same commands with the same options make the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from qwenedit.inputs import device_of, dtype_of
+from qwenedit.loading import load_network
+from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
+from qwenedit.mini.train_edit import train_edit
+from qwenedit.mini.train_vae import for_pictures, train_vae
+from qwenedit.processor import ImageProcessorConfig, Processor, load_tokenizer
+from qwenedit.vae import VAE
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m qwenedit.mini.train", description=__doc__.split(":")[0])
+    parser.add_argument("stage", choices=("vae", "edit", "export"))
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="export: the checkpoint's folder")
+    parser.add_argument("--steps", type=int, default=None, help="default: as the embedded model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", help="that the networks compute in")
+    parser.add_argument("--device", help="default: the accelerator if there is one")
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler on the CPU")
+    options = parser.parse_args(arguments)
+    model = options.run / "model"
+    if options.stage == "export":
+        if options.out is None:
+            parser.error("export needs OUT")
+        export(model, options.out)
+        return
+    device = device_of(options.device)
+    common = {
+        "seed": options.seed,
+        "dtype": dtype_of(options.dtype, device),
+        "device": device,
+        "compiled": options.compile,
+        **({} if options.steps is None else {"steps": options.steps}),
+    }
+    ids = write_shared(model)
+    if options.stage == "vae":
+        write_network(model, train_vae(options.run / "vae", **common), ids)
+        return
+    pipe = train_edit(options.run / "edit", tokens_of(model), frozen_vae(model), **common)
+    assert pipe.vision_language is not None
+    write_network(model, pipe.vision_language, ids)
+    write_network(model, pipe.mmdit, ids)
+
+
+def tokens_of(model: Path) -> Processor:
+    return Processor(load_tokenizer(model / "tokenizer"), ImageProcessorConfig.from_json(PREPROCESSOR))
+
+
+def frozen_vae(model: Path) -> VAE:
+    """The first stage's VAE as the second one uses it.
+
+    Raises:
+        ValueError: the first stage has not ended.
+    """
+    if not (model / "vae" / "config.json").is_file():
+        raise ValueError(f"{model} has no vae/: run the stage vae first")
+    vae = load_network(model, "vae", device=torch.device("cpu"), dtype=torch.float32, progress=False)
+    assert isinstance(vae, VAE)
+    return for_pictures(vae)
+
+
+def export(model: Path, out: Path) -> None:
+    """Copy the finished checkpoint.
+
+    Raises:
+        ValueError: a stage has not ended.
+    """
+    for component in ("vae", "text_encoder", "transformer"):
+        if not (model / component / "config.json").is_file():
+            raise ValueError(f"{model} has no {component}/: a stage has not ended")
+    shutil.copytree(model, out, dirs_exist_ok=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(max(1, (torch.get_num_threads())))
+    main()

@@ -1,0 +1,149 @@
+"""The first stage: the VAE learns the world's pictures, then is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenedit.mini.build import AUTOENCODER
+from qwenedit.mini.scenes import outcome, paint, random_request, scenes
+from qwenedit.mini.training import Run, Weights, learning_rate
+from qwenedit.vae import VAE, CausalConv3d, VAEConfig
+
+__all__ = ["PictureConv", "for_pictures", "initialise", "measured", "pictures", "train_vae"]
+
+
+class PictureConv(CausalConv3d):
+    """A causal convolution of a single frame as one in two dimensions, with the last temporal tap.
+
+    The others meet only the zeros before the first frame. Faster, and equal up to the order of sums.
+    """
+
+    def forward(self, x: Tensor, past: object = None) -> Tensor:
+        assert past is None, "pictures have no past"
+        margin = (self.margin[2], self.margin[0])
+        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=margin)[:, :, None]
+
+
+def for_pictures(vae: VAE) -> VAE:
+    """Make a VAE compute pictures only, and those faster; its weights and their names stay."""
+    for module in vae.modules():
+        if type(module) is CausalConv3d:
+            module.__class__ = PictureConv
+    return vae
+
+
+@torch.no_grad()
+def initialise(vae: VAE) -> None:
+    """He-scaled weights on the last temporal tap and quiet residual branches: the classes' own
+    initialisation does not learn. The taps for earlier frames stay 0, so that a video is pictures in a row.
+    """
+    for name, module in vae.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            fan_in = module.weight.shape[1] * module.weight.shape[-1] * module.weight.shape[-2]
+            last = module.weight if module.weight.ndim == 4 else module.weight[:, :, -1]
+            value = torch.randn_like(last) / math.sqrt(fan_in)
+            nn.init.zeros_(module.weight)
+            last.copy_(value * (0.3 if name.endswith("conv2") else 1.0))
+            if "time_conv" in name:  # hands its last frame on
+                channels = module.weight.shape[1]
+                last.copy_(torch.eye(channels).repeat(len(last) // channels, 1)[..., None, None])
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+
+
+def pictures(seed: str, count: int, *, test: bool = False) -> Tensor:
+    """(count, 3, 64, 64) in [-1, 1]: scenes, every other one after an edit."""
+    rng = Random(seed)
+    painted = []
+    for i, scene in enumerate(islice(scenes(rng, test=test), count)):
+        request = random_request(rng, scene) if i % 2 else None
+        painted.append(paint(scene if request is None else outcome(rng, scene, request)))
+    return (torch.stack(painted) * 2 - 1).clamp(-1, 1)
+
+
+def loss_of(vae: VAE, x: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; and of it the squared error and the divergence from a unit normal, each a mean."""
+    posterior = vae.encode(x[:, :, None])
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    latents = mean + torch.exp(0.5 * logvar) * noise
+    raw = vae.decoder(vae.post_quant_conv(latents.to(x.dtype)))[:, :, 0].float()  # before its clamp
+    square, absolute = (raw - x).pow(2).mean(), (raw - x).abs().mean()
+    kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+    return square + 0.1 * absolute + kl_weight * kl, square, kl
+
+
+def train_vae(
+    folder: Path,
+    *,
+    config: VAEConfig = AUTOENCODER,
+    steps: int = 3800,
+    batch: int = 40,
+    rate: float = 2.5e-3,
+    kl_weight: float = 1e-3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    compiled: bool = False,
+    report_every: int = 100,
+    save_every: float = 45.0,
+) -> VAE:
+    """Train the VAE in `folder`, or go on there; returns the average, its latents' statistics measured."""
+    device = device or torch.device("cpu")
+    torch.manual_seed(seed)
+    vae = VAE(config)
+    initialise(vae)
+    for_pictures(vae).to(device)
+    weights = Weights({"vae": vae}, dtype=dtype, rate=rate)
+    run = Run(folder, weights, steps=steps, every=save_every)
+    function = torch.compile(loss_of) if compiled else loss_of
+    for step in run:
+        x = pictures(f"{seed} {step}", batch).to(device, dtype)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        shape = (batch, config.z_dim, 1, *(side // config.spatial_factor for side in x.shape[2:]))
+        noise = torch.randn(shape, generator=generator).to(device)
+        loss, square, kl = function(vae, x, noise, kl_weight)
+        loss.backward()
+        weights.step(learning_rate(step, steps, warmup=min(200, steps // 10)), step)
+        run.note(loss=loss, square=square, kl=kl)
+        if (step + 1) % report_every == 0 or step + 1 == steps:
+            run.report()
+        if (step + 1) % (10 * report_every) == 0 or step + 1 == steps:
+            run.log(held_out_psnr=reconstruction_psnr(averaged(config, weights)))
+    return measured(averaged(config, weights))
+
+
+def averaged(config: VAEConfig, weights: Weights) -> VAE:
+    """The averaged weights as the checkpoint stores them, in bfloat16, computing in float32 on the CPU."""
+    vae = VAE(config)
+    vae.load_state_dict({name: x.bfloat16().float() for name, x in weights.averaged("vae").items()})
+    return for_pictures(vae).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measured(vae: VAE, count: int = 512) -> VAE:
+    """The same VAE, with the mean and deviation of its latents on the world's pictures in its config."""
+    x = pictures("statistics", count)[:, :, None]
+    latents = torch.cat([vae.encode(part).mode() for part in x.split(64)]).double()
+    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    vae.config = dataclasses.replace(
+        vae.config,
+        latents_mean=tuple(round(value, 4) for value in mean.tolist()),
+        latents_std=tuple(round(value, 4) for value in std.tolist()),
+    )
+    return vae
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: VAE, count: int = 64) -> float:
+    """Mean PSNR in dB of held-out pictures, encoded to the mode and decoded."""
+    x = pictures("held out", count, test=True)
+    y = vae.decode(vae.encode(x[:, :, None]).mode())[:, :, 0]
+    return float((-10 * ((y - x).pow(2).mean(dim=(1, 2, 3)) / 4).log10()).mean())
