@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = pipe.edit(
         source, options.prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(0)
     ).images[0]
+    assert isinstance(result, Image.Image)
     seconds = time.perf_counter() - start
     both = sheet([(options.prompt, [source.resize(result.size), result])], scale=6)
     for name, picture in (("edited.png", result), ("before-after.png", both)):

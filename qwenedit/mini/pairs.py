@@ -39,7 +39,7 @@ from qwenedit.vae import VAE
 __all__ = ["BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "patches", "random_edit"]
 
 BLOCK = 64  # pairs that are made at a time
-REUSE = 4  # how often each is used, about
+REUSE = 6  # how often each is used, about
 DRAWS = 2  # noises for each encoded prompt
 SHIFT = 2.5  # of the training's sigmas towards noise
 NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # what is left out, how often

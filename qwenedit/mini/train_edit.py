@@ -69,14 +69,9 @@ class Grounding(nn.Module):
     They exist in training only.
     """
 
-    WORDS = (
-        len(ACTIONS),
-        len(KINDS) + 1,
-        len(KINDS) + 1,
-        len(COLOURS) + 1,
-        len(PLACES) + 1,
-        len(COLOURS) + 1,
-    )
+    # Answers of the last token: action, the referent's kind; the kind, colour and place that are wanted; the
+    # referent's colour. All but the action may be none.
+    WORDS = (len(ACTIONS), *(len(names) + 1 for names in (KINDS, KINDS, COLOURS, PLACES, COLOURS)))
 
     def __init__(self, width: int) -> None:
         super().__init__()
