@@ -27,6 +27,7 @@ from qwenedit.mini.scenes import (
     SIDE,
     Request,
     Scene,
+    Shape,
     instruction,
     outcome,
     paint,
@@ -36,7 +37,10 @@ from qwenedit.mini.scenes import (
 from qwenedit.processor import EDIT, ImageProcessorConfig, Processor
 from qwenedit.vae import VAE
 
-__all__ = ["BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "patches", "random_edit"]
+__all__ = [
+    "BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "contents", "patches",
+    "random_edit",
+]  # fmt: skip
 
 BLOCK = 64  # pairs that are made at a time
 REUSE = 6  # how often each is used, about
@@ -81,34 +85,39 @@ def _labels(scene: Scene, request: Request) -> dict[str, Any]:
     def index(names: Sequence[str], name: str | None) -> int:
         return 0 if name is None else 1 + names.index(name)
 
-    contents = [[0.0] * (len(KINDS) + len(COLOURS)) for _ in range(CELLS**2)]
     referent = [0.0] * CELLS**2
-    for shape in scene.shapes:
-        for cell in _cells(shape.x, shape.y, shape.radius * 0.8):
-            contents[cell][list(KINDS).index(shape.kind)] = 1.0
-            contents[cell][len(KINDS) + list(COLOURS).index(shape.colour)] = 1.0
-            if shape.kind == request.referent:
-                referent[cell] = 1.0
-    old = None if request.referent is None else scene.find(request.referent).colour
+    old = None if request.referent is None else scene.find(request.referent)
+    for cell in () if old is None else _cells(old):
+        referent[cell] = 1.0
     return {
-        "contents": contents,
+        "contents": contents(scene),
         "referent": referent,
         "about": [
             ACTIONS.index(request.action), index(KINDS, request.referent), index(KINDS, request.kind),
             index(list(COLOURS), request.colour), index(list(PLACES), request.place),
-            index(list(COLOURS), old),
+            index(list(COLOURS), None if old is None else old.colour),
         ],
     }  # fmt: skip
 
 
-def _cells(x: float, y: float, radius: float) -> list[int]:
-    """The cells (tokens) that a circle touches."""
+def contents(scene: Scene) -> list[list[float]]:
+    """For each cell (token) whether a shape of each kind, then of each colour, lies in it."""
+    rows = [[0.0] * (len(KINDS) + len(COLOURS)) for _ in range(CELLS**2)]
+    for shape in scene.shapes:
+        for cell in _cells(shape):
+            rows[cell][KINDS.index(shape.kind)] = 1.0
+            rows[cell][len(KINDS) + list(COLOURS).index(shape.colour)] = 1.0
+    return rows
+
+
+def _cells(shape: Shape) -> list[int]:
+    """The cells that a shape lies in, about: those that a circle of four fifths of its radius touches."""
     cells = []
     for row in range(CELLS):
         for column in range(CELLS):
-            dx = x - min(max(x, column * 16), column * 16 + 16)
-            dy = y - min(max(y, row * 16), row * 16 + 16)
-            if math.hypot(dx, dy) < radius:
+            dx = shape.x - min(max(shape.x, column * 16), column * 16 + 16)
+            dy = shape.y - min(max(shape.y, row * 16), row * 16 + 16)
+            if math.hypot(dx, dy) < 0.8 * shape.radius:
                 cells.append(row * CELLS + column)
     return cells
 

@@ -6,6 +6,7 @@ changes; without them it takes far longer to find the shape that a word refers t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -152,6 +153,7 @@ def train_edit(
     tokens: Processor,
     vae: VAE,
     *,
+    tower: Mapping[str, Tensor] | None = None,
     transformer: MMDiTConfig = TRANSFORMER,
     steps: int = 6000,
     batch: int = 64,
@@ -166,10 +168,15 @@ def train_edit(
     judge_every: int = 1000,
     save_every: float = 45.0,
 ) -> QwenImageEdit:
-    """Train in `folder`, or go on there; returns the pipeline with the averaged weights, on the CPU."""
+    """Train in `folder`, or go on there; returns the pipeline with the averaged weights, on the CPU.
+
+    `tower` is what `train_tower` returns: without it, shapes are told apart much later.
+    """
     device = device or torch.device("cpu")
     torch.manual_seed(seed)
     student = Student(*networks(tokens, transformer)).to(device)
+    if tower is not None:
+        student.vision_language.vision.load_state_dict(tower)
     weights = Weights({"student": student}, dtype=dtype, rate=rate, matrix_rate=matrix_rate)
     run = Run(folder, weights, steps=steps, every=save_every)
     pool = Pool(World(tokens, vae, seed), blocks)
