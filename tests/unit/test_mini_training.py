@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path, model, stage):
     assert {"event": "resumed", "step": steps}.items() <= next(x for x in log(folder) if "event" in x).items()
 
 
-def test_all_stages_from_the_command_line(tmp_path, model, capsys):
+def test_all_stages_from_the_command_line(tmp_path, capsys):
     """The commands of the docstring at full size for one step, into a folder that loads; and out of order."""
     run = str(tmp_path / "run")
 
