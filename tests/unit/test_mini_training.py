@@ -87,7 +87,7 @@ def test_the_tower_learns_to_see(tmp_path, model, monkeypatch):
     tower = networks(tokens)[0].vision
     learned = train_tower.train_tower(tmp_path, tower, tokens, steps=60, batch=64, **FLOAT32)
     lines = log(tmp_path)
-    assert lines[0]["loss"] > 0.3 and lines[-1]["loss"] < 0.2, lines
+    assert lines[0]["loss"] > 0.4 and lines[-1]["loss"] < 0.3, lines
     assert learned.keys() == tower.state_dict().keys()
 
 
