@@ -124,7 +124,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def summary(todo: list[Case], verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """Rates by action, and over the determined and the open ones together."""
+    """Rates by action, and over the determined and the open ones together; of those that there are."""
 
     def of(actions: tuple[str, ...]) -> dict[str, float]:
         chosen = [v for case, v in zip(todo, verdicts, strict=True) if case.request.action in actions]
@@ -136,11 +136,9 @@ def summary(todo: list[Case], verdicts: list[Verdict]) -> dict[str, dict[str, fl
             "preserved": statistics.mean(kept) if kept else math.nan,
         }
 
-    return {
-        **{action: of((action,)) for action in ACTIONS},
-        "all determined": of(DETERMINED),
-        "all open": of(OPEN),
-    }
+    groups = {**{action: (action,) for action in ACTIONS}, "all determined": DETERMINED, "all open": OPEN}
+    asked = {case.request.action for case in todo}
+    return {name: of(actions) for name, actions in groups.items() if asked & set(actions)}
 
 
 def diversity(pipe: QwenImageEdit, prompts: int, seeds: int, **options: Any) -> float:

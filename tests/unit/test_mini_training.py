@@ -102,7 +102,7 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 def test_the_second_stage_learns(tmp_path, model):
     edit_run(tmp_path, model, steps=200, batch=16)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    assert lines[0]["flow"] > 1.0 and lines[-1]["flow"] < 0.75, [line["flow"] for line in lines]
+    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.6, [line["flow"] for line in lines]
     assert lines[0]["grounding"] > 4 and lines[-1]["grounding"] < 3.2, [line["grounding"] for line in lines]
 
 
@@ -171,6 +171,8 @@ def test_one_frame_in_two_dimensions_is_the_same_vae():
     plain, fast = VAE(SMALL_VAE), for_pictures(VAE(SMALL_VAE))
     randomise_(plain)
     fast.load_state_dict(plain.state_dict())
+    for vae in (plain, fast):
+        vae.requires_grad_(False)
     assert sum(type(module) is PictureConv for module in fast.modules()) > 10
     x = torch.rand((2, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0))
     assert_close(fast.encode(x).mode(), plain.encode(x).mode(), 1e-5)
