@@ -154,7 +154,7 @@ def area(kind: str) -> float:
 
 
 EXAMPLE = Scene(  # examples/scene.png
-    Background("white", -0.15, 90.0),
+    Background("white", -0.4, 90.0),
     (
         Shape("circle", "blue", 19.0, 22.0, 10.0),
         Shape("square", "green", 46.0, 44.0, 9.5),
