@@ -53,7 +53,12 @@ ACTIONS = DETERMINED + OPEN
 
 # Sizes that make the kinds look equally large: distance of the corners from the centre, at radius 1.
 _CORNERS = {"circle": 1.0, "square": 1.25, "triangle": 1.4, "star": 1.35}
-_STAR_INNER = 0.45  # inner corners of a star, relative to the outer ones
+# Of the polygons: the number of outer corners, and how far out the point halfway between two of them is.
+_POLYGONS = {
+    "square": (4, math.cos(math.pi / 4)),
+    "triangle": (3, math.cos(math.pi / 3)),
+    "star": (5, 0.45),  # its inner corners
+}
 
 
 @dataclass(frozen=True)
@@ -128,13 +133,12 @@ def coverage(kind: str, x: Tensor, y: Tensor, radius: Tensor, side: int = SIDE) 
     corner = (radius * _CORNERS[kind])[..., None, None]
     if kind == "circle":
         return (0.5 - (torch.hypot(dx, dy) - corner)).clamp(0, 1)
-    corners, inner = {"square": (4, None), "triangle": (3, None), "star": (5, _STAR_INNER)}[kind]
+    corners, ratio = _POLYGONS[kind]
     half = math.pi / corners
     start = math.pi / 4 if kind == "square" else -math.pi / 2  # squares lie flat, the others point upwards
     angle = (torch.atan2(dy, dx) - start + half).remainder(2 * half) - half
     along, across = torch.hypot(dx, dy) * angle.cos(), torch.hypot(dx, dy) * angle.sin().abs()
     # The line from the outer corner (1, 0) to the inner one, or to the middle of a plain polygon's side.
-    ratio = math.cos(half) if inner is None else inner
     end_along, end_across = ratio * math.cos(half), ratio * math.sin(half)
     length = math.hypot(end_across, 1 - end_along)
     distance = (end_across * (along - corner) + (1 - end_along) * across) / length
@@ -143,14 +147,10 @@ def coverage(kind: str, x: Tensor, y: Tensor, radius: Tensor, side: int = SIDE) 
 
 def area(kind: str) -> float:
     """Of a shape of radius 1, in square pixels."""
-    corners, inner = {"circle": (0, 0), "square": (4, None), "triangle": (3, None), "star": (5, _STAR_INNER)}[
-        kind
-    ]
-    if not corners:
+    if kind == "circle":
         return math.pi
-    half = math.pi / corners
-    ratio = math.cos(half) if inner is None else inner
-    return corners * ratio * math.sin(half) * _CORNERS[kind] ** 2
+    corners, ratio = _POLYGONS[kind]
+    return corners * ratio * math.sin(math.pi / corners) * _CORNERS[kind] ** 2
 
 
 EXAMPLE = Scene(  # examples/scene.png

@@ -69,8 +69,8 @@ class Weights:
             )
             self.rates.append(matrix_rate)
 
-    def step(self, share: float, count: int) -> float:
-        """One update from the gradients of the live weights; returns their norm before clipping.
+    def step(self, share: float, count: int) -> None:
+        """One update from the gradients of the live weights, clipped to a norm of 1.
 
         `share` scales the learning rates; `count` is the number of updates so far, for the average.
         """
@@ -80,7 +80,7 @@ class Weights:
         ]
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
@@ -91,7 +91,6 @@ class Weights:
             torch._foreach_copy_(self.live, self.masters)
         for live, master in zip(self.live, self.masters, strict=True):
             live.grad = master.grad = None
-        return float(norm)
 
     def averaged(self, prefix: str) -> dict[str, Tensor]:
         """The average of one module's weights, as its state_dict."""
