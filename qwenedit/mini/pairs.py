@@ -51,9 +51,9 @@ CHANGED_WEIGHT = 3.0  # of the loss on tokens that a determined edit changes
 CELLS = SIDE // 16  # tokens a side
 GREY = 128  # of the picture that the language model sees where it sees none
 
-# How often each action is asked for; replacing and moving take longest to learn.
+# How often each action is asked for; replacing takes longest to learn, then the background.
 SHARES = {
-    "recolour": 1.2, "remove": 1.0, "background": 0.8, "add": 1.5, "replace": 1.8, "move": 1.6,
+    "recolour": 1.4, "remove": 0.8, "background": 1.5, "add": 1.0, "replace": 2.4, "move": 1.4,
     "add any": 0.6, "recolour any": 0.6, "add something": 0.6,
 }  # fmt: skip
 
