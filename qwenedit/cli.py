@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import stat
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,7 @@ from qwenedit import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
+    from qwenedit.ablation import Switches
     from qwenedit.pipeline import QwenImageEdit
 
 __all__ = ["main"]
@@ -121,10 +123,31 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
     )
+    add(
+        "--switch",
+        action=_Switch,
+        default={},
+        metavar="NAME=VALUE",
+        help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
+    )
     add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
     add("--quiet", action="store_true", help="no progress bars")
     add("--debug", action="store_true", help="show tracebacks")
+
+
+class _Switch(argparse.Action):
+    """NAME=VALUE into a dict; a value is JSON where it reads as JSON, else a word."""
+
+    def __call__(
+        self, _parser: Any, options: argparse.Namespace, text: Any, _name: str | None = None
+    ) -> None:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentError(self, f"{text!r} is not NAME=VALUE")
+        with suppress(ValueError):
+            value = json.loads(value)
+        setattr(options, self.dest, {**getattr(options, self.dest), name: value})
 
 
 def _whole(text: str) -> int:
@@ -156,16 +179,16 @@ def _seed(text: str) -> int:
 
 
 def _edit(options: argparse.Namespace) -> None:
-    outputs = _outputs(options)
+    outputs, sampling = _outputs(options), _sampling(options)
     pictures = [_open(path) for path in options.pictures]
-    pipe = _load(options, pictures)
-    _save(pipe.edit(pictures, options.prompt, **_sampling(options)).images, outputs)
+    pipe = _load(options, pictures, sampling["switches"])
+    _save(pipe.edit(pictures, options.prompt, **sampling).images, outputs)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    outputs = _outputs(options)
-    pipe = _load(options, None)
-    _save(pipe.generate(options.prompt, **_sampling(options)).images, outputs)
+    outputs, sampling = _outputs(options), _sampling(options)
+    pipe = _load(options, None, sampling["switches"])
+    _save(pipe.generate(options.prompt, **sampling).images, outputs)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -188,6 +211,8 @@ def _verify(options: argparse.Namespace) -> None:
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from qwenedit.ablation import Switches
+
     generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
     return {
         "negative_prompt": options.negative_prompt,
@@ -197,16 +222,21 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         "width": options.width,
         "num_images_per_prompt": options.num_images,
         "generator": generator,
+        "switches": Switches.from_flat(options.switch),
     }
 
 
-def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> QwenImageEdit:
+def _load(
+    options: argparse.Namespace, pictures: list[Image.Image] | None, switches: Switches
+) -> QwenImageEdit:
     """The pipeline, once it is clear that it can do what is asked: weights may be many gigabytes."""
     from qwenedit import mini
+    from qwenedit.ablation.running import require_fitting, schedule
+    from qwenedit.assembly import load
     from qwenedit.checkpoints import read_areas, read_variant, resolve
+    from qwenedit.files import read_json
     from qwenedit.inputs import guidance_of, rows_of
     from qwenedit.loading import load_scheduler
-    from qwenedit.pipeline import load
 
     folder = mini.CHECKPOINT
     if options.model is not None:
@@ -217,7 +247,9 @@ def _load(options: argparse.Namespace, pictures: list[Image.Image] | None) -> Qw
         warnings.simplefilter("ignore")  # the run itself warns
         (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
         guidance_of(options.true_cfg_scale, options.negative_prompt)
-    load_scheduler(folder).sigmas(options.steps, math.prod(row.geometry.grid))
+    schedule(load_scheduler(folder), switches.time, options.steps, math.prod(row.geometry.grid))
+    blocks = read_json(folder / "transformer" / "config.json")["num_layers"]
+    require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=options.steps)
     pipe = load(
         folder,
         device=options.device,

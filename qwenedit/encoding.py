@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenedit import __version__
+from qwenedit.ablation.pictures import reference_rows, seen_rows
+from qwenedit.ablation.switches import Switches, VAEPath
 from qwenedit.checkpoints import Variant
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.geometry import Size
@@ -34,30 +36,39 @@ def encode_rows(
     processor: Processor,
     vision_language: VisionLanguage,
     vae: VAE,
+    switches: Switches,
 ) -> Conditioning:
     """Everything that a batch of rows is conditioned on, where the encoders are and in their dtypes.
 
     Args:
         guided: with the negative prompts; each is encoded with its row's pictures.
         max_tokens: to which the prompts of text-to-image are cut.
+        switches: `seen`, `vae` and another picture for the references act here.
 
     Raises:
+        ValueError: another picture, which a switch names, cannot be read.
         NonFiniteError: NaN or infinity, naming the encoder.
     """
     prompts = [row.prompt for row in rows]
     negatives = [row.negative for row in rows if row.negative is not None] if guided else None
-    parts = (rows, variant, processor, vision_language, max_tokens)
+    parts = (variant, processor, vision_language, max_tokens)
+    prompt = embed_prompts(prompts, seen_rows(rows, switches.seen), *parts, branch="cond")
+    negative = None
+    if negatives is not None:
+        seen = seen_rows(rows, switches.seen, negative=True)
+        negative = embed_prompts(negatives, seen, *parts, branch="uncond")
     return Conditioning(
-        prompt=embed_prompts(prompts, *parts, branch="cond"),
-        negative=None if negatives is None else embed_prompts(negatives, *parts, branch="uncond"),
+        prompt=prompt,
+        negative=negative,
         target_grid=rows[0].geometry.grid,
-        reference_latents=encode_pictures(rows, vae),
+        reference_latents=encode_pictures(reference_rows(rows, switches.references), vae, switches.vae),
         reference_grids=tuple(tuple(plan.grid for plan in row.geometry.pictures) for row in rows),
         provenance={
             "qwenedit": __version__,
             "variant": variant.name,
             "prompt": json.dumps(prompts, ensure_ascii=False),
             "negative_prompt": json.dumps(negatives, ensure_ascii=False),
+            "switches": json.dumps(switches.encoding.flat(), ensure_ascii=False),
         },
     )
 
@@ -94,20 +105,26 @@ def embed_prompts(
     return Prompt(padded, None if real.all() else real)
 
 
-def encode_pictures(rows: Sequence[Row], vae: VAE) -> tuple[tuple[Tensor, ...], ...]:
+def encode_pictures(rows: Sequence[Row], vae: VAE, path: VAEPath) -> tuple[tuple[Tensor, ...], ...]:
     """The pictures of each row as normalised packed latents (S, 64); one that rows share is encoded once."""
     encoded: dict[tuple[int, Size], Tensor] = {}
     for row in rows:
         for picture, plan in row.planned:
             key = (id(picture), plan.vae)
             if key not in encoded:
-                encoded[key] = _encode(picture, plan.vae, vae)
+                encoded[key] = _encode(picture, plan.vae, vae, path)
     return tuple(tuple(encoded[id(picture), plan.vae] for picture, plan in row.planned) for row in rows)
 
 
-def _encode(picture: Image.Image, size: Size, vae: VAE) -> Tensor:
-    """From the posterior's mode."""
+def _encode(picture: Image.Image, size: Size, vae: VAE, path: VAEPath) -> Tensor:
+    """From the posterior's mode, unless a switch asks for something else."""
     like = next(vae.parameters())
-    raw = vae.encode(vae_pixels(picture, *size)[:, :, None].to(like.device, like.dtype)).mode()
+    posterior = vae.encode(vae_pixels(picture, *size)[:, :, None].to(like.device, like.dtype))
+    if path.posterior == "sample":
+        raw = posterior.sample(torch.Generator().manual_seed(path.seed))
+    else:
+        raw = posterior.mode()
     require_finite(raw, "VAE encoder: the latents of a picture")
-    return pack(normalise(raw, vae.config.latents_mean, vae.config.latents_std))[0]
+    if path.normalised:
+        raw = normalise(raw, vae.config.latents_mean, vae.config.latents_std)
+    return pack(raw)[0]

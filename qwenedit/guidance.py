@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TrueCFG"]
+__all__ = ["Guidance", "TrueCFG"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How the two predictions become one, apart from the scale."""
+
+    norm: str = "reference"
+    steps: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class TrueCFG:
     """
 
     scale: float = 4.0
+    rule: Guidance = Guidance()
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):

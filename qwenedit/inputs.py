@@ -15,7 +15,7 @@ from qwenedit import geometry
 from qwenedit.checkpoints import Variant
 from qwenedit.files import FLOATS
 from qwenedit.geometry import Areas, Geometry, Picture
-from qwenedit.guidance import TrueCFG
+from qwenedit.guidance import Guidance, TrueCFG
 from qwenedit.processor import check_prompt
 
 __all__ = [
@@ -193,13 +193,13 @@ def _describe(value: Any) -> str:
     )
 
 
-def guidance_of(scale: float, negative_prompt: object) -> TrueCFG | None:
+def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = None) -> TrueCFG | None:
     """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip.
 
     Raises:
         ValueError: the scale is no finite number.
     """
-    guidance = TrueCFG(scale)
+    guidance = TrueCFG(scale, rule or Guidance())
     if scale > 1 and negative_prompt is not None:
         return guidance
     if scale > 1:

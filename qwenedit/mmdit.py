@@ -319,10 +319,15 @@ class TimeEmbedding(Tapped):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
-        angles = 1000 * (timestep[:, None].float() * exponent.exp())
-        sinusoids = self.tap("sinusoids", torch.cat([angles.cos(), angles.sin()], dim=-1), "R W")
-        return self.linear_2(F.silu(self.linear_1(sinusoids.to(dtype))))
+        waves = self.tap("sinusoids", sinusoids(timestep), "R W")
+        return self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+
+
+def sinusoids(timestep: Tensor) -> Tensor:
+    """(R,) sigmas in [0, 1] -> (R, 256): cosines, then sines, of 1000 sigma at 128 frequencies, float32."""
+    exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
+    angles = 1000 * (timestep[:, None].float() * exponent.exp())
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class RMSNorm(nn.Module):

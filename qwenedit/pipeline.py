@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import mini, processor
-from qwenedit.checkpoints import Variant, find_local, read_areas, read_variant, resolve
+from qwenedit import processor
+from qwenedit.ablation.running import require_fitting, schedule, switched_predictor
+from qwenedit.ablation.switches import Switches
+from qwenedit.checkpoints import Variant, find_local
 from qwenedit.conditioning import Conditioning
 from qwenedit.encoding import encode_rows
 from qwenedit.geometry import Areas
@@ -31,8 +33,6 @@ from qwenedit.inputs import (
     Row,
     check_count,
     check_output_type,
-    device_of,
-    dtype_of,
     guidance_of,
     rows_of,
     warn,
@@ -40,15 +40,14 @@ from qwenedit.inputs import (
     without_reference_options,
 )
 from qwenedit.latents import denormalise, initial_noise, unpack
-from qwenedit.loading import check_together, load_networks, load_scheduler
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
-from qwenedit.sampler import Step, euler, predictor, require_finite
+from qwenedit.sampler import Step, euler, require_finite
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
-__all__ = ["QwenImageEdit", "Result", "load"]
+__all__ = ["QwenImageEdit", "Result"]
 
 MAX_TOKENS = 512  # of a text-to-image prompt, unless the caller wants another number
 
@@ -109,6 +108,8 @@ class QwenImageEdit:
             options["dtype"] = options.pop("torch_dtype")
         if options.pop("local_files_only", False) and source is not None:
             source = find_local(source, options.pop("revision", None))
+        from qwenedit.assembly import load  # which knows this class
+
         return load(source, **options)
 
     @property
@@ -176,6 +177,7 @@ class QwenImageEdit:
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        switches: Switches | None = None,
     ) -> Result:
         """Change pictures as the prompt says.
 
@@ -195,6 +197,7 @@ class QwenImageEdit:
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (packed, normalised).
+            switches: what to change about the system (`qwenedit.ablation`); None changes nothing.
 
         Raises:
             ValueError: bad input, before any network runs.
@@ -208,7 +211,7 @@ class QwenImageEdit:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
         return self._run(
             image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type,
+            generator, num_images_per_prompt, latents, output_type, switches,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -226,6 +229,7 @@ class QwenImageEdit:
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
     ) -> Result:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
@@ -237,7 +241,7 @@ class QwenImageEdit:
         """
         return self._run(
             None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type, max_sequence_length,
+            generator, num_images_per_prompt, latents, output_type, switches, max_sequence_length,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -249,14 +253,16 @@ class QwenImageEdit:
         negative_prompt: str | Sequence[str] | None = " ",
         height: int | None = None,
         width: int | None = None,
+        switches: Switches | None = None,
     ) -> Conditioning:
         """Everything that a run of `edit` (or of `generate`, without an image) is conditioned on.
 
         Save it, and the run can be repeated without the text encoder and the VAE's encoder:
-        `pipe.sample(Conditioning.load("edit.safetensors"))`.
+        `pipe.sample(Conditioning.load("edit.safetensors"))`. Of the switches those act that are about
+        encoding (`switches.encoding`); give the same to `steps` or `sample` for the others.
         """
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        return self._condition(rows, guided=negative_prompt is not None)
+        return self._condition(rows, switches or Switches(), guided=negative_prompt is not None)
 
     def steps(
         self,
@@ -267,17 +273,21 @@ class QwenImageEdit:
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        switches: Switches | None = None,
     ) -> Iterator[Step]:
         """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
 
         Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` where none are wanted.
         """
+        switches = switches or Switches()
+        pictures = [len(row) for row in conditioning.reference_grids]
         run = self._prepare(
-            conditioning.target_grid, conditioning.batch, num_inference_steps, sigmas, generator, latents
+            conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
         )
         # " " is what a negative prompt is by default: unguided, it needs no warning
-        guidance = guidance_of(true_cfg_scale, None if conditioning.negative is None else " ")
-        return self._steps(conditioning, run, guidance)
+        negative = None if conditioning.negative is None else " "
+        guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+        return self._steps(conditioning, run, guidance, switches)
 
     @torch.no_grad()
     def sample(
@@ -290,6 +300,7 @@ class QwenImageEdit:
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        switches: Switches | None = None,
     ) -> Result:
         """Run all `steps` (the same arguments) and decode: the rest of an `edit` after `condition`."""
         check_output_type(output_type)
@@ -300,6 +311,7 @@ class QwenImageEdit:
             sigmas=sigmas,
             generator=generator,
             latents=latents,
+            switches=switches,
         )
         return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
 
@@ -326,6 +338,7 @@ class QwenImageEdit:
         num_images_per_prompt: int,
         latents: Tensor | None,
         output_type: str,
+        switches: Switches | None,
         max_tokens: int = MAX_TOKENS,
     ) -> Result:
         """What `edit` and, with None for an image, `generate` do."""
@@ -333,25 +346,30 @@ class QwenImageEdit:
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("max_sequence_length", max_tokens, most=1024)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        grid, batch = rows[0].geometry.grid, len(rows) * num_images_per_prompt
-        run = self._prepare(grid, batch, num_inference_steps, sigmas, generator, latents)
-        guidance = guidance_of(true_cfg_scale, negative_prompt)
-        conditioning = self._condition(rows, guided=guidance is not None, max_tokens=max_tokens)
-        conditioning = conditioning.repeat(num_images_per_prompt)
-        return self._finish(self._steps(conditioning, run, guidance), num_inference_steps, grid, output_type)
+        switches = switches or Switches()
+        grid, pictures = rows[0].geometry.grid, [len(row.pictures) for row in rows] * num_images_per_prompt
+        run = self._prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
+        guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
+        conditioning = self._condition(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
+        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
+        return self._finish(steps, num_inference_steps, grid, output_type)
 
     def _prepare(
         self,
         grid: Grid,
-        batch: int,
+        pictures: list[int],
         steps: int,
         sigmas: Sequence[float] | None,
         generator: Generator | Sequence[Generator] | None,
         latents: Tensor | None,
+        switches: Switches,
     ) -> tuple[Tensor, list[float]]:
-        """Noise and schedule of a run: cheap, so bad input shows before any network runs."""
-        tokens = grid[1] * grid[2]
-        schedule = self.scheduler.sigmas(steps, tokens, sigmas)
+        """Noise and sigmas for a row each of `pictures` (how many pictures it has): cheap, so bad input shows
+        before any network runs.
+        """
+        batch, tokens = len(pictures), grid[1] * grid[2]
+        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        require_fitting(switches, pictures=pictures, blocks=len(self.mmdit.blocks), steps=steps)
         channels = self.mmdit.config.out_channels
         if latents is None:
             noise = initial_noise(
@@ -365,9 +383,11 @@ class QwenImageEdit:
                 )
                 raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
             noise = latents.to(self.device, self.dtype)
-        return noise, schedule
+        return noise, visited
 
-    def _condition(self, rows: list[Row], *, guided: bool, max_tokens: int = MAX_TOKENS) -> Conditioning:
+    def _condition(
+        self, rows: list[Row], switches: Switches, *, guided: bool, max_tokens: int = MAX_TOKENS
+    ) -> Conditioning:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
         conditioning = encode_rows(
@@ -378,14 +398,19 @@ class QwenImageEdit:
             processor=self.processor,
             vision_language=self.vision_language,
             vae=self.vae,
+            switches=switches,
         )
         return conditioning.to(self.device, self.dtype)
 
     def _steps(
-        self, conditioning: Conditioning, run: tuple[Tensor, list[float]], guidance: TrueCFG | None
+        self,
+        conditioning: Conditioning,
+        run: tuple[Tensor, list[float]],
+        guidance: TrueCFG | None,
+        switches: Switches,
     ) -> Iterator[Step]:
         conditioning = conditioning.to(self.device, self.dtype)
-        predict = predictor(self.mmdit, conditioning, guided=guidance is not None)
+        predict = switched_predictor(self.mmdit, conditioning, switches, guided=guidance is not None)
         return euler(predict, *run, guidance)
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
@@ -397,54 +422,3 @@ class QwenImageEdit:
             return Result(latents)
         pixels = self.decode(latents, grid)
         return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)
-
-
-def load(
-    source: str | os.PathLike[str] | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    text_encoder: bool = True,
-    progress: bool = True,
-) -> QwenImageEdit:
-    """Load a checkpoint in the official layout.
-
-    Args:
-        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
-            download.
-        device: where to; the accelerator if there is one, else the CPU.
-        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
-        revision: branch, tag or commit on the hub.
-        text_encoder: False leaves out the text encoder (16.6 GB in the official checkpoints), for runs from a
-            saved `Conditioning`.
-        progress: progress bars on stderr, if that is a terminal.
-
-    Raises:
-        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit.
-    """
-    device = device_of(device)
-    dtype = dtype_of(dtype, device)
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
-    variant = read_variant(folder)
-    scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
-    tokens_and_patches = Processor.from_folder(folder)
-    check_together(folder, tokens_and_patches, pictures=variant.max_pictures > 0)
-    if dtype is not None:
-        warn_of_float16(dtype)
-
-    names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
-    networks: Any = dict(
-        zip(names, load_networks(folder, names, device=device, dtype=dtype, progress=progress), strict=True)
-    )
-    pipe = QwenImageEdit(
-        vision_language=networks.get("text_encoder"),
-        vae=networks["vae"],
-        mmdit=networks["transformer"],
-        scheduler=scheduler,
-        processor=tokens_and_patches,
-        variant=variant,
-        areas=areas,
-    )
-    pipe.progress = progress
-    return pipe

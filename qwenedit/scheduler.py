@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["FlowMatchScheduler"]
+__all__ = ["FlowMatchScheduler", "given_sigmas"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,15 @@ class FlowMatchScheduler:
         factor = torch.tensor(shift, dtype=t.dtype)
         one = torch.ones_like(t)  # a true division: `1 / t` would be a reciprocal and a product
         return factor / (factor + (one / t - 1))
+
+
+def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
+    """Sigmas to be visited as they are, noise first, and the final 0: `steps` + 1 float32 numbers.
+
+    Raises:
+        ValueError: they do not fall within (0, 1], or are not `steps` many.
+    """
+    return [*torch.tensor(_checked(sigmas, steps), dtype=torch.float32).tolist(), 0.0]
 
 
 def _even(steps: int) -> list[float]:

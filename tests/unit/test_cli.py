@@ -154,7 +154,7 @@ def test_bad_options(picture, capsys):
 @pytest.fixture
 def no_loading(monkeypatch):
     """What is refused here is refused before any weight is read."""
-    for name in ("qwenedit.pipeline.load", "qwenedit.loading.load_network"):
+    for name in ("qwenedit.assembly.load", "qwenedit.loading.load_network"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
 
 

@@ -1,0 +1,10 @@
+"""Change one thing about the system by name, and see what it did.
+
+switches.py holds what can be changed, pictures.py and running.py change it; spec.py, sweep.py, metrics.py and
+report.py run a grid of changes and show the effect.
+"""
+
+from qwenedit.ablation.switches import References, Seen, Switches, Time, VAEPath
+from qwenedit.guidance import Guidance
+
+__all__ = ["Guidance", "References", "Seen", "Switches", "Time", "VAEPath"]

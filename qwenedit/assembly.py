@@ -1,0 +1,68 @@
+"""A checkpoint -> the pipeline: `qwenedit.load`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from qwenedit import mini
+from qwenedit.checkpoints import read_areas, read_variant, resolve
+from qwenedit.inputs import device_of, dtype_of, warn_of_float16
+from qwenedit.loading import check_together, load_networks, load_scheduler
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.processor import Processor
+
+__all__ = ["load"]
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    text_encoder: bool = True,
+    progress: bool = True,
+) -> QwenImageEdit:
+    """Load a checkpoint in the official layout.
+
+    Args:
+        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
+            download.
+        device: where to; the accelerator if there is one, else the CPU.
+        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
+        revision: branch, tag or commit on the hub.
+        text_encoder: False leaves out the text encoder (16.6 GB in the official checkpoints), for runs from a
+            saved `Conditioning`.
+        progress: progress bars on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit.
+    """
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
+    folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
+    variant = read_variant(folder)
+    scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
+    tokens_and_patches = Processor.from_folder(folder)
+    check_together(folder, tokens_and_patches, pictures=variant.max_pictures > 0)
+    if dtype is not None:
+        warn_of_float16(dtype)
+
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
+    networks: Any = dict(
+        zip(names, load_networks(folder, names, device=device, dtype=dtype, progress=progress), strict=True)
+    )
+    pipe = QwenImageEdit(
+        vision_language=networks.get("text_encoder"),
+        vae=networks["vae"],
+        mmdit=networks["transformer"],
+        scheduler=scheduler,
+        processor=tokens_and_patches,
+        variant=variant,
+        areas=areas,
+    )
+    pipe.progress = progress
+    return pipe
