@@ -34,8 +34,8 @@ MMDIT = {
     "JointAttention.forward: contiguous": 2,  # the heads of each stream, copied
     "MMDiT.forward: mul": 1,  # the timestep of the references, 0
     "MMDiT.forward: cat": 1,
-    **{f"TimeEmbedding.forward: {op}": 1 for op in ("arange", "div", "exp", "cos", "sin")},  # of sinusoids
-    "TimeEmbedding.forward: mul": 2,
+    **{f"sinusoids: {op}": 1 for op in ("arange", "div", "exp", "cos", "sin")},
+    "sinusoids: mul": 2,
     "TimeEmbedding.forward: silu": 1,
     **{f"rope_table: {op}": 1 for op in ("arange", "div", "rpow", "rdiv", "mul", "cat", "cos", "sin")},
 }
