@@ -7,13 +7,14 @@ latents = step.after
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from qwenedit.conditioning import Conditioning, RowGroup
+from qwenedit.conditioning import Conditioning, Prompt, RowGroup
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
@@ -21,7 +22,8 @@ from qwenedit.taps import current_labels, scope
 
 __all__ = ["NonFiniteError", "Predict", "Step", "euler", "predictor", "require_finite"]
 
-Predict = Callable[[Tensor, float], "tuple[Tensor, Tensor | None]"]  # latents, sigma -> cond, uncond
+# latents, sigma -> cond, uncond; with guided=False, as steps out of the guided interval ask, cond, None
+Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -45,6 +47,9 @@ class Step:
             reading it raises NonFiniteError.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
         after: the latents at `sigma_next`.
+        norm_ratio: (B, S), |cond| over the norm of the combined prediction, token by token: what the
+            reference's guidance multiplies by, whatever norm this run's has. None where there is no guidance.
+        average: what guidance with momentum carries to the next step (see `TrueCFG.average`), or None.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Step:
         cond: Tensor,
         uncond: Tensor | None,
         guidance: TrueCFG | None,
+        average: Tensor | None = None,
     ) -> None:
         self.index = index
         self.sigma = sigma
@@ -64,6 +70,8 @@ class Step:
         self._cond = cond
         self._uncond = uncond
         self._guidance = guidance
+        self._at = latents, sigma  # where the predictions were made, whatever is written into `latents`
+        self._average = average
         self._velocity: Tensor | None = None
 
     @property
@@ -88,7 +96,7 @@ class Step:
             if self._guidance is None or self._uncond is None:
                 self._velocity = self._cond
             else:
-                self._velocity = self._guidance(self._cond, self._uncond)
+                self._velocity = self._guidance(self._cond, self._uncond, self._at, self._average)
                 require_finite(
                     self._velocity,
                     f"guidance: the guided velocity at step {self.index}, sigma {self.sigma:.4f},",
@@ -114,51 +122,115 @@ class Step:
         sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
         return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
 
+    @property
+    def norm_ratio(self) -> Tensor | None:
+        if self._guidance is None or self._uncond is None:
+            return None
+        return self._guidance.ratio(self._cond, self._uncond, self._at, self._average)
+
+    @property
+    def average(self) -> Tensor | None:
+        if self._guidance is None or self._uncond is None:
+            return self._average
+        return self._guidance.average(self._cond, self._uncond, self._at[1], self._average)
+
 
 def euler(
     predict: Predict, latents: Tensor, sigmas: Sequence[float], guidance: TrueCFG | None = None
 ) -> Iterator[Step]:
     """Yield every step of the flow from `sigmas[0]` to `sigmas[-1]`; the last one's `after` is the result.
 
+    Raises:
+        ValueError: guidance whose interval starts after the last step.
     Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
         them.
     """
+    require_interval(guidance, len(sigmas) - 1)
+    average = None
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         with scope(step=index, sigma=sigma):
-            cond, uncond = predict(latents, sigma)
-        step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance)
+            cond, uncond = predict_at(predict, latents, sigma, index, guidance)
+        step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance, average)
         yield step
-        latents = step.after
+        latents, average = step.after, step.average
 
 
-def predictor(mmdit: MMDiT, conditioning: Conditioning, *, guided: bool) -> Predict:
+def require_interval(guidance: TrueCFG | None, steps: int) -> None:
+    if guidance is not None and guidance.rule.steps is not None and guidance.rule.steps[0] >= steps:
+        raise ValueError(f"guided steps are {guidance.rule.steps}, but the run has {steps}")
+
+
+def predict_at(
+    predict: Predict, latents: Tensor, sigma: float, index: int, guidance: TrueCFG | None
+) -> tuple[Tensor, Tensor | None]:
+    """The predictions of step `index`, without the unconditional one where the step is not guided."""
+    if guidance is None or guidance.rule.guides(index):
+        return predict(latents, sigma)
+    return predict(latents, sigma, guided=False)
+
+
+def predictor(
+    mmdit: MMDiT, conditioning: Conditioning, *, guided: bool, micro_batch: int | None = None
+) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
     With `guided` it runs twice, with the prompt and with the negative prompt and the same pictures, under the
-    labels branch="cond" and "uncond". Rows whose reference pictures differ in size run one group after
-    another, so that each row is computed as it would be alone.
+    labels branch="cond" and "uncond"; called with guided=False, only with the prompt. Rows whose reference
+    pictures differ in size run one group after another, so that each row is computed as it would be alone.
+
+    `micro_batch` is the most rows that run at a time, their texts cut to the longest among them; None: all. A
+    matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
+    run, and at 1 it is that run, bit by bit.
 
     Raises:
-        ValueError: `guided` without a negative prompt, or a conditioning of another model's widths.
+        ValueError: `guided` without a negative prompt, a conditioning of another model's widths, or a
+            micro_batch that is no positive number.
         NonFiniteError: while predicting, a velocity with NaN or infinity.
     """
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}, wanted a whole number of at least 1, or None")
     if guided and conditioning.negative is None:
         raise ValueError("guidance is on, but the conditioning has no negative prompt")
     _require_widths(conditioning, mmdit)
-    groups = list(conditioning.groups())
+    groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
     def branch(name: str, latents: Tensor, timestep: Tensor) -> Tensor:
         parts = [_velocity(mmdit, group, name, latents, timestep) for group in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
 
-    def predict(latents: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
+    def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
         # The reference scales to 1000 and back around the cast to the latents' dtype, where bfloat16 rounds.
         timestep = (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
         cond = branch("cond", latents, timestep)
         return cond, branch("uncond", latents, timestep) if guided else None
 
     return predict
+
+
+def _parts(group: RowGroup, size: int | None) -> Iterator[RowGroup]:
+    """The group, `size` rows at a time."""
+    if size is None:
+        yield group
+        return
+    for start in range(0, len(group.rows), size):
+        index = torch.arange(start, min(start + size, len(group.rows)))
+        yield dataclasses.replace(
+            group,
+            rows=group.rows[start : start + size],
+            references=None if group.references is None else group.references[start : start + size],
+            prompt=_cut(group.prompt.rows(index)),
+            negative=None if group.negative is None else _cut(group.negative.rows(index)),
+        )
+
+
+def _cut(prompt: Prompt) -> Prompt:
+    """Without the padding that all rows have."""
+    if prompt.mask is None:
+        return prompt
+    length = int(prompt.mask.any(dim=0).nonzero().max()) + 1
+    mask = prompt.mask[:, :length]
+    return Prompt(prompt.embeds[:, :length], None if mask.all() else mask)
 
 
 def _require_widths(conditioning: Conditioning, mmdit: MMDiT) -> None:
