@@ -140,22 +140,22 @@ def switched_predictor(
     if not functions and time.zero_cond_t is None and references.blocks is None:
         return predict
 
-    def under_switches(latents: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
+    def under_switches(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
         with ExitStack() as stack:
             stack.enter_context(taps(mmdit, functions))
             if time.zero_cond_t is not None:
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
                 stack.enter_context(_visible_in(mmdit, references.blocks))
-            return predict(latents, sigma)
+            return predict(latents, sigma, **only)
 
     return under_switches
 
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
-    def predict(latents: Tensor, sigma: float) -> tuple[Tensor, Tensor | None]:
+    def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
         now = current_labels()["step"]
-        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma)
+        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
 
     return predict
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import References, Seen, Switches, Time, VAEPath
+from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
 from qwenedit.ablation.running import changed, schedule
 from qwenedit.latents import denormalise, pack, unpack
 from qwenedit.mmdit import picture_positions, rope_table
@@ -325,6 +325,21 @@ def test_given_sigmas_are_visited_as_they_are(edit, scene):
             latents(edit, scene, Switches(time=Time(sigmas=wrong)))
     with pytest.raises(ValueError, match="both given"):
         latents(edit, scene, Switches(time=Time(sigmas=(1.0, 0.6, 0.25))), sigmas=[1.0, 0.5, 0.1])
+
+
+# --- guidance
+
+
+def test_guidance_is_the_given_rule_at_the_scale_of_the_call(edit, scene):
+    """And, outside of its interval and of the references' steps together, the plain conditional run."""
+    rule = Guidance(norm="none", steps=(1, 2))
+    switches = Switches(guidance=rule, references=References(steps=(0, 2), frame="target"))
+    steps = walk(edit, scene, switches, true_cfg_scale=3.0)
+    assert [step.uncond is not None for step in steps] == [False, True, False]
+    guided = steps[1].uncond + 3.0 * (steps[1].cond - steps[1].uncond)
+    assert torch.equal(steps[1].velocity, guided) and torch.equal(steps[2].velocity, steps[2].cond)
+    made = latents(edit, scene, switches, true_cfg_scale=3.0)
+    assert torch.equal(made, steps[-1].after)
 
 
 # --- values
