@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qwenedit.ablation import Switches
+    from qwenedit.mmdit import MMDiTConfig
     from qwenedit.pipeline import QwenImageEdit
 
 __all__ = ["main"]
@@ -122,6 +123,13 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for the transformer, in any trainer's layout; repeatable",
     )
     add(
         "--switch",
@@ -234,9 +242,8 @@ def _load(
     from qwenedit.ablation.running import require_fitting, schedule
     from qwenedit.assembly import load
     from qwenedit.checkpoints import read_areas, read_variant, resolve
-    from qwenedit.files import read_json
     from qwenedit.inputs import guidance_of, rows_of
-    from qwenedit.loading import load_scheduler
+    from qwenedit.loading import load_scheduler, network_config
 
     folder = mini.CHECKPOINT
     if options.model is not None:
@@ -248,17 +255,44 @@ def _load(
         (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
         guidance_of(options.true_cfg_scale, options.negative_prompt)
     schedule(load_scheduler(folder), switches.time, options.steps, math.prod(row.geometry.grid))
-    blocks = read_json(folder / "transformer" / "config.json")["num_layers"]
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=options.steps)
+    config = network_config(folder, "transformer")
+    require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=options.steps)
+    loras = _loras(options, config)
     pipe = load(
         folder,
         device=options.device,
         dtype=options.dtype,
         progress=not options.quiet,
     )
+    for path, scale in loras:
+        pipe.load_lora_weights(path, scale=scale)
     if options.model is None:
         print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
     return pipe
+
+
+def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:
+    """The files and scales of --lora, each file compared with the transformer that is to be loaded."""
+    import torch
+
+    from qwenedit.lora import read_lora
+    from qwenedit.mmdit import MMDiT
+
+    found = []
+    for text in options.lora:
+        path, colon, scale = text.rpartition(":")
+        if not colon or Path(text).is_file():  # a file's name may have a colon
+            path, scale = text, "1"
+        try:
+            found.append((Path(path), float(scale)))
+        except ValueError:
+            raise InputError(f"--lora is {text!r}, wanted FILE or FILE:SCALE") from None
+    if found:
+        with torch.device("meta"):
+            transformer = MMDiT(config)
+        for file, _ in found:
+            read_lora(file, transformer)
+    return found
 
 
 def _open(path: Path) -> Image.Image:

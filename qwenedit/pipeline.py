@@ -40,6 +40,7 @@ from qwenedit.inputs import (
     without_reference_options,
 )
 from qwenedit.latents import denormalise, initial_noise, unpack
+from qwenedit.lora import Loras
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
 from qwenedit.sampler import Step, euler, require_finite
@@ -61,7 +62,7 @@ class Result:
     images: list[Image.Image] | Tensor
 
 
-class QwenImageEdit:
+class QwenImageEdit(Loras):
     """The whole system. Its components are plain attributes, each of which works without the others.
 
     Attributes:

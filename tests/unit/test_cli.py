@@ -304,3 +304,43 @@ def test_the_installed_command_in_a_process_of_its_own(picture):
     assert done.stderr == "qwenedit: cannot write none/out.png: there is no folder none\n"
     done = subprocess.run([sys.executable, "-m", "qwenedit.cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("qwenedit ")
+
+
+def test_a_lora_and_switches_change_the_picture(picture, tmp_path):
+    module = "transformer_blocks.0.attn.to_q"
+    lora = {f"{module}.lora_down.weight": torch.ones(2, 128), f"{module}.lora_up.weight": torch.ones(128, 2)}
+    safetensors.torch.save_file(lora, tmp_path / "a:b.safetensors")
+    made = {}
+    for name, options in {
+        "plain": (),
+        "lora": ("--lora", tmp_path / "a:b.safetensors"),
+        "less": ("--lora", f"{tmp_path}/a:b.safetensors:0.5"),
+        "none": ("--lora", f"{tmp_path}/a:b.safetensors:0"),
+        "noise": ("--switch", "references.latents=noise"),
+        "seed": ("--switch", "references.latents=noise", "--switch", "references.seed=1"),
+        "steps": ("--switch", "references.steps=[0, 0]"),
+        "left out": ("--switch", "references.latents=left_out"),
+    }.items():
+        assert run("edit", picture, "x", "-o", f"{name}.png", "--seed", 1, *QUICK, *options) == 0
+        made[name] = Image.open(f"{name}.png").tobytes()
+    assert made["plain"] == made["none"] and made["steps"] == made["left out"]
+    assert len(set(made.values())) == 6
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_bad_loras_and_switches_are_refused_before_loading(picture, tmp_path, capsys):
+    safetensors.torch.save_file({"other.lora_down.weight": torch.ones(2, 128)}, tmp_path / "x.safetensors")
+    for options, message in (
+        (("--lora", "gone.safetensors"), "no LoRA at gone.safetensors"),
+        (("--lora", "gone.safetensors:x"), "wanted FILE or FILE:SCALE"),
+        (("--lora", tmp_path / "x.safetensors"), "1 of 1 tensors are not: other.lora_down.weight"),
+        (("--switch", "references.latents"), "is not NAME=VALUE"),
+        (("--switch", "references.latent=zeroed"), "did you mean references.latents"),
+        (("--switch", "references.latents=zero"), "did you mean 'zeroed'"),
+        (("--switch", "references.blocks=[0, 7]"), "there are 6"),
+        (("--switch", "references.steps=[0, 7]"), "there are 1"),
+        (("--switch", "time.sigmas=[1, 0.5]"), "got 2 sigmas for 1 steps"),
+    ):
+        assert message in fails(capsys, "edit", picture, "x", "-o", "o.png", *QUICK, *options)
+    line = fails(capsys, "generate", "x", "-o", "o.png", *QUICK, "--switch", "seen.picture=blank")
+    assert "this run has none" in line

@@ -1,0 +1,362 @@
+"""LoRA: low-rank changes of the transformer's linear layers, from the files of any trainer.
+
+    W x  ->  W x + scale * (alpha / rank) * up (down x)
+
+    pipe.load_lora_weights("style.safetensors", adapter_name="style", scale=0.8)
+    pipe.set_adapters(["style"], [0.5])
+    pipe.unload_lora_weights()           # the very weights and modules of before
+
+Who made a file is told from its keys. A layer's low-rank part is kept beside its weight, until `fuse_lora`
+adds it in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenedit.loading import ours_to_official
+from qwenedit.mmdit import KEY_TABLE, MMDiT
+
+__all__ = ["Delta", "Loras", "LowRankLinear", "read_lora"]
+
+# What trainers write in front of the official names, with dots or, further down, with underscores for dots.
+_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "pipe.dit.", "model.")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
+    r"(?:\.[^.]+)?\.weight"  # peft writes the adapter's name in between
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The low-rank change of one linear layer: factor * up @ down.
+
+    Shapes: `down` (R, in), `up` (out, R). `factor` is alpha / rank.
+    """
+
+    down: Tensor
+    up: Tensor
+    factor: float
+
+
+def read_lora(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], mmdit: MMDiT, *, what: str = "the LoRA"
+) -> dict[str, Delta]:
+    """A LoRA's changes by our names of the layers, from a safetensors file or a state dict.
+
+    Layouts: peft and diffusers (`transformer.X.lora_A.weight`), ai-toolkit (`diffusion_model.X.lora_A...`),
+    DiffSynth (`X.lora_A.default.weight`), Lightning and ComfyUI (`X.lora_down.weight`, `X.alpha`), kohya and
+    musubi (`lora_unet_X_with_underscores.lora_down.weight`, `.alpha`), LyCORIS's names. Alpha comes from the
+    file's tensor, else from diffusers' metadata, else it is the rank.
+
+    Args:
+        mmdit: whose layers the names must be; its weights are not read, so it may be on the meta device.
+
+    Raises:
+        ValueError: no such file, no safetensors file; keys that are no LoRA of this transformer, which are
+            listed (LoKr, LoHa, DoRA and changes of biases among them); halves without their other half;
+            shapes that do not fit.
+    """
+    metadata: dict[str, str] = {}
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+    else:
+        what = str(source)
+        if not Path(source).is_file():
+            raise ValueError(f"no LoRA at {source}: no such file")
+        try:
+            with safetensors.safe_open(source, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{what} is not a safetensors file: {error}") from error
+
+    layers = {name: module for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)}
+    ours = {
+        ours_to_official(KEY_TABLE, f"{_unwrapped(name)}.weight").removesuffix(".weight"): _unwrapped(name)
+        for name in layers
+    }
+    parts, unknown = _sorted_out(tensors, ours)
+    if unknown or not parts:
+        listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        got = f"{len(unknown)} of {len(tensors)} tensors are not: {listed}" if unknown else "it has none"
+        raise ValueError(f"{what}: wanted low-rank changes of this transformer's linear layers, but {got}")
+    shapes = {_unwrapped(name): (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    alphas = _Alphas(metadata)
+    return {
+        ours[module]: _delta(module, halves, shapes[ours[module]], alphas, what)
+        for module, halves in parts.items()
+    }
+
+
+def _sorted_out(
+    tensors: Mapping[str, Tensor], ours: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The tensors as official module -> "down", "up", "alpha" -> tensor; and the keys that are none."""
+    flat = {official.replace(".", "_"): official for official in ours}
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        if match := _PART.fullmatch(key):
+            module, kind = match["module"], "down" if match["down"] else "up"
+        else:
+            module, kind = key.removesuffix(".alpha"), "alpha"
+        module = _official(module, ours, flat)
+        if (
+            module is None
+            or (kind == "alpha" and not key.endswith(".alpha"))
+            or kind in parts.get(module, {})
+        ):
+            unknown.append(key)
+        else:
+            parts.setdefault(module, {})[kind] = tensor
+    return parts, unknown
+
+
+def _official(module: str, ours: Mapping[str, str], flat: Mapping[str, str]) -> str | None:
+    """The official name of a module under a trainer's name; None if it is none of ours."""
+    for prefix in _FLAT_PREFIXES:
+        if module.startswith(prefix):
+            return flat.get(module.removeprefix(prefix))
+    while module not in ours:
+        rest = next((module.removeprefix(one) for one in _PREFIXES if module.startswith(one)), None)
+        if rest is None:
+            return None
+        module = rest
+    return module
+
+
+class _Alphas:
+    """What diffusers writes into the file's metadata: peft's config, its keys behind "transformer."."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        try:
+            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except ValueError:
+            config = {}
+        config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        self.alpha = config.get("lora_alpha")
+        self.pattern = config.get("alpha_pattern") or {}
+        self.root = bool(config.get("use_rslora"))  # rank-stabilised: alpha / sqrt(rank)
+
+    def factor(self, module: str, rank: int, alpha: Tensor | None) -> float:
+        value = None if alpha is None else float(alpha)
+        if value is None:
+            of_module = [a for name, a in self.pattern.items() if re.search(rf"(^|\.){name}$", module)]
+            value = of_module[0] if of_module else self.alpha
+        if value is None:
+            return 1.0
+        return value / (math.sqrt(rank) if self.root else rank)
+
+
+def _delta(
+    module: str, halves: Mapping[str, Tensor], shape: tuple[int, int], alphas: _Alphas, what: str
+) -> Delta:
+    if missing := {"down", "up"} - halves.keys():
+        raise ValueError(f"{what}: {module} has no {' and no '.join(sorted(missing))} matrix")
+    down, up, alpha = halves["down"], halves["up"], halves.get("alpha")
+    rank = down.shape[0]
+    wanted = f"({rank}, {shape[1]}) and ({shape[0]}, {rank})"
+    if tuple(down.shape) != (rank, shape[1]) or tuple(up.shape) != (shape[0], rank) or rank == 0:
+        got = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise ValueError(f"{what}: down and up of {module} are {got}, wanted {wanted}")
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"{what}: alpha of {module} has shape {tuple(alpha.shape)}, wanted one number")
+    return Delta(down, up, alphas.factor(module, rank, alpha))
+
+
+class LowRank(nn.Module):
+    """One LoRA's part in one layer; `scale` is the user's."""
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, name: str, delta: Delta, like: Tensor, scale: float) -> None:
+        super().__init__()
+        self.name, self.factor, self.scale = name, delta.factor, scale
+        self.register_buffer("down", delta.down.to(like), persistent=False)
+        self.register_buffer("up", delta.up.to(like), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up) * (self.scale * self.factor)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer with low-rank changes beside it: (..., in) -> (..., out).
+
+    Source: peft's `Linear.forward`; changes at scale 0 are not computed.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.held = nn.ModuleList()
+
+    @property
+    def changes(self) -> list[LowRank]:
+        return [one for one in self.held if isinstance(one, LowRank)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for change in self.changes:
+            if change.scale != 0:
+                y = y + change(x)
+        return y
+
+
+class Loras:
+    """The part of a pipeline that loads LoRAs into its transformer, under the ecosystem's names."""
+
+    mmdit: MMDiT
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The loaded LoRAs that are kept apart, by name, with their scales."""
+        return {one.name: one.scale for layer in _changed(self.mmdit) for one in layer.changes}
+
+    def load_lora_weights(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Tensor],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Add a LoRA beside the weights; several add up.
+
+        Args:
+            source: a safetensors file, a state dict, or a folder or hub id that holds `weight_name`.
+            adapter_name: by default the file's stem, or lora-1, lora-2, ...
+            scale: what it is multiplied by, beside its own alpha / rank.
+
+        Raises:
+            ValueError: a name that is taken, a scale that is no finite number, or as `read_lora`; nothing has
+                changed then.
+        """
+        _check_scale(scale)
+        if not isinstance(source, Mapping):
+            source = _file(source, weight_name)
+        taken = self.loras
+        if adapter_name is None:
+            stem = f"lora-{len(taken) + 1}" if isinstance(source, Mapping) else Path(source).stem
+            adapter_name = stem
+        if adapter_name in taken:
+            raise ValueError(f"a LoRA called {adapter_name!r} is loaded already: pass another adapter_name")
+        deltas = read_lora(source, self.mmdit, what=f"the LoRA {adapter_name!r}")
+        for name, delta in deltas.items():
+            parent, _, child = name.rpartition(".")
+            owner = self.mmdit.get_submodule(parent)
+            layer = getattr(owner, child)
+            if isinstance(layer, nn.Linear):
+                layer = LowRankLinear(layer)
+                setattr(owner, child, layer)
+            layer.held.append(LowRank(adapter_name, delta, layer.base.weight, scale))
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Use these LoRAs, at these scales, and no others: those that are not named get scale 0.
+
+        Raises:
+            ValueError: a name that is not loaded, or not as many scales as names.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        scales = (
+            list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        )
+        if len(scales) != len(names):
+            raise ValueError(f"got {len(scales)} adapter_weights for {len(names)} adapter_names")
+        for name, scale in zip(names, scales, strict=True):
+            _check_scale(scale)
+            self._require_loaded(name)
+        wanted = dict(zip(names, scales, strict=True))
+        for layer in _changed(self.mmdit):
+            for change in layer.changes:
+                change.scale = wanted.get(change.name, 0.0)
+
+    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
+        """Take away one LoRA, or all; layers without any become the very modules that they were.
+
+        Raises:
+            ValueError: it is not loaded, or was fused.
+        """
+        if adapter_name is not None:
+            self._require_loaded(adapter_name)
+        for owner, child, layer in list(_places(self.mmdit)):
+            kept = [one for one in layer.changes if adapter_name not in (None, one.name)]
+            layer.held = nn.ModuleList(kept)
+            if not kept:
+                setattr(owner, child, layer.base)
+
+    @torch.no_grad()
+    def fuse_lora(self) -> None:
+        """Add all loaded LoRAs, at their scales, to the weights: no cost from then on, and no way back but
+        loading the model again. The sum is made in float32 and rounded once.
+        """
+        for owner, child, layer in list(_places(self.mmdit)):
+            weight = layer.base.weight
+            total = weight.float()
+            for change in layer.changes:
+                total = total + change.scale * change.factor * (change.up.float() @ change.down.float())
+            weight.copy_(total)
+            setattr(owner, child, layer.base)
+
+    def _require_loaded(self, name: str) -> None:
+        loaded = self.loras
+        if name not in loaded:
+            there = (
+                f"loaded are {', '.join(loaded)}" if loaded else "none is loaded (a fused one is for good)"
+            )
+            raise ValueError(f"no LoRA called {name!r}: {there}")
+
+
+def _places(mmdit: MMDiT) -> Iterator[tuple[nn.Module, str, LowRankLinear]]:
+    for owner in mmdit.modules():
+        for child, layer in owner.named_children():
+            if isinstance(layer, LowRankLinear):
+                yield owner, child, layer
+
+
+def _changed(mmdit: MMDiT) -> list[LowRankLinear]:
+    return [layer for _, _, layer in _places(mmdit)]
+
+
+def _unwrapped(name: str) -> str:
+    """The name of a linear layer, whether or not there are LoRAs beside it."""
+    return name.removesuffix(".base")
+
+
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"a LoRA's scale is {scale!r}, wanted a finite number")
+
+
+def _file(source: str | os.PathLike[str], weight_name: str | None) -> Path:
+    """The file that a path, a folder or a hub id with `weight_name` means."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if weight_name is None:
+        hint = "give weight_name, its file" if path.is_dir() else "no such file; a hub id needs weight_name"
+        raise ValueError(f"no LoRA at {source}: {hint}")
+    if path.is_dir():
+        return path / weight_name
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), weight_name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"no LoRA {weight_name} at {source}: {error}") from error
