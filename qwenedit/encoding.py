@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -12,19 +13,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwenedit import __version__
 from qwenedit.ablation.pictures import reference_rows, seen_rows
-from qwenedit.ablation.switches import Switches, VAEPath
+from qwenedit.ablation.switches import Seen, Switches, VAEPath
 from qwenedit.checkpoints import Variant
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.geometry import Size
 from qwenedit.inputs import Row
 from qwenedit.latents import normalise, pack
-from qwenedit.processor import TEXT_TO_IMAGE, Processor, resize_rgb, vae_pixels
+from qwenedit.prefix import encode_together
+from qwenedit.processor import TEXT_TO_IMAGE, Processor, ProcessorOutput, resize_rgb, vae_pixels
 from qwenedit.sampler import require_finite
-from qwenedit.taps import scope
+from qwenedit.taps import is_tapped, scope
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
-__all__ = ["embed_prompts", "encode_pictures", "encode_rows"]
+__all__ = ["PromptEncoder", "encode_pictures", "encode_rows"]
 
 
 def encode_rows(
@@ -37,6 +39,7 @@ def encode_rows(
     vision_language: VisionLanguage,
     vae: VAE,
     switches: Switches,
+    share_prefix: bool = False,
 ) -> Conditioning:
     """Everything that a batch of rows is conditioned on, where the encoders are and in their dtypes.
 
@@ -44,6 +47,7 @@ def encode_rows(
         guided: with the negative prompts; each is encoded with its row's pictures.
         max_tokens: to which the prompts of text-to-image are cut.
         switches: `seen`, `vae` and another picture for the references act here.
+        share_prefix: run what prompt and negative prompt begin with once (see prefix.py).
 
     Raises:
         ValueError: another picture, which a switch names, cannot be read.
@@ -51,12 +55,8 @@ def encode_rows(
     """
     prompts = [row.prompt for row in rows]
     negatives = [row.negative for row in rows if row.negative is not None] if guided else None
-    parts = (variant, processor, vision_language, max_tokens)
-    prompt = embed_prompts(prompts, seen_rows(rows, switches.seen), *parts, branch="cond")
-    negative = None
-    if negatives is not None:
-        seen = seen_rows(rows, switches.seen, negative=True)
-        negative = embed_prompts(negatives, seen, *parts, branch="uncond")
+    encoder = PromptEncoder(variant, processor, vision_language, max_tokens, share_prefix)
+    prompt, negative = encoder(rows, prompts, negatives, switches.seen)
     return Conditioning(
         prompt=prompt,
         negative=negative,
@@ -73,36 +73,66 @@ def encode_rows(
     )
 
 
-def embed_prompts(
-    prompts: list[str],
-    rows: Sequence[Row],
-    variant: Variant,
-    processor: Processor,
-    vision_language: VisionLanguage,
-    max_tokens: int,
-    *,
-    branch: str,
-) -> Prompt:
-    """One prompt a row, with the row's pictures -> embeddings without the template's system part."""
-    template, pictures = TEXT_TO_IMAGE, None
-    if rows[0].pictures:
-        template = variant.template
-        pictures = [[resize_rgb(picture, *plan.vl) for picture, plan in row.planned] for row in rows]
-    batch = processor(prompts, pictures, template)
-    device = next(vision_language.parameters()).device
-    mask = batch.attention_mask.to(device)
-    pixels = None if batch.pixel_values is None else batch.pixel_values.to(device)
-    with scope(branch=branch):
-        embeds = vision_language(batch.input_ids.to(device), mask, pixels, batch.image_grid_thw)
+@dataclass(frozen=True, eq=False)
+class PromptEncoder:
+    """Prompts with their rows' pictures -> embeddings without the template's system part.
 
-    kept = [embeds[row][mask[row].bool()][batch.drop_index :] for row in range(len(rows))]
-    if template is TEXT_TO_IMAGE:
-        kept = [x[:max_tokens] for x in kept]
-    require_finite(torch.cat(kept), f"text encoder: the embeddings of the {branch} prompt")
-    lengths = torch.tensor([len(x) for x in kept], device=device)
-    padded = pad_sequence(kept, batch_first=True)
-    real = torch.arange(padded.shape[1], device=device) < lengths[:, None]
-    return Prompt(padded, None if real.all() else real)
+    The vision tower runs once for the prompts and the negative prompts, under the label branch="cond".
+    """
+
+    variant: Variant
+    processor: Processor
+    vision_language: VisionLanguage
+    max_tokens: int
+    share_prefix: bool
+
+    def __call__(
+        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, seen: Seen
+    ) -> tuple[Prompt, Prompt | None]:
+        batch = self._tokens(prompts, seen_rows(rows, seen))
+        with scope(branch="cond"):
+            pictures = self._look(batch)
+        if negatives is None:
+            return self._prompt(batch, self._run(batch, pictures, "cond"), "cond"), None
+        other = self._tokens(negatives, seen_rows(rows, seen, negative=True))
+        if seen.negative and self.share_prefix and not is_tapped(self.vision_language):
+            hidden = encode_together(self.vision_language, batch, other, pictures)
+        else:
+            with scope(branch="uncond"):
+                others = pictures if seen.negative else self._look(other)
+            hidden = self._run(batch, pictures, "cond"), self._run(other, others, "uncond")
+        return self._prompt(batch, hidden[0], "cond"), self._prompt(other, hidden[1], "uncond")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vision_language.parameters()).device
+
+    def _tokens(self, prompts: list[str], rows: Sequence[Row]) -> ProcessorOutput:
+        if not rows[0].pictures:
+            return self.processor(prompts, None, TEXT_TO_IMAGE)
+        pictures = [[resize_rgb(picture, *plan.vl) for picture, plan in row.planned] for row in rows]
+        return self.processor(prompts, pictures, self.variant.template)
+
+    def _look(self, batch: ProcessorOutput) -> Tensor | None:
+        if batch.pixel_values is None or batch.image_grid_thw is None:
+            return None
+        return self.vision_language.vision(batch.pixel_values.to(self.device), batch.image_grid_thw)
+
+    def _run(self, batch: ProcessorOutput, pictures: Tensor | None, branch: str) -> Tensor:
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        with scope(branch=branch):
+            return self.vision_language(ids, mask, None, batch.image_grid_thw, pictures)
+
+    def _prompt(self, batch: ProcessorOutput, hidden: Tensor, branch: str) -> Prompt:
+        mask = batch.attention_mask.to(self.device).bool()
+        kept = [x[real][batch.drop_index :] for x, real in zip(hidden, mask, strict=True)]
+        if batch.image_grid_thw is None:
+            kept = [x[: self.max_tokens] for x in kept]
+        require_finite(torch.cat(kept), f"text encoder: the embeddings of the {branch} prompt")
+        lengths = torch.tensor([len(x) for x in kept], device=self.device)
+        padded = pad_sequence(kept, batch_first=True)
+        real = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
+        return Prompt(padded, None if real.all() else real)
 
 
 def encode_pictures(rows: Sequence[Row], vae: VAE, path: VAEPath) -> tuple[tuple[Tensor, ...], ...]:

@@ -73,6 +73,9 @@ class QwenImageEdit(Loras):
         processor: prompts and pictures to token ids and patches.
         variant: which checkpoint of the family this is, from its model_index.json.
         areas: the areas in pixels that pictures are brought to.
+        progress: whether progress bars are shown, on a terminal.
+        share_prefix: run the text encoder once over what a prompt and its negative prompt have in common,
+            the pictures among it: about half the time, and other last bits. False, as the reference runs.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class QwenImageEdit(Loras):
         self.variant = variant
         self.areas = areas
         self.progress = True
+        self.share_prefix = False
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
@@ -400,6 +404,7 @@ class QwenImageEdit(Loras):
             vision_language=self.vision_language,
             vae=self.vae,
             switches=switches,
+            share_prefix=self.share_prefix,
         )
         return conditioning.to(self.device, self.dtype)
 

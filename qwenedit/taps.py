@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Site", "TapFunction", "Tapped", "current_labels", "scope", "tap_names", "taps"]
+__all__ = ["Site", "TapFunction", "Tapped", "current_labels", "is_tapped", "scope", "tap_names", "taps"]
 
 
 class _Labels(threading.local):
@@ -127,6 +127,17 @@ def _sites(model: nn.Module) -> dict[str, Site]:
             full = f"{path}.{name}" if path else name
             sites[full] = Site(module, name, full)
     return sites
+
+
+def is_tapped(model: nn.Module) -> bool:
+    """Does anybody look inside: a tap, or a hook of torch's own, on any module of the model?
+
+    For who can compute the model's output in a shorter way, which would pass them by.
+    """
+    return any(
+        module.__dict__.get("_taps") is not None or module._forward_hooks or module._forward_pre_hooks
+        for module in model.modules()
+    )
 
 
 def tap_names(model: nn.Module) -> list[str]:

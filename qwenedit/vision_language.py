@@ -108,7 +108,8 @@ class VisionLanguage(Tapped):
 
     Shapes: `input_ids` (B, T) long; `attention_mask` (B, T), 1 at real tokens, or None; `pixel_values`
         (N, C * frames * P * P), the patches of all pictures in row order, each merge x merge square of
-        patches together; `image_grid_thw` one `Grid` a picture. Returns (B, T, D).
+        patches together; `image_grid_thw` one `Grid` a picture; `pictures` (M, D), in place of the patches,
+        what `vision` has made of them. Returns (B, T, D).
     Units: pixels as the processor normalises them. At padding the output is finite and means nothing.
     Raises: ValueError where ids, mask, patches and grids disagree.
     Source: `Qwen2_5_VLModel.forward`, its `last_hidden_state`.
@@ -129,9 +130,23 @@ class VisionLanguage(Tapped):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Sequence[Grid] | None = None,
+        pictures: Tensor | None = None,
     ) -> Tensor:
-        if (pixel_values is None) != (not image_grid_thw):
-            raise ValueError("pixel_values and image_grid_thw: wanted both or neither")
+        x, positions = self.embed(input_ids, attention_mask, pixel_values, image_grid_thw, pictures)
+        return self.tap("out", self.language(x, positions, attention_mask), "B T D")
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Sequence[Grid] | None = None,
+        pictures: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the language model is given: (B, T, D) vectors and (3, B, T) positions."""
+        given = [x for x in (pixel_values, pictures) if x is not None]
+        if len(given) != (1 if image_grid_thw else 0):
+            raise ValueError("pixel_values (or pictures) and image_grid_thw: wanted both or neither")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_ids.shape)}"
@@ -144,14 +159,15 @@ class VisionLanguage(Tapped):
             spatial_merge_size=self.config.vision_config.spatial_merge_size,
         )
         x = self.embed_tokens(input_ids)
-        if pixel_values is not None and image_grid_thw is not None:
-            pictures = self.vision(pixel_values, image_grid_thw)
+        if image_grid_thw:
+            if pictures is None:
+                assert pixel_values is not None
+                pictures = self.vision(pixel_values, image_grid_thw)
             is_picture = input_ids == self.config.image_token_id
             if (count := int(is_picture.sum())) != len(pictures):
                 raise ValueError(f"input_ids hold {count} image tokens, wanted {len(pictures)}, none masked")
             x = x.masked_scatter(is_picture[..., None], pictures.to(x.dtype))
-        x = self.tap("embeddings", x, "B T D")
-        return self.tap("out", self.language(x, positions, attention_mask), "B T D")
+        return self.tap("embeddings", x, "B T D"), positions
 
 
 class LanguageModel(nn.Module):
