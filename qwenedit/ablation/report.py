@@ -41,9 +41,9 @@ COLUMNS = (
     ("changed", "changed", "% of pixels", 100, 1,
      f"pixels of which a channel differs from it by more than {CHANGED:g} of its range"),
     ("norm_ratio", "norm ratio", "", 1, 3,
-     "the norm of a token's conditional velocity over that of its guided one, over tokens and steps: what the "
-     "reference's guidance scales it by"),
-    ("success", "success", "%", 100, 1, "the oracle says: what was asked for is there, the rest is as before"),
+     "the norm of a token's conditional velocity over that of its guided one, mean of tokens and steps: what "
+     "the reference's guidance scales it by"),
+    ("success", "success", "%", 100, 1, "the oracle says: what was asked for is there, the rest as before"),
     ("strict", "strict", "%", 100, 1, "success, with at least 22 dB where nothing should change"),
     ("preserved", "preserved", "dB", 1, 1, "PSNR to the source where the edit should change nothing"),
     ("sample", "sampling", "s", 1, 2, "seconds of the steps of an edit"),
