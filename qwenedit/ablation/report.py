@@ -217,7 +217,7 @@ def _distance(record: Record, cell: int) -> str:
 def _figure(uri: str, picture: Image.Image, alt: str, caption: str, verdict: str = "") -> str:
     small = ' class="small"' if max(picture.size) <= SMALL else ""
     return (
-        f'<figure><img{small} src="{uri}" alt="{escape(alt)}" loading="lazy">'
+        f'<figure><img{small} src="{uri}" alt="{escape(alt)}">'
         f"<figcaption>{escape(caption)}{verdict}</figcaption></figure>"
     )
 
