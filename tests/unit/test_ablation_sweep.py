@@ -258,6 +258,10 @@ def test_a_failed_edit_is_recorded_and_tried_again_next_time(tmp_path, monkeypat
     assert "RuntimeError: out of &lt;memory&gt;" in (tmp_path / "report.html").read_text()
     assert swept.means()[1]["psnr"] is None and swept.means()[2]["psnr"] < 100
     with edits_counted(monkeypatch) as calls:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(SMALL, tmp_path)
+        assert [record["status"] for record in lines(tmp_path)] == ["done"] * 3  # still a line a run
         assert not run(SMALL, tmp_path).failed
     assert len(calls) == 1 and [record["status"] for record in lines(tmp_path)] == ["done"] * 3
 
