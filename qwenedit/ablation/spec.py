@@ -20,6 +20,7 @@ others are compared with it. Paths are relative to the SPEC.toml's folder.
 from __future__ import annotations
 
 import difflib
+import importlib
 import itertools
 import json
 import math
@@ -37,19 +38,12 @@ from qwenedit.ablation.switches import Switches
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    try:
-        import tomli as tomllib
-    except ImportError:
-        tomllib = None
-
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
 CALL: dict[str, Any] = {"true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " "}  # and their defaults
 KEYS = ("model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", "grid")
 PAIRINGS = ("each", "all")
+TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the module that reads it
 MINI = "mini:"
 
 
@@ -114,13 +108,15 @@ def read_spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
 
 
 def _toml(path: Path) -> Mapping[str, Any]:
-    if tomllib is None:
+    try:
+        toml = importlib.import_module(TOML)
+    except ImportError:
         raise ValueError(
             "reading TOML needs Python 3.11, or tomli (pip install 'qwenedit[report]'); or give "
             "`qwenedit.ablate` a dict"
-        )
+        ) from None
     try:
-        content: Mapping[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: Mapping[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except OSError as error:

@@ -167,7 +167,7 @@ def test_files_that_are_no_spec(files):
 
 
 def test_without_a_toml_reader_it_is_said_what_to_do(files, monkeypatch):
-    monkeypatch.setattr("qwenedit.ablation.spec.tomllib", None)
+    monkeypatch.setattr("qwenedit.ablation.spec.TOML", "no_such_module")
     (files / "spec.toml").write_text('pictures = ["mini:0"]')
     with pytest.raises(ValueError, match=r"needs Python 3.11, or tomli \(pip install 'qwenedit\[report\]'\)"):
         read_spec("spec.toml")

@@ -73,32 +73,20 @@ def pipe():
 
 
 def test_every_picture_is_that_of_a_single_edit(swept, pipe):
-    picture = Image.open(mini.EXAMPLE)
+    picture, pipe.progress = Image.open(mini.EXAMPLE), False
     for (case, j, k), record in swept.records.items():
         if case == 0:
             continue
-        cell, generator = swept.spec.cells[k], torch.Generator().manual_seed(swept.spec.seeds[j])
-        got = Image.open(swept.folder / record["file"])
+        cell, got = swept.spec.cells[k], Image.open(swept.folder / record["file"])
+        options = {"num_inference_steps": 2, "true_cfg_scale": cell.true_cfg_scale}
+        seed = torch.Generator().manual_seed(swept.spec.seeds[j])
         conditioning = pipe.condition(picture, PROMPT, switches=cell.switches)
         with torch.no_grad():
-            *_, last = pipe.steps(
-                conditioning,
-                num_inference_steps=2,
-                true_cfg_scale=cell.true_cfg_scale,
-                generator=generator,
-                switches=cell.switches,
-            )
+            *_, last = pipe.steps(conditioning, generator=seed, switches=cell.switches, **options)
         assert same(got, to_pil(pipe.decode(last.after, conditioning.target_grid))[0])
         if cell.switches == Switches():
-            pipe.progress = False
-            alone = pipe.edit(
-                picture,
-                PROMPT,
-                num_inference_steps=2,
-                true_cfg_scale=cell.true_cfg_scale,
-                generator=torch.Generator().manual_seed(swept.spec.seeds[j]),
-            )
-            assert same(got, alone.images[0])
+            seed.manual_seed(swept.spec.seeds[j])
+            assert same(got, pipe.edit(picture, PROMPT, generator=seed, **options).images[0])
     assert len({(swept.folder / record["file"]).read_bytes() for record in swept.records.values()}) == 16
 
 
@@ -143,9 +131,8 @@ def test_the_table_has_every_run(swept):
         assert row["key"] == record["key"] and float(row["psnr"]) == record["metrics"]["psnr"]
         assert row["references.latents"] == swept.spec.cells[k].values["references.latents"]
         assert float(row["true_cfg_scale"]) == record["true_cfg_scale"]
-        assert row["success"] == (
-            {True: "1", False: "0"}[record["metrics"]["success"]] if "success" in record["metrics"] else ""
-        )
+        success = record["metrics"].get("success")
+        assert row["success"] == ("" if success is None else str(int(success)))
 
 
 def test_what_is_encoded_alike_is_encoded_once(tmp_path, monkeypatch):
