@@ -1,4 +1,4 @@
-"""The command line: `qwenedit edit | generate | info | verify`.
+"""The command line: `qwenedit edit | generate | info | verify | ablate`.
 
 Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug`
 shows it). Pictures are written whole or not at all.
@@ -99,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--revision", help="branch, tag or commit on the hub")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
+
+    ablate = commands.add_parser("ablate", help="run a grid of settings over pictures and seeds, and report")
+    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
+    ablate.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
+    )
+    ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
+    _machine_options(ablate)
+    ablate.set_defaults(run=_ablate)
     return parser
 
 
@@ -138,6 +147,11 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
+    _machine_options(command)
+
+
+def _machine_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
     add("--quiet", action="store_true", help="no progress bars")
@@ -187,8 +201,10 @@ def _seed(text: str) -> int:
 
 
 def _edit(options: argparse.Namespace) -> None:
+    from qwenedit.inputs import open_picture
+
     outputs, sampling = _outputs(options), _sampling(options)
-    pictures = [_open(path) for path in options.pictures]
+    pictures = [open_picture(path) for path in options.pictures]
     pipe = _load(options, pictures, sampling["switches"])
     _save(pipe.edit(pictures, options.prompt, **sampling).images, outputs)
 
@@ -213,6 +229,30 @@ def _verify(options: argparse.Namespace) -> None:
     if not report.ok:
         raise InputError(
             f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
+        )
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from qwenedit.ablation.sweep import ablate
+
+    folder = options.output or Path(options.spec.stem)
+    try:
+        sweep = ablate(
+            options.spec,
+            folder,
+            device=options.device,
+            dtype=options.dtype,
+            yes=options.yes,
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt:
+        print("qwenedit: interrupted; edits that are done are kept: run it again to go on", file=sys.stderr)
+        sys.exit(130)
+    print(folder / "report.html")
+    if sweep.failed:
+        raise InputError(
+            f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
+            f"{sweep.failed[0]['error']}: see the report"
         )
 
 
@@ -293,29 +333,6 @@ def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path,
         for file, _ in found:
             read_lora(file, transformer)
     return found
-
-
-def _open(path: Path) -> Image.Image:
-    """Read a whole picture, upright, before anything else starts."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise InputError(f"no such picture: {path}")
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(_in_8_bits(picture))
-    except UnidentifiedImageError:
-        raise InputError(f"not a picture that Pillow can read: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read picture {path}: {error}") from error
-
-
-def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits, which Pillow would clip at 255, in 8; everything else as it is."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        return picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
-    return picture
 
 
 def _outputs(options: argparse.Namespace) -> list[Path]:

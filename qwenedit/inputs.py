@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qwenedit import geometry
 from qwenedit.checkpoints import Variant
@@ -20,7 +22,7 @@ from qwenedit.processor import check_prompt
 
 __all__ = [
     "CALL_OPTIONS", "LOAD_OPTIONS", "Row", "check_count", "check_output_type", "device_of", "dtype_of",
-    "guidance_of", "rows_of", "warn", "warn_of_float16", "without_reference_options",
+    "guidance_of", "open_picture", "rows_of", "warn", "warn_of_float16", "without_reference_options",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -118,6 +120,31 @@ def rows_of(
             "width, or run them one by one"
         )
     return rows
+
+
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a whole picture, upright.
+
+    Raises:
+        ValueError: no such file, or not a picture that Pillow can read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such picture: {path}")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(_in_8_bits(picture))
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture that Pillow can read: {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read picture {path}: {error}") from error
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits, which Pillow would clip at 255, in 8; everything else as it is."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        return picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    return picture
 
 
 def check_output_type(output_type: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from qwenedit.ablation.switches import AnyPicture, References, Seen
-from qwenedit.inputs import Row
+from qwenedit.inputs import Row, open_picture
 
 __all__ = ["reference_rows", "seen_rows"]
 
@@ -56,11 +56,4 @@ def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
 
 
 def _opened(picture: AnyPicture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    try:
-        with Image.open(picture) as file:
-            file.load()
-            return ImageOps.exif_transpose(file)
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the other picture {picture}: {error}") from error
+    return picture if isinstance(picture, Image.Image) else open_picture(picture)

@@ -134,7 +134,7 @@ def test_another_picture_is_brought_to_the_size_of_the_one_that_it_replaces(edit
     switches = Switches(references=References(latents="other", picture=str(tmp_path / "wide.png")))
     assert edit.condition(scene, PROMPT, switches=switches).reference_grids == (((1, 4, 4),),)
     gone = Switches(references=References(latents="other", picture=str(tmp_path / "gone.png")))
-    with pytest.raises(ValueError, match=r"cannot read the other picture .*gone\.png"):
+    with pytest.raises(ValueError, match=r"no such picture: .*gone\.png"):
         latents(edit, scene, gone)
 
 

@@ -1,0 +1,128 @@
+"""How far a picture is from another one, and how a run went: what a sweep records of every edit.
+
+Pictures are (3, H, W) in [0, 1]; `pixels` makes them of what is written to disk, so that every figure can be
+computed again from the files alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from qwenedit.processor import vae_pixels
+from qwenedit.sampler import Step
+
+__all__ = ["CHANGED", "changed_area", "compare", "curves", "pixels", "psnr", "ssim"]
+
+CHANGED = 0.1  # difference of a channel, in [0, 1], above which a pixel counts as changed
+LEAST_ERROR = 1e-10  # of a PSNR's mean squared error: identical pictures have 100 dB, as the oracle has it
+WINDOW, SIGMA = 11, 1.5  # of the SSIM: pixels a side, standard deviation in pixels
+K1, K2 = 0.01, 0.03  # its constants, for a data range of 1
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """(3, H, W) float64 in [0, 1]."""
+    return vae_pixels(picture, *picture.size)[0].double() / 2 + 0.5
+
+
+def psnr(picture: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error over pixels and channels.
+
+    At most 100 dB, which identical pictures have: means over several pictures stay finite.
+
+    Raises:
+        ValueError: pictures of different shapes.
+    """
+    _require_alike(picture, reference)
+    error = float((picture.double() - reference.double()).pow(2).mean())
+    return -10 * math.log10(max(error, LEAST_ERROR))
+
+
+def ssim(picture: Tensor, reference: Tensor) -> float:
+    """Structural similarity, 1 for identical pictures: the mean over windows and channels of
+
+        (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),  C1 = K1^2, C2 = K2^2
+
+    with means m, variances s^2 and covariance sxy under a Gaussian window of 11x11 pixels and sigma 1.5. Only
+    windows that lie within the picture count.
+
+    Raises:
+        ValueError: pictures of different shapes, or smaller than a window.
+    Source: Wang, Bovik, Sheikh, Simoncelli, 2004, for each channel; scikit-image's `structural_similarity`
+        has the same with gaussian_weights=True, use_sample_covariance=False, data_range=1, channel_axis=0.
+    """
+    _require_alike(picture, reference)
+    if min(picture.shape[-2:]) < WINDOW:
+        raise ValueError(f"pictures are {tuple(picture.shape)}, wanted at least {WINDOW} pixels a side")
+    x, y = picture.double()[:, None], reference.double()[:, None]  # channels are a batch
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
+    line = torch.exp(-offsets.pow(2) / (2 * SIGMA**2))
+    line = line / line.sum()
+
+    def weighted(values: Tensor) -> Tensor:  # the window is separable: rows, then columns
+        return F.conv2d(F.conv2d(values, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+
+    mean_x, mean_y = weighted(x), weighted(y)
+    variance_x = weighted(x * x) - mean_x * mean_x
+    variance_y = weighted(y * y) - mean_y * mean_y
+    covariance = weighted(x * y) - mean_x * mean_y
+    c1, c2 = K1**2, K2**2
+    above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    below = (mean_x.pow(2) + mean_y.pow(2) + c1) * (variance_x + variance_y + c2)
+    return float((above / below).mean())
+
+
+def changed_area(picture: Tensor, reference: Tensor, threshold: float = CHANGED) -> float:
+    """The share of pixels of which a channel differs by more than `threshold`.
+
+    Raises:
+        ValueError: pictures of different shapes.
+    """
+    _require_alike(picture, reference)
+    return float(((picture - reference).abs().amax(dim=0) > threshold).double().mean())
+
+
+def compare(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
+    """All three of a picture against another one."""
+    x, y = pixels(picture), pixels(reference)
+    return {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}
+
+
+def curves(steps: Iterable[Step]) -> tuple[Tensor, dict[str, Any]]:
+    """Take all steps of a batch of one; the final latents, and what each step was like.
+
+    `sigma` and `velocity` (the mean over tokens of the guided velocity's norm over channels) have a number a
+    step. So have `mean`, `min` and `max` of `norm_ratio`, over tokens: what the reference's guidance would
+    scale (or scales) a token's velocity by; None at steps without guidance.
+    """
+    sigma, velocity = [], []
+    ratio: dict[str, list[float | None]] = {"mean": [], "min": [], "max": []}
+    after = None
+    for step in steps:
+        sigma.append(_short(step.sigma))
+        velocity.append(_short(step.velocity.float().norm(dim=-1).mean()))
+        of_tokens = None if step.norm_ratio is None else step.norm_ratio.float()
+        for name, values in ratio.items():
+            values.append(None if of_tokens is None else _short(getattr(of_tokens, name)()))
+        after = step.after
+    if after is None:
+        raise ValueError("there are no steps, wanted at least one")
+    return after, {"sigma": sigma, "velocity": velocity, "norm_ratio": ratio}
+
+
+def _short(value: float | Tensor) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def _require_alike(picture: Tensor, reference: Tensor) -> None:
+    if picture.ndim != 3 or picture.shape != reference.shape:
+        raise ValueError(
+            f"pictures have shapes {tuple(picture.shape)} and {tuple(reference.shape)}, wanted one shape "
+            "(C, H, W)"
+        )

@@ -1,0 +1,368 @@
+"""A grid of settings over pictures and seeds: `qwenedit ablate SPEC.toml`, `qwenedit.ablate(spec, folder)`.
+
+What a spec holds is in spec.py. The folder then has
+
+    results.jsonl      a line for every run: its settings, what it ran on, timings, metrics, curves
+    pictures/KEY.png   what it made
+    results.csv, grid.png, report.html
+
+KEY is a hash of everything that a picture depends on, the model's weights and this package's version among
+it. A run whose line and picture are there is not run again: a sweep that was stopped, or whose spec has
+grown, goes on from where it was. (Having changed this package's code, take another folder.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import qwenedit
+from qwenedit import mini
+from qwenedit.ablation.metrics import compare, curves
+from qwenedit.ablation.report import picture_grid, write_report
+from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
+from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
+from qwenedit.assembly import load
+from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
+from qwenedit.conditioning import Conditioning, replacing_file
+from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
+from qwenedit.loading import load_scheduler
+from qwenedit.mini.oracle import judge
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.processor import to_pil
+from qwenedit.sampler import require_finite
+
+__all__ = ["MOST_EDITS", "ablate", "fingerprint"]
+
+MOST_EDITS = 200  # that a sweep runs without being told that so many are meant
+RESULTS, PICTURES = "results.jsonl", "pictures"
+_PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One edit of a sweep: its place in the spec (case, seed, cell) and its key."""
+
+    index: tuple[int, int, int]
+    case: Case
+    seed: int
+    cell: Cell
+    key: str
+
+    @property
+    def file(self) -> str:
+        return f"{PICTURES}/{self.key}.png"
+
+
+def ablate(
+    spec: str | os.PathLike[str] | Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    yes: bool = False,
+    progress: bool = True,
+) -> Sweep:
+    """Run what a spec asks for and is not yet in the folder, and write tables, pictures and the report there.
+
+    An edit that fails is recorded as failed, with its message, and the sweep goes on; it is tried again next
+    time.
+
+    Args:
+        spec: a TOML file, or a dict of the same content (see spec.py).
+        folder: where the results go, or are already.
+        device, dtype: as of `qwenedit.load`.
+        yes: run more than `MOST_EDITS` edits.
+        progress: progress bars on stderr, if that is a terminal.
+
+    Raises:
+        ValueError: a bad spec, one that does not fit the model, or a folder that cannot be written; before
+            any weight is read.
+    """
+    plan, home = read_spec(spec), Path(folder)
+    _require_writable(home)
+    known = read_results(home / RESULTS)
+    _require_meant(plan.edits - len(known), yes)
+    checkpoint = mini.CHECKPOINT if plan.model is None else resolve(plan.model, progress=progress)
+    where = device_of(device)
+    wanted = dtype_of(dtype, where)
+    _require_fitting(plan, checkpoint)
+
+    model = fingerprint(checkpoint)
+    runs = list(_runs(plan, model, where, wanted))
+    done = {key: x for key, x in known.items() if x["status"] == "done" and (home / x["file"]).is_file()}
+    todo = [run for run in runs if run.key not in done]
+    _require_meant(len({run.key for run in todo}), yes)
+    (home / PICTURES).mkdir(parents=True, exist_ok=True)
+    # A line that was cut off goes, and so does one of a run that is tried again.
+    again = {run.key for run in todo}
+    write_results(home / RESULTS, [record for key, record in known.items() if key not in again])
+    plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
+    if todo:
+        pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
+        environment = {"fingerprint": model, **_environment(pipe)}
+        bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
+        for run, record in _run(pipe, plan, bar, home, environment):
+            done[run.key] = record
+            _compare(home, record, done[plain[run.index[:2]]])
+            append(home / RESULTS, record)
+    for run in runs:  # what was done before may have been compared with another spec's unablated run
+        _compare(home, done[run.key], done[plain[run.index[:2]]])
+    return _finish(plan, home, runs, done)
+
+
+def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record]) -> Sweep:
+    """Write everything that is made of all runs."""
+    in_order = sorted(runs, key=lambda run: run.index)
+    sweep = Sweep(folder, spec, {run.index: records[run.key] for run in in_order})
+    ours = {run.key: records[run.key] for run in in_order}
+    others = {key: x for key, x in read_results(folder / RESULTS).items() if key not in ours}
+    write_results(folder / RESULTS, [*others.values(), *ours.values()])
+    write_csv(sweep, folder / "results.csv")
+    with replacing_file(folder / "grid.png") as temporary:
+        picture_grid(sweep).save(temporary)
+    write_report(sweep, folder / "report.html")
+    return sweep
+
+
+def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | None) -> Iterator[Run]:
+    """All runs in an order that shares work: what is encoded alike is together, the unablated runs first."""
+    for i, case in enumerate(spec.cases):
+        picture = case.picture
+        source = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+        alike: dict[str, list[tuple[int, Cell]]] = {}
+        for k, cell in enumerate(spec.cells):
+            alike.setdefault(_encoding(cell), []).append((k, cell))
+        for cells in alike.values():
+            for k, cell in cells:
+                for j, seed in enumerate(spec.seeds):
+                    settings = [
+                        qwenedit.__version__, model, device.type, str(dtype), source, case.prompt,
+                        case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
+                    ]  # fmt: skip
+                    text = json.dumps(settings, sort_keys=True)
+                    key = hashlib.sha256(text.encode()).hexdigest()[:20]
+                    yield Run((i, j, k), case, seed, cell, key)
+
+
+def _encoding(cell: Cell) -> str:
+    """Cells for which this is equal have the same conditioning, for one picture and prompt."""
+    return json.dumps([cell.negative_prompt, cell.switches.encoding.flat()], sort_keys=True)
+
+
+def _run(
+    pipe: QwenImageEdit, spec: Spec, todo: Iterable[Run], folder: Path, environment: Record
+) -> Iterator[tuple[Run, Record]]:
+    """Edit after edit, with its picture written and its record made."""
+    made_already = set()
+    encoded_for, encoded = None, None
+    for run in todo:
+        if run.key in made_already:  # two cells that come to the same
+            continue
+        made_already.add(run.key)
+        if encoded_for != (run.case, _encoding(run.cell)):
+            encoded = None  # free it before the next one is made
+            encoded, encoded_for = _encode(pipe, spec, run), (run.case, _encoding(run.cell))
+        assert encoded is not None
+        record = _record(spec, run, environment)
+        try:
+            if isinstance(encoded, Exception):
+                raise encoded
+            picture, made = _edit(pipe, run, *encoded)
+        except Exception as error:
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
+        else:
+            with replacing_file(folder / run.file) as temporary:
+                picture.save(temporary)
+            record |= {"status": "done", "file": run.file, **made}
+        yield run, record
+
+
+def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, float] | Exception:
+    """What a picture and a prompt come to, and the seconds it took; or why it failed."""
+    start = _seconds(pipe.device)
+    try:
+        conditioning = pipe.condition(
+            run.case.picture,
+            run.case.prompt,
+            negative_prompt=run.cell.negative_prompt,
+            height=spec.height,
+            width=spec.width,
+            switches=run.cell.switches.encoding,
+        )
+    except Exception as error:
+        return error
+    return conditioning, _seconds(pipe.device) - start
+
+
+@torch.no_grad()
+def _edit(
+    pipe: QwenImageEdit, run: Run, conditioning: Conditioning, encode: float
+) -> tuple[Image.Image, Record]:
+    """One edit: the picture, and what is recorded of how it went. `encode` seconds are shared by many."""
+    start = _seconds(pipe.device)
+    latents, steps = curves(
+        pipe.steps(
+            conditioning,
+            true_cfg_scale=run.cell.true_cfg_scale,
+            num_inference_steps=run.cell.steps,
+            generator=torch.Generator().manual_seed(run.seed),
+            switches=run.cell.switches,
+        )
+    )
+    require_finite(latents, "sampler: the final latents")
+    sampled = _seconds(pipe.device)
+    (picture,) = to_pil(pipe.decode(latents, conditioning.target_grid).cpu())
+    seconds = {"encode": encode, "sample": sampled - start, "decode": _seconds(pipe.device) - sampled}
+    made: Record = {
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "metrics": _judge(run.case, picture),
+        "curves": steps,
+        "baseline": None,
+    }
+    return picture, made
+
+
+def _judge(case: Case, picture: Image.Image) -> Record:
+    """What the oracle says of an edit of its world; nothing of others."""
+    if case.scene is None or case.request is None:
+        return {}
+    verdict = judge(case.scene, case.request, picture)
+    preserved = verdict.preserved if math.isfinite(verdict.preserved) else None  # nothing was to be kept
+    return {
+        "success": verdict.success, "strict": verdict.strict, "preserved": preserved, "reason": verdict.reason
+    }  # fmt: skip
+
+
+def _compare(folder: Path, record: Record, plain: Record) -> None:
+    """Complete a record's metrics by the comparison with its unablated run, unless it has that already."""
+    if record["status"] != "done" or record["baseline"] == plain["key"]:
+        return
+    if plain["status"] != "done":
+        record["metrics"] |= {"psnr": None, "ssim": None, "changed": None}
+        record["baseline"] = None
+        return
+    with Image.open(folder / record["file"]) as picture, Image.open(folder / plain["file"]) as other:
+        record["metrics"] |= compare(picture, other)
+    record["baseline"] = plain["key"]
+
+
+def _record(spec: Spec, run: Run, environment: Record) -> Record:
+    """A run's settings and what it is made with."""
+    return {
+        "key": run.key,
+        "model": spec.model or "the embedded model",
+        "picture": run.case.name,
+        "prompt": run.case.prompt,
+        "seed": run.seed,
+        "height": spec.height,
+        "width": spec.width,
+        **run.cell.settings,
+        **environment,
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _environment(pipe: QwenImageEdit) -> Record:
+    device = str(pipe.device)
+    if pipe.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(pipe.device)})"
+    return {
+        "qwenedit": qwenedit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this package's code, "-dirty" where files differ; None outside of a repository."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # it may lie in somebody else's repository
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _seconds(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint folder: names and sizes of its files, and 1024 pieces, evenly spread, of each.
+
+    The embedded model's files are read whole by that, and 60 GB of weights in seconds.
+    """
+    digest = hashlib.sha256()
+    parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))
+    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir()) if path.is_file()]
+    for path in (folder / "model_index.json", *files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // _PIECES, _PIECE)):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:20]
+
+
+def _require_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write into {folder}: {existing} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error}") from error
+
+
+def _require_meant(edits: int, yes: bool) -> None:
+    if edits > MOST_EDITS and not yes:
+        raise ValueError(
+            f"this spec asks for {edits} edits, more than {MOST_EDITS}: pass --yes (yes=True) if it should"
+        )
+
+
+def _require_fitting(spec: Spec, checkpoint: Path) -> None:
+    """Can the model do what is asked? Its weights may be many gigabytes, and need not be read to know."""
+    variant = read_variant(checkpoint)
+    areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the runs themselves warn
+        for case in spec.cases:
+            for cell in spec.cells:
+                texts = (case.prompt, cell.negative_prompt)
+                try:
+                    (row,) = rows_of(*texts, case.picture, variant, areas, spec.height, spec.width)
+                except ValueError as error:
+                    raise ValueError(f"{case.name}: {error}") from error
+                guidance_of(cell.true_cfg_scale, cell.negative_prompt)
+                scheduler.sigmas(cell.steps, math.prod(row.geometry.grid))
