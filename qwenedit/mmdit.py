@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from qwenedit.recomputation import recomputed
 from qwenedit.taps import Tapped
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig"]
 
-# frames (1 for pictures), rows and columns of tokens, 2x2 latent pixels each
-Grid = tuple[int, int, int]
+Grid = tuple[int, int, int]  # frames (1 for pictures), rows and columns of tokens, 2x2 latent pixels each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,7 @@ class MMDiT(Tapped):
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.
     Raises: ValueError where grids and tokens disagree.
-    Source: `QwenImageTransformer2DModel.forward`. `zero_cond_t` picks the modulation by slices, not by an
-        index.
+    Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
     """
 
     TAPS = ("img_in", "txt_in", "temb", "velocity")
@@ -89,6 +88,7 @@ class MMDiT(Tapped):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # True: for gradients, recompute blocks instead of keeping what they made
         self.img_in = nn.Linear(config.in_channels, config.width)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, config.width)
@@ -122,7 +122,8 @@ class MMDiT(Tapped):
         key_mask = None if txt_mask is None else joint_key_mask(txt_mask, img.shape[1])
 
         for block in self.blocks:
-            img, txt = block(img, txt, temb, rope, key_mask, split)
+            run = recomputed(block) if self.checkpointing else block
+            img, txt = run(img, txt, temb, rope, key_mask, split)
 
         return self.tap("velocity", self.proj_out(self.norm_out(img, temb[:batch])), "B S C")
 
@@ -190,8 +191,7 @@ class JointAttention(Tapped):
 
     Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (S, K/2, 2) and (T, K/2, 2), `key_mask` (B,
         1, 1, J) bool or None. Returns what each stream is given, before its gate.
-    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is computed
-        explicitly.
+    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit.
     """
 
     TAPS = (

@@ -29,6 +29,7 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import EDIT, Processor
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.taps import taps
+from qwenedit.training import velocity_error, weighted_mean
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
@@ -46,22 +47,14 @@ def flow_matching_loss(
     grids: tuple[Grid, ...],
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, noise - clean, over the target's tokens.
+    """Mean squared error of the predicted velocity over the target's tokens, which `weight` (B, S) weighs.
 
-    Shapes: `clean`, `noise` (B, S, C) packed normalised latents; `references` (B, S_ref, C) or None; `txt`
-        (B, T, D); `sigma` (B,) in [0, 1]; `grids` of the target and of each reference; `weight` (B, S).
-    The reference latents are detached: no gradient reaches them or what encoded them.
-    Source: arXiv 2210.02747 (flow matching), with the straight path of arXiv 2209.03003.
+    The other arguments are those of `velocity_error`. The reference latents are detached: no gradient reaches
+    them or what encoded them.
     """
-    share = sigma[:, None, None].to(clean.dtype)
-    img = (1 - share) * clean + share * noise
-    if references is not None:
-        img = torch.cat([img, references.detach()], dim=1)
-    velocity = mmdit(img, txt, sigma.to(clean.dtype), grids, txt_mask)[:, : clean.shape[1]]
-    error = (velocity.float() - (noise - clean).float()).pow(2).mean(dim=-1)
-    if weight is None:
-        return error.mean()
-    return (error * weight).sum() / weight.sum()
+    references = None if references is None else references.detach()
+    error = velocity_error(mmdit, clean, references, txt, txt_mask, sigma, noise, grids)
+    return weighted_mean(error, weight)
 
 
 class Grounding(nn.Module):
