@@ -40,6 +40,7 @@ def encode_rows(
     vae: VAE,
     switches: Switches,
     share_prefix: bool = False,
+    micro_batch: int | None = None,
 ) -> Conditioning:
     """Everything that a batch of rows is conditioned on, where the encoders are and in their dtypes.
 
@@ -48,6 +49,7 @@ def encode_rows(
         max_tokens: to which the prompts of text-to-image are cut.
         switches: `seen`, `vae` and another picture for the references act here.
         share_prefix: run what prompt and negative prompt begin with once (see prefix.py).
+        micro_batch: the most rows that run through the text encoder at a time.
 
     Raises:
         ValueError: another picture, which a switch names, cannot be read.
@@ -56,7 +58,8 @@ def encode_rows(
     prompts = [row.prompt for row in rows]
     negatives = [row.negative for row in rows if row.negative is not None] if guided else None
     encoder = PromptEncoder(variant, processor, vision_language, max_tokens, share_prefix)
-    prompt, negative = encoder(rows, prompts, negatives, switches.seen)
+    at_once = micro_batch or len(rows)
+    prompt, negative = encoder(rows, prompts, negatives, switches.seen, at_once)
     return Conditioning(
         prompt=prompt,
         negative=negative,
@@ -87,13 +90,33 @@ class PromptEncoder:
     share_prefix: bool
 
     def __call__(
-        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, seen: Seen
+        self,
+        rows: Sequence[Row],
+        prompts: list[str],
+        negatives: list[str] | None,
+        seen: Seen,
+        at_once: int,
     ) -> tuple[Prompt, Prompt | None]:
+        """Encode `at_once` rows at a time."""
+        kept: list[Tensor] = []
+        others: list[Tensor] = []
+        for start in range(0, len(rows), at_once):
+            part = slice(start, start + at_once)
+            ours = None if negatives is None else negatives[part]
+            embeds, negative_embeds = self._encode(rows[part], prompts[part], ours, seen)
+            kept += embeds
+            others += negative_embeds
+        return self._prompt(kept, "cond"), self._prompt(others, "uncond") if others else None
+
+    def _encode(
+        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, seen: Seen
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(T, D) of each prompt, and of each negative prompt."""
         batch = self._tokens(prompts, seen_rows(rows, seen))
         with scope(branch="cond"):
             pictures = self._look(batch)
         if negatives is None:
-            return self._prompt(batch, self._run(batch, pictures, "cond"), "cond"), None
+            return self._kept(batch, self._run(batch, pictures, "cond")), []
         other = self._tokens(negatives, seen_rows(rows, seen, negative=True))
         if seen.negative and self.share_prefix and not is_tapped(self.vision_language):
             hidden = encode_together(self.vision_language, batch, other, pictures)
@@ -101,7 +124,7 @@ class PromptEncoder:
             with scope(branch="uncond"):
                 others = pictures if seen.negative else self._look(other)
             hidden = self._run(batch, pictures, "cond"), self._run(other, others, "uncond")
-        return self._prompt(batch, hidden[0], "cond"), self._prompt(other, hidden[1], "uncond")
+        return self._kept(batch, hidden[0]), self._kept(other, hidden[1])
 
     @property
     def device(self) -> torch.device:
@@ -123,11 +146,13 @@ class PromptEncoder:
         with scope(branch=branch):
             return self.vision_language(ids, mask, None, batch.image_grid_thw, pictures)
 
-    def _prompt(self, batch: ProcessorOutput, hidden: Tensor, branch: str) -> Prompt:
+    def _kept(self, batch: ProcessorOutput, hidden: Tensor) -> list[Tensor]:
+        """Each row without padding and without the template's system part."""
         mask = batch.attention_mask.to(self.device).bool()
         kept = [x[real][batch.drop_index :] for x, real in zip(hidden, mask, strict=True)]
-        if batch.image_grid_thw is None:
-            kept = [x[: self.max_tokens] for x in kept]
+        return kept if batch.image_grid_thw is not None else [x[: self.max_tokens] for x in kept]
+
+    def _prompt(self, kept: list[Tensor], branch: str) -> Prompt:
         require_finite(torch.cat(kept), f"text encoder: the embeddings of the {branch} prompt")
         lengths = torch.tensor([len(x) for x in kept], device=self.device)
         padded = pad_sequence(kept, batch_first=True)
@@ -135,14 +160,16 @@ class PromptEncoder:
         return Prompt(padded, None if real.all() else real)
 
 
-def encode_pictures(rows: Sequence[Row], vae: VAE, path: VAEPath) -> tuple[tuple[Tensor, ...], ...]:
+def encode_pictures(
+    rows: Sequence[Row], vae: VAE, path: VAEPath | None = None
+) -> tuple[tuple[Tensor, ...], ...]:
     """The pictures of each row as normalised packed latents (S, 64); one that rows share is encoded once."""
     encoded: dict[tuple[int, Size], Tensor] = {}
     for row in rows:
         for picture, plan in row.planned:
             key = (id(picture), plan.vae)
             if key not in encoded:
-                encoded[key] = _encode(picture, plan.vae, vae, path)
+                encoded[key] = _encode(picture, plan.vae, vae, path or VAEPath())
     return tuple(tuple(encoded[id(picture), plan.vae] for picture, plan in row.planned) for row in rows)
 
 

@@ -28,13 +28,15 @@ from PIL import Image
 from torch import Tensor
 
 from qwenedit import geometry
+from qwenedit.ablation.running import require_fitting, schedule, switched_predictor
+from qwenedit.ablation.switches import Switches
 from qwenedit.conditioning import Conditioning
 from qwenedit.encoding import encode_pictures
-from qwenedit.guidance import Guidance, TrueCFG
+from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import Row, guidance_of
 from qwenedit.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.sampler import Predict, Step, predict_at, predictor, require_interval
+from qwenedit.sampler import Predict, Step, predict_at, require_interval
 from qwenedit.taps import scope
 
 __all__ = ["inverse_euler", "invert", "picture_latents"]
@@ -62,18 +64,17 @@ def invert(
     latents: Tensor,
     *,
     true_cfg_scale: float = 1.0,
-    guidance: Guidance | None = None,
     num_inference_steps: int = 50,
     sigmas: Sequence[float] | None = None,
     iterations: int = 0,
-    micro_batch: int | None = None,
+    switches: Switches | None = None,
 ) -> Iterator[Step]:
     """The steps of a run backwards, from the picture's latents (B, S, 64) at sigma 0; the last one's `after`
     is the noise.
 
-    `pipe.steps` with the same conditioning, scale, steps and sigmas, and with that noise for latents, leads
-    back to the picture. The other arguments are those of `pipe.steps` and of `inverse_euler`; `guidance` is
-    the rule of guidance where true_cfg_scale is above 1. Gradients are the caller's, as in `pipe.steps`.
+    `pipe.steps` with the same conditioning, scale, steps, sigmas and switches, and with that noise for
+    latents, leads back to the picture. The other arguments are those of `pipe.steps` and of `inverse_euler`.
+    Gradients are the caller's, as in `pipe.steps`.
 
     Raises:
         ValueError: bad input, before any network runs.
@@ -83,14 +84,18 @@ def invert(
     if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
         got = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
-    schedule = pipe.scheduler.sigmas(num_inference_steps, wanted[1], sigmas)
-    cfg = guidance_of(true_cfg_scale, None if conditioning.negative is None else " ")
-    if cfg is not None and guidance is not None:
-        cfg = TrueCFG(true_cfg_scale, guidance)
-    _require_invertible(cfg, iterations, len(schedule) - 1)
+    switches = switches or Switches()
+    visited = schedule(pipe.scheduler, switches.time, num_inference_steps, wanted[1], sigmas)
+    pictures = [len(row) for row in conditioning.reference_grids]
+    require_fitting(switches, pictures=pictures, blocks=len(pipe.mmdit.blocks), steps=num_inference_steps)
+    negative = None if conditioning.negative is None else " "
+    guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+    _require_invertible(guidance, iterations, num_inference_steps)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
-    predict = predictor(pipe.mmdit, conditioning, guided=cfg is not None, micro_batch=micro_batch)
-    return inverse_euler(predict, latents.to(pipe.device, pipe.dtype), schedule, cfg, iterations)
+    predict = switched_predictor(
+        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch
+    )
+    return inverse_euler(predict, latents.to(pipe.device, pipe.dtype), visited, guidance, iterations)
 
 
 def inverse_euler(

@@ -1,9 +1,8 @@
 """The dual-stream multimodal diffusion transformer (MMDiT) of Qwen-Image and Qwen-Image-Edit.
 
 Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py (`QwenImageTransformer2DModel`); the
-design is that of Stable Diffusion 3 (arXiv 2403.03206) and Flux, with every block dual-stream. The official
-modules differ from ours in names only (`KEY_TABLE`); the arithmetic, casts included, is the official one.
-We differ in one thing: RoPE positions are not limited to a table of 4096.
+design is that of Stable Diffusion 3 (arXiv 2403.03206) and Flux, with every block dual-stream. Names are ours
+(`KEY_TABLE`), the arithmetic, casts included, is theirs; but RoPE is not limited to 4096 positions.
 
     img  B S D   the image stream: tokens of the target (noise), then of each reference picture
     txt  B T D   the text stream: embeddings of the prompt, which have seen the picture too

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
 from qwenedit.sampler import Step, euler, require_finite
 from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.taps import cache_context
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
@@ -76,6 +78,8 @@ class QwenImageEdit(Loras):
         progress: whether progress bars are shown, on a terminal.
         share_prefix: run the text encoder once over what a prompt and its negative prompt have in common,
             the pictures among it: about half the time, and other last bits. False, as the reference runs.
+        micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
+            a generator a row, each row is its single run bit by bit.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class QwenImageEdit(Loras):
         self.areas = areas
         self.progress = True
         self.share_prefix = False
+        self.micro_batch: int | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
@@ -116,6 +121,14 @@ class QwenImageEdit(Loras):
         from qwenedit.assembly import load  # which knows this class
 
         return load(source, **options)
+
+    @staticmethod
+    def cache_context(name: str) -> AbstractContextManager[None]:
+        """Name the CFG branch of what runs in a `with` block by hand; `edit` and `steps` do so themselves.
+
+        State that a hook keeps between steps is kept apart for each branch (`taps.BranchState`).
+        """
+        return cache_context(name)
 
     @property
     def device(self) -> torch.device:
@@ -325,7 +338,8 @@ class QwenImageEdit(Loras):
         """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
         raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
         config = self.vae.config
-        pixels = self.vae.decode(denormalise(raw, config.latents_mean, config.latents_std))[:, :, 0]
+        parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
+        pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
         require_finite(pixels, "VAE decoder: the picture")
         return processor.denormalise_pixels(pixels)
 
@@ -374,6 +388,8 @@ class QwenImageEdit(Loras):
         """
         batch, tokens = len(pictures), grid[1] * grid[2]
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        if self.micro_batch is not None:
+            check_count("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=len(self.mmdit.blocks), steps=steps)
         channels = self.mmdit.config.out_channels
         if latents is None:
@@ -405,6 +421,7 @@ class QwenImageEdit(Loras):
             vae=self.vae,
             switches=switches,
             share_prefix=self.share_prefix,
+            micro_batch=self.micro_batch,
         )
         return conditioning.to(self.device, self.dtype)
 
@@ -416,7 +433,9 @@ class QwenImageEdit(Loras):
         switches: Switches,
     ) -> Iterator[Step]:
         conditioning = conditioning.to(self.device, self.dtype)
-        predict = switched_predictor(self.mmdit, conditioning, switches, guided=guidance is not None)
+        predict = switched_predictor(
+            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch
+        )
         return euler(predict, *run, guidance)
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:

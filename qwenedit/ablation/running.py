@@ -118,7 +118,12 @@ def _noise(like: Tensor, k: int, references: References) -> Tensor:
 
 
 def switched_predictor(
-    mmdit: MMDiT, conditioning: Conditioning, switches: Switches, *, guided: bool
+    mmdit: MMDiT,
+    conditioning: Conditioning,
+    switches: Switches,
+    *,
+    guided: bool,
+    micro_batch: int | None = None,
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -127,9 +132,10 @@ def switched_predictor(
     """
     references, time = switches.references, switches.time
     conditioning = changed(conditioning, references)
-    predict = predictor(mmdit, conditioning, guided=guided)
+    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch)
     if references.steps is not None:
-        without = predictor(mmdit, _without_references(conditioning), guided=guided)
+        bare = _without_references(conditioning)
+        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch)
         predict = _in_steps(references.steps, predict, without)
 
     functions: dict[str, TapFunction] = {}

@@ -15,7 +15,6 @@ from qwenedit import mini
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.determinism import deterministic
 from qwenedit.guidance import Guidance, TrueCFG
-from qwenedit.latents import initial_noise
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.sampler import euler, predictor
 from qwenedit.taps import taps
@@ -219,37 +218,24 @@ def test_a_row_that_was_taken_out_of_a_padded_batch_loses_its_padding():
     assert torch.equal(run(mmdit, row, latents[2:3], 1), alone)
 
 
-def test_a_whole_edit_row_by_row_is_each_rows_edit(pipe):
-    """What makes a batch exact: each row encoded, predicted and decoded alone, from its own generator."""
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_in_micro_batches_of_one_each_row_of_an_edit_is_its_single_run(pipe, share_prefix):
+    """Encoders, transformer and decoder: pictures and texts of different sizes, a generator a row."""
     gradient = Image.linear_gradient("L").convert("RGB")
     pictures = [gradient.resize(size) for size in ((64, 64), (70, 66), (60, 64))]
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
     prompts, negatives = ["make the circle red", "把左边的蓝色圆形变成红色 🔴", ""], ["a dog", " ", "x"]
-    size = {"height": 64, "width": 64}
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
-    conditioning = joined(
-        [
-            pipe.condition(picture, prompt, negative_prompt=negative, **size)
-            for picture, prompt, negative in zip(pictures, prompts, negatives, strict=True)
-        ]
-    )
-    assert conditioning.prompt.mask is not None  # the texts differ in length
-    grid = conditioning.target_grid
-    noise = initial_noise(3, 16, grid, generator=generators, device=pipe.device, dtype=pipe.dtype)
-    with torch.no_grad():
-        predict = predictor(pipe.mmdit, conditioning, guided=True, micro_batch=1)
-        *_, last = euler(predict, noise, pipe.scheduler.sigmas(2, 16), TrueCFG(4.0))
-        pixels = torch.cat([pipe.decode(x, grid) for x in last.after.split(1)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    pipe.micro_batch, pipe.share_prefix = 1, share_prefix
+    together = pipe.edit(pictures, prompts, negative_prompt=negatives, generator=generators, **options).images
+    pipe.micro_batch = None
     for row in range(3):
+        generator = torch.Generator().manual_seed(row)
         alone = pipe.edit(
-            pictures[row],
-            prompts[row],
-            negative_prompt=negatives[row],
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(row + 1),
-            output_type="pt",
-            **size,
+            pictures[row], prompts[row], negative_prompt=negatives[row], generator=generator, **options
         ).images
-        assert torch.equal(pixels[row], alone[0])
+        assert torch.equal(together[row], alone[0])
+    pipe.share_prefix = False
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, True, "1"])
@@ -259,3 +245,7 @@ def test_a_micro_batch_is_a_whole_number(size):
         ValueError, match=f"micro_batch is {size!r}, wanted a whole number of at least 1, or None"
     ):
         predictor(MMDiT(CONFIG), rows[0], guided=False, micro_batch=size)
+    pipe = qwenedit.load(device="cpu", progress=False)
+    pipe.micro_batch = size
+    with pytest.raises(ValueError, match="micro_batch is"):
+        pipe.generate("x")

@@ -8,7 +8,8 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.guidance import Guidance, TrueCFG
+from qwenedit.ablation import Guidance, References, Seen, Switches, Time
+from qwenedit.guidance import TrueCFG
 from qwenedit.inversion import inverse_euler, invert, picture_latents
 from qwenedit.sampler import euler
 from qwenedit.taps import current_labels, taps
@@ -138,6 +139,24 @@ def test_the_round_trip_on_the_embedded_model(pipe, described, picture):
     assert iterated[0] < 0.1 * explicit[1] and iterated[1] < 1e-3, iterated
 
 
+def test_the_round_trip_under_switches(pipe, picture):
+    """The same switches lead back; others do not."""
+    latents, _ = picture_latents(pipe, picture)
+    conditioning = pipe.condition(picture, "make the circle red")
+    options = {"num_inference_steps": 10, "true_cfg_scale": 2.0}
+    switches = Switches(
+        references=References(latents="left_out"),
+        guidance=Guidance(norm="none"),
+        time=Time(sigmas="lightning"),
+    )
+    with torch.no_grad():
+        *_, last = invert(pipe, conditioning, latents, iterations=7, switches=switches, **options)
+        *_, back = pipe.steps(conditioning, latents=last.after, switches=switches, **options)
+        *_, lost = pipe.steps(conditioning, latents=last.after, **options)
+    errors = [float((one.after - latents).norm() / latents.norm()) for one in (back, lost)]
+    assert errors[0] < 0.02 < 0.2 < errors[1], errors
+
+
 def test_the_latents_of_a_picture_are_those_that_references_get(pipe):
     wide = Image.linear_gradient("L").resize((120, 40)).convert("RGB")
     latents, grid = picture_latents(pipe, wide)
@@ -183,10 +202,19 @@ def test_gradients_flow_where_they_are_wanted():
         ({"iterations": -1}, "iterations is -1, wanted a whole number of at least 0"),
         ({"iterations": 1.0}, r"iterations is 1\.0"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
-        ({"micro_batch": 0}, "micro_batch is 0, wanted a whole number of at least 1, or None"),
-        ({"true_cfg_scale": 2.0, "guidance": Guidance(norm="comfy_x0")}, "works on clean latents, wanted"),
-        ({"true_cfg_scale": 2.0, "guidance": Guidance(eta=0.0)}, "works on clean latents, wanted"),
-        ({"true_cfg_scale": 2.0, "guidance": Guidance(steps=(7, 9))}, r"guided steps are \(7, 9\), but the"),
+        (
+            {"true_cfg_scale": 2.0, "switches": Switches(guidance=Guidance(norm="comfy_x0"))},
+            "works on clean latents, wanted",
+        ),
+        (
+            {"true_cfg_scale": 2.0, "switches": Switches(guidance=Guidance(eta=0.0))},
+            "works on clean latents, wanted",
+        ),
+        (
+            {"switches": Switches(guidance=Guidance(steps=(7, 9)))},
+            r"guidance.steps is \(7, 9\), but there are",
+        ),
+        ({"switches": Switches(seen=Seen(picture="blank"))}, "this run has none"),
     ],
 )
 def test_bad_input_is_refused_before_any_network_runs(pipe, described, change, message):
