@@ -23,7 +23,8 @@ class FirstBlockCache(nn.Module):
     """All blocks as one module, which after the first decides whether to run the others.
 
     They are skipped, and what they last added is added again, where mean |change of the first block's
-    residual| / mean |residual| is below the threshold. The first step of a run is never skipped.
+    residual| / mean |residual| is below the threshold. The means are over all rows that run together, so that
+    a row's result may depend on its batch. The first step of a run is never skipped.
 
     Attributes:
         computed, skipped: forwards with and without the other blocks.
