@@ -72,6 +72,7 @@ class Records(Mapping[Key, Tensor]):
 
     def __init__(self) -> None:
         self._records: dict[Key, Tensor | Path] = {}
+        self._named: dict[str, list[Key]] = {}
         self._calls: Counter[Key] = Counter()
 
     @classmethod
@@ -93,7 +94,7 @@ class Records(Mapping[Key, Tensor]):
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
             parts = json.loads(metadata["key"])
-            records._records[Key._make(tuple(x) if isinstance(x, list) else x for x in parts)] = path
+            records._add(Key._make(tuple(x) if isinstance(x, list) else x for x in parts), path)
         return records
 
     def __iter__(self) -> Iterator[Key]:
@@ -110,23 +111,25 @@ class Records(Mapping[Key, Tensor]):
             return next(file.get_tensor(name) for name in file.keys())
 
     def _find(self, key: str | tuple[Any, ...]) -> Key:
-        parts = tuple(
-            tuple(x) if isinstance(x, list) else x for x in ((key,) if isinstance(key, str) else key)
-        )
-        found = [one for one in self._records if one[: len(parts)] == parts]
+        whole: tuple[Any, ...] = (key,) if isinstance(key, str) else key
+        parts = tuple(tuple(x) if isinstance(x, list) else x for x in whole)
+        named = self._named.get(parts[0] if parts else "", [])
+        found = [one for one in named if one[: len(parts)] == parts]
         if len(found) == 1:
             return found[0]
         if found:
             raise KeyError(f"{len(found)} records match {key!r}, say which: {_listed(found)}")
-        named = [one for one in self._records if parts and one.name == parts[0]]
         if named:
             raise KeyError(f"{key!r} was not recorded; of that name there are {_listed(named)}")
-        names = list(dict.fromkeys(one.name for one in self._records))
-        close = difflib.get_close_matches(str(parts[0]) if parts else "", names, n=5, cutoff=0.4)
+        close = difflib.get_close_matches(str(parts[0]) if parts else "", self._named, n=5, cutoff=0.4)
         raise KeyError(
             f"{key!r} was not recorded; "
-            + (f"close names: {', '.join(close)}" if close else f"there are {len(names)} other names")
+            + (f"close names: {', '.join(close)}" if close else f"there are {len(self._named)} other names")
         )
+
+    def _add(self, key: Key, record: Tensor | Path) -> None:
+        self._records[key] = record
+        self._named.setdefault(key.name, []).append(key)
 
     def _next(self, name: str) -> Key:
         key = _key(name)
@@ -216,15 +219,15 @@ class Recorder(Records):
             return
         key = self._next(site.full)
         if not self._detach:
-            self._records[key] = x
+            self._add(key, x)
         elif self._folder is None:
-            self._records[key] = x.detach().to(self._device, copy=True)
+            self._add(key, x.detach().to(self._device, copy=True))
         else:
             path = self._folder / f"{len(self):06d}-{site.full}.safetensors"
             metadata = {"format": _FORMAT, "key": json.dumps(key)}
             with replacing_file(path) as temporary:
                 safetensors.torch.save_file({site.full: x.detach().cpu().contiguous()}, temporary, metadata)
-            self._records[key] = path
+            self._add(key, path)
 
 
 def _new_folder(folder: Path) -> Path:
@@ -425,7 +428,7 @@ class AttentionMaps(Records):
                 txt_mask=labels["txt_mask"],
                 mean_heads=self._mean_heads,
             )
-        self._records[self._next(site.full.rpartition(".")[0])] = value.cpu() if self._detach else value
+        self._add(self._next(site.full.rpartition(".")[0]), value.cpu() if self._detach else value)
 
 
 def _resolve(names: str | Sequence[str], layout: Layout) -> slice | list[slice]:
