@@ -113,7 +113,8 @@ class Records(Mapping[Key, Tensor]):
     def _find(self, key: str | tuple[Any, ...]) -> Key:
         whole: tuple[Any, ...] = (key,) if isinstance(key, str) else key
         parts = tuple(tuple(x) if isinstance(x, list) else x for x in whole)
-        named = self._named.get(parts[0] if parts else "", [])
+        name = str(parts[0]) if parts else ""
+        named = self._named.get(name, [])
         found = [one for one in named if one[: len(parts)] == parts]
         if len(found) == 1:
             return found[0]
@@ -121,7 +122,7 @@ class Records(Mapping[Key, Tensor]):
             raise KeyError(f"{len(found)} records match {key!r}, say which: {_listed(found)}")
         if named:
             raise KeyError(f"{key!r} was not recorded; of that name there are {_listed(named)}")
-        close = difflib.get_close_matches(str(parts[0]) if parts else "", self._named, n=5, cutoff=0.4)
+        close = difflib.get_close_matches(name, self._named, n=5, cutoff=0.4)
         raise KeyError(
             f"{key!r} was not recorded; "
             + (f"close names: {', '.join(close)}" if close else f"there are {len(self._named)} other names")

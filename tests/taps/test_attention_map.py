@@ -4,10 +4,12 @@ import importlib
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwenedit
 import qwenedit.instruments
+from qwenedit import mini
 from qwenedit.instruments import AttentionMaps, Recorder, attention_map, token_groups
 from qwenedit.latents import Layout
 from qwenedit.mmdit import joint_key_mask
@@ -197,6 +199,22 @@ def test_a_whole_edit_with_guidance_and_a_batch_padded_and_of_two_layouts():
             of_target = wanted[:, :, at["target"]]
             sums = torch.stack([of_target[..., at[name]].sum(-1).mean(dim=(1, 2)) for name in groups[:3]], -1)
             close(shares["blocks.1.attn", 1, branch, rows], sums[:, None])
+
+
+def test_the_embedded_models_maps():
+    pipe = qwenedit.load(device="cpu", progress=False)
+    maps, shares, probs = (
+        AttentionMaps("all"),
+        AttentionMaps(["target"], ["text", "target", "reference 1"]),
+        Recorder(),
+    )
+    with maps.attached(pipe.mmdit), shares.attached(pipe.mmdit), taps(pipe.mmdit, {"*.probs": probs}):
+        seed = torch.Generator().manual_seed(0)
+        pipe.edit(Image.open(mini.EXAMPLE), "make the circle red", num_inference_steps=2, generator=seed)
+    assert len(maps) == len(shares) == len(probs) == 6 * 2 * 2
+    for key in maps:
+        close(maps[key], probs[key._replace(name=f"{key.name}.probs")])
+        close(shares[key].sum(-1), torch.ones(1, 4, 1))
 
 
 def test_it_sees_what_outer_functions_have_replaced():
