@@ -14,21 +14,20 @@ import warnings
 with warnings.catch_warnings():
     # torch says so where numpy is not installed, and nothing here needs numpy
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    from qwenedit.ablation import Switches
+    from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
     from qwenedit.ablation.sweep import ablate
     from qwenedit.assembly import load
     from qwenedit.conditioning import Conditioning
+    from qwenedit.determinism import deterministic
+    from qwenedit.instruments import AttentionMaps, Recorder, attention_map, patch_from, share_from, zero
+    from qwenedit.inversion import invert, picture_latents
     from qwenedit.pipeline import QwenImageEdit, Result
-    from qwenedit.taps import scope, tap_names, taps
+    from qwenedit.taps import scope, swapped, tap_names, taps, trace_ops
+    from qwenedit.training import TrainingBatch, flow_matching_loss
 
 __all__ = [
-    "Conditioning",
-    "QwenImageEdit",
-    "Result",
-    "Switches",
-    "ablate",
-    "load",
-    "scope",
-    "tap_names",
-    "taps",
-]
+    "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder", "References", "Result", "Seen",
+    "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
+    "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope", "share_from", "swapped",
+    "tap_names", "taps", "trace_ops", "zero",
+]  # fmt: skip

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from qwenedit.recomputation import recomputed
-from qwenedit.taps import Tapped
+from qwenedit.taps import Tapped, by_heads
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig"]
 
@@ -190,7 +190,8 @@ class JointAttention(Tapped):
 
     Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (S, K/2, 2) and (T, K/2, 2), `key_mask` (B,
         1, 1, J) bool or None. Returns what each stream is given, before its gate.
-    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit.
+    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
+        heads at a time if the maps are large (`by_heads`).
     """
 
     TAPS = (
@@ -237,7 +238,7 @@ class JointAttention(Tapped):
         k = torch.cat([txt_k, img_k], dim=1).transpose(1, 2)
         v = torch.cat([txt_v, img_v], dim=1).transpose(1, 2)
         if self.tapped("scores", "probs"):
-            heads = self.explicit_attention(q, k, v, key_mask)
+            heads = by_heads(self.explicit_attention, q, k, v, key_mask)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         txt_heads, img_heads = heads.transpose(1, 2).split([txt.shape[1], img.shape[1]], dim=1)

@@ -15,16 +15,30 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import einops
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Site", "TapFunction", "Tapped", "current_labels", "is_tapped", "scope", "tap_names", "taps"]
+__all__ = [
+    "BranchState", "Op", "Site", "TapFunction", "Tapped", "by_heads", "cache_context", "current_labels",
+    "is_tapped", "scope", "swapped", "tap_names", "taps", "trace_ops",
+]  # fmt: skip
+
+State = TypeVar("State")
+NewModule = TypeVar("NewModule", bound=nn.Module)
+
+MAX_MAP = 2**28  # elements of an attention map: a larger one is made some heads at a time
 
 
 class _Labels(threading.local):
@@ -58,6 +72,40 @@ def current_labels() -> dict[str, Any]:
     return dict(_labels.now)
 
 
+class BranchState(Generic[State]):
+    """State that is kept from step to step, apart for each CFG branch and for rows that do not run together.
+
+    `new` makes a fresh one. Nothing tells a second run from a first: use a fresh `BranchState` for each.
+    """
+
+    def __init__(self, new: Callable[[], State]) -> None:
+        self._new = new
+        self._states: dict[tuple[str, tuple[int, ...] | None], State] = {}
+
+    def current(self) -> State:
+        """The state of the branch in force.
+
+        Raises:
+            ValueError: no label `branch` is in force.
+        """
+        labels = current_labels()
+        if "branch" not in labels:
+            raise ValueError("no label branch is in force, wanted cache_context(name) around the forward")
+        rows = labels.get("rows")
+        key = (labels["branch"], None if rows is None else tuple(rows))
+        if key not in self._states:
+            self._states[key] = self._new()
+        return self._states[key]
+
+
+def cache_context(name: str) -> AbstractContextManager[None]:
+    """Name the branch of the forwards in a `with` block, by hand; the sampler does so by itself.
+
+    Source: diffusers' `CacheMixin.cache_context`.
+    """
+    return scope(branch=name)
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where a tap function is being called.
@@ -72,7 +120,7 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What the sampler declared with `scope`: step, sigma, branch, layout, ..."""
+        """What the sampler declared with `scope`: step, sigma, branch, layout, rows, txt_mask, ..."""
         return current_labels()
 
 
@@ -106,6 +154,32 @@ class Tapped(nn.Module):
         return self._taps is not None and any(name in self._taps for name in names)
 
 
+def by_heads(
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """`attention(q, k, v, key_mask)`, some heads at a time where the maps of all would exceed `MAX_MAP`.
+
+    Taps inside then fire once for each part, with that part's heads in place of all, under the label `heads`,
+    a slice; without parts there is no such label.
+
+    Shapes: `q`, `k`, `v` and the result (B, H, J, K); the mask broadcasts over H.
+    """
+    batch, heads, rows, _ = q.shape
+    at_once = max(1, MAX_MAP // (batch * rows * k.shape[2]))
+    if at_once >= heads:
+        return attention(q, k, v, key_mask)
+    parts = []
+    for start in range(0, heads, at_once):
+        part = slice(start, min(start + at_once, heads))
+        with scope(heads=part):
+            parts.append(attention(q[:, part], k[:, part], v[:, part], key_mask))
+    return torch.cat(parts, dim=1)
+
+
 def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
     if not isinstance(y, Tensor):
         raise ValueError(
@@ -119,14 +193,24 @@ def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
 
 def _sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, Tapped):
-            continue
-        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")  # torch.compile's wrapper is no level
-        for name in module.TAPS:
-            full = f"{path}.{name}" if path else name
-            sites[full] = Site(module, name, full)
+    for path, module in _named_modules(model):
+        if isinstance(module, Tapped):
+            for name in module.TAPS:
+                full = f"{path}.{name}" if path else name
+                sites[full] = Site(module, name, full)
     return sites
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by path, where neither torch.compile's wrapper nor one put in by `swapped` is a level."""
+    shown: dict[str, str] = {}  # real path -> shown path, of what a wrapper wraps
+    for path, module in model.named_modules():
+        above = max((real for real in shown if f"{path}.".startswith(f"{real}.")), key=len, default=None)
+        name = path if above is None else (shown[above] + path[len(above) :]).strip(".")
+        name = name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+        if (inner := module.__dict__.get("_wraps")) is not None:
+            shown[f"{path}.{inner}"] = name
+        yield name, module
 
 
 def is_tapped(model: nn.Module) -> bool:
@@ -172,7 +256,7 @@ def taps(
     for pattern, fn in functions.items():
         matched = [full for full in sites if fnmatch.fnmatchcase(full, pattern)]
         if not matched:
-            raise KeyError(_no_match(pattern, list(sites)))
+            raise KeyError(_no_match(pattern, list(sites), "tap"))
         for full in matched:
             added.setdefault(full, []).append((_recording(fn, full, fired), sites[full]))
 
@@ -208,7 +292,96 @@ def _recording(fn: TapFunction, full: str, fired: set[str]) -> TapFunction:
     return call
 
 
-def _no_match(pattern: str, names: list[str]) -> str:
+def _no_match(pattern: str, names: list[str], what: str) -> str:
     close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4)
-    hint = f"; close names: {', '.join(close)}" if close else f"; the model has {len(names)} taps"
-    return f"no tap matches {pattern!r}{hint}"
+    hint = f"; close names: {', '.join(close)}" if close else f"; the model has {len(names)} {what}s"
+    return f"no {what} matches {pattern!r}{hint}"
+
+
+@contextmanager
+def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) -> Iterator[NewModule]:
+    """Put `factory(old)` in the place of the submodule `old` at `path`, for the length of a `with` block.
+
+    Where the new module holds the old one as a submodule, the taps under the old one keep their names. The
+    old one is back on exit, by exception too.
+
+    Raises:
+        KeyError: the model has no such submodule; names that come close are listed.
+        ValueError: the factory made something else than a module.
+    """
+    modules = dict(model.named_modules())
+    real: dict[str, str] = {}  # of several that show one path, the outermost
+    for (shown, _), path_of in zip(_named_modules(model), modules, strict=True):
+        real.setdefault(shown, path_of)
+    real.pop("")
+    if path not in real:
+        raise KeyError(_no_match(path, list(real), "module"))
+    parent_path, _, name = real[path].rpartition(".")
+    parent, old = modules[parent_path], modules[real[path]]
+    new = factory(old)
+    if not isinstance(new, nn.Module):
+        raise ValueError(f"the factory for {path} made {type(new).__name__}, wanted a Module")
+    inner = next((inner for inner, module in new.named_modules() if module is old and inner), None)
+    if inner is not None:
+        new.__dict__["_wraps"] = inner
+    setattr(parent, name, new)
+    try:
+        yield new
+    finally:
+        setattr(parent, name, old)
+        new.__dict__.pop("_wraps", None)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One tensor that an operation made: what, in which module, and the line of source that asked for it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: str
+    line: str
+
+
+_LIBRARIES = tuple(
+    str(Path(package.__file__).parent) + os.sep for package in (torch, einops) if package.__file__
+)
+
+
+class _Trace(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.ops: list[Op] = []
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if made and (place := self.place()) is not None:
+            name = func.__name__.strip("_") if func.__name__ != "__get__" else func.__self__.__name__
+            self.ops += [Op(name, tuple(x.shape), x.dtype, *place) for x in made]
+        return result
+
+    def place(self) -> tuple[str, str] | None:
+        """The innermost module of the model on the stack, and the innermost line outside of the libraries."""
+        path, line, frame = None, None, sys._getframe(2)
+        while frame is not None and (path is None or line is None):
+            if path is None:
+                path = self.paths.get(id(frame.f_locals.get("self")))
+            if line is None and not frame.f_code.co_filename.startswith(_LIBRARIES):
+                line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return None if path is None or line is None else (path, line)
+
+
+@contextmanager
+def trace_ops(model: nn.Module) -> Iterator[list[Op]]:
+    """List what every operation inside the model makes, in order, also where there is no tap.
+
+    One entry for each tensor; views are among them. Compiled modules run eagerly meanwhile.
+
+        with torch.no_grad(), trace_ops(pipe.mmdit) as ops:
+            pipe.edit(picture, "make the circle red", num_inference_steps=1)
+    """
+    with torch.compiler.set_stance("force_eager"), _Trace(model) as trace:
+        yield trace.ops

@@ -1,0 +1,72 @@
+"""First-block caching: where the first block changes little since the last full step, reuse the other blocks.
+
+with first_block_cache(pipe.mmdit, threshold=0.1) as cache:
+    pipe.edit(picture, "make the circle red")
+print(cache.skipped, cache.computed)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qwenedit.mmdit import MMDiT
+from qwenedit.taps import BranchState, current_labels, swapped
+
+__all__ = ["FirstBlockCache", "first_block_cache"]
+
+
+class FirstBlockCache(nn.Module):
+    """All blocks as one module, which after the first decides whether to run the others.
+
+    They are skipped, and what they last added is added again, where mean |change of the first block's
+    residual| / mean |residual| is below the threshold. The means are over all rows that run together, so that
+    a row's result may depend on its batch. The first step of a run is never skipped.
+
+    Attributes:
+        computed, skipped: forwards with and without the other blocks.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, threshold: float) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.threshold = threshold
+        self.state: BranchState[dict[str, Tensor]] = BranchState(dict)  # of the last step that ran in full
+        self.computed = 0
+        self.skipped = 0
+
+    def forward(self, img: Tensor, txt: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        first_block, *rest = self.blocks
+        last = self.state.current()
+        img_1, txt_1 = first_block(img, txt, *others)
+        first = img_1 - img
+        if last and current_labels().get("step") != 0:
+            change = (first - last["first"]).abs().mean() / last["first"].abs().mean()
+            if change.item() < self.threshold:
+                self.skipped += 1
+                return img_1 + last["rest"], txt_1  # nobody reads the text after the last block
+        img_n, txt_n = img_1, txt_1
+        for block in rest:
+            img_n, txt_n = block(img_n, txt_n, *others)
+        last.update(first=first, rest=img_n - img_1)
+        self.computed += 1
+        return img_n, txt_n
+
+
+@contextmanager
+def first_block_cache(mmdit: MMDiT, threshold: float) -> Iterator[FirstBlockCache]:
+    """Cache for the length of a `with` block: an approximation. A threshold of 0 never skips.
+
+    Raises:
+        ValueError: a negative threshold; while running, no label `branch` is in force.
+    Source: ParaAttention's first block cache; diffusers 0.39.0, hooks/first_block_cache.py. There a change
+        that equals the threshold is skipped, too.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}, wanted 0 or more")
+    cache = FirstBlockCache(mmdit.blocks, threshold)
+    with swapped(mmdit, "blocks", lambda _blocks: nn.ModuleList([cache])):
+        yield cache
