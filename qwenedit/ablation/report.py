@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(sweep: Sweep, path: Path, attention: Mapping[str, Tensor] | None = None) -> None:
-    """Write the page; `attention` maps, (rows, columns) by name, are shown as heatmaps where there are some.
-
-    Raises:
-        ValueError: a map that is no matrix of finite numbers.
-    """
+def write_report(sweep: Sweep, path: Path) -> None:
+    """Write the page, with attention maps where the sweep has them."""
     case_names = ", ".join(dict.fromkeys(case.name for case in sweep.spec.cases))
     title = f"Ablation: {' × '.join(sweep.spec.axes) or 'the unablated run'}"
     judged = any(case.request for case in sweep.spec.cases)
@@ -71,7 +67,7 @@ def write_report(sweep: Sweep, path: Path, attention: Mapping[str, Tensor] | Non
         "JUDGED": ", and what the oracle says of it" if judged else "",
         "PICTURES": _pictures(sweep),
         "CURVES": _curves(sweep),
-        "ATTENTION": _attention(attention or {}),
+        "ATTENTION": _attention(sweep),
         "TERMS": "".join(
             f"<dt>{escape(heading)}</dt><dd>{escape(text)}</dd>" for _, heading, _, _, _, text in COLUMNS
         ),
@@ -293,34 +289,45 @@ def _mean_curves(records: list[Record]) -> dict[str, list[Any]] | None:
     }
 
 
-def _attention(maps: Mapping[str, Tensor]) -> str:
-    if not maps:
+def _attention(sweep: Sweep) -> str:
+    """Of every setting that has maps: a row of heatmaps, one for each group of tokens."""
+    cards = []
+    for (_, _, cell), record in sweep.records.items():
+        if "attention" not in record:
+            continue
+        figures = "".join(
+            f'<figure><img class="small" src="{_data_uri(_heatmap(torch.tensor(shares)))}" '
+            f'alt="from the target to {group}"><figcaption>to {group}<br><span class="soft">'
+            f"{_range(shares)}</span></figcaption></figure>"
+            for group, shares in record["attention"].items()
+        )
+        label = escape(_label(sweep, sweep.spec.cells[cell]))
+        cards.append(
+            f'<figure class="card"><figcaption>{label}</figcaption><div class="maps">{figures}</div></figure>'
+        )
+    if not cards:
         return ""
-    figures = "".join(
-        f'<figure><img class="small" src="{_data_uri(_heatmap(name, x))}" alt="{escape(name)}" '
-        f'style="width: {max(160, min(480, 8 * x.shape[1]))}px"><figcaption>{escape(name)}<br>'
-        f'<span class="soft">{x.shape[0]} × {x.shape[1]}, {float(x.min()):.3g} to {float(x.max()):.3g}'
-        "</span></figcaption></figure>"
-        for name, x in maps.items()
-    )
+    case, seed = sweep.spec.cases[0], sweep.spec.seeds[0]
     return (
-        '<section id="attention"><h2>Attention</h2><p class="soft">Each map from its least value (dark) to '
-        f'its greatest (bright).</p><div class="maps">{figures}</div></section>'
+        f'<section id="attention"><h2>Attention</h2><p class="soft">What the target of {escape(case.name)}, '
+        f"seed {seed}, attends to, as shares of 1, with the prompt: a row a block, the first on top; a "
+        "column a step, noise on the left. Dark is 0, bright is 1; below, the least and the greatest."
+        f'</p><div class="cards">{"".join(cards)}</div></section>'
     )
+
+
+def _range(shares: list[list[float]]) -> str:
+    values = [x for row in shares for x in row]
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 # Dark blue to yellow by way of green: lightness rises evenly, so that the order is also seen in grey.
 _HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
-def _heatmap(name: str, values: Tensor) -> Image.Image:
-    """A matrix as a picture, a pixel a value."""
-    if values.ndim != 2 or not values.numel() or not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"the map {name!r} has shape {tuple(values.shape)}, wanted a matrix of finite numbers"
-        )
-    x = values.detach().double().cpu()
-    x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-300)
+def _heatmap(shares: Tensor) -> Image.Image:
+    """A matrix of numbers in [0, 1] as a picture, a pixel a value."""
+    x = shares.double().clamp(0, 1)
     colours = torch.tensor(_HEAT, dtype=torch.float64) / 255
     place = x * (len(_HEAT) - 1)
     below = place.floor().clamp_max(len(_HEAT) - 2)

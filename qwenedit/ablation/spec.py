@@ -8,6 +8,8 @@
     seeds = [0, 1]                        # of the noise
     true_cfg_scale = 4.0                  # what a run is called with: also steps, negative_prompt,
     steps = 20                            # and, for all runs alike, height and width
+    attention = true                      # with maps of what the first picture's target attends to
+    deterministic = true                  # under `qwenedit.deterministic`
 
     [grid]                                # every combination is run
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.ablation.Switches`,
@@ -42,7 +44,8 @@ from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
 CALL: dict[str, Any] = {"true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " "}  # and their defaults
-KEYS = ("model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", "grid")
+FLAGS = ("attention", "deterministic")
+KEYS = ("model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", *FLAGS, "grid")
 PAIRINGS = ("each", "all")
 TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the module that reads it
 MINI = "mini:"
@@ -85,6 +88,8 @@ class Spec:
     seeds: tuple[int, ...]
     height: int | None
     width: int | None
+    attention: bool
+    deterministic: bool
     axes: tuple[str, ...]  # the grid's names
     cells: tuple[Cell, ...]
 
@@ -135,10 +140,13 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
     if model is not None:
         _require(isinstance(model, str) and model != "", "model", model, "a hub id or a folder")
         model = str(base / model) if (base / model).is_dir() else model
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for name in ("height", "width"):
         sizes[name] = raw.get(name)
         _require(sizes[name] is None or _is_whole(sizes[name]), name, sizes[name], "a whole number")
+    flags: dict[str, Any] = {name: raw.get(name, False) for name in FLAGS}
+    for name, value in flags.items():
+        _require(isinstance(value, bool), name, value, "true or false")
     call = {name: _call_value(name, raw.get(name, default)) for name, default in CALL.items()}
     axes = dict(_axes(raw.get("grid", {})))
     return Spec(
@@ -148,6 +156,7 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
         axes=tuple(axes),
         cells=tuple(_cells(call, axes)),
         **sizes,
+        **flags,
     )
 
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.ablation.attention import Shares, target_attention
 from qwenedit.ablation.metrics import compare, curves
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
@@ -41,6 +43,7 @@ from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.assembly import load
 from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning, replacing_file
+from qwenedit.determinism import deterministic
 from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
 from qwenedit.loading import load_scheduler
 from qwenedit.mini.oracle import judge
@@ -107,7 +110,7 @@ def ablate(
     model = fingerprint(checkpoint)
     runs = list(_runs(plan, model, where, wanted))
     done = {key: x for key, x in known.items() if x["status"] == "done" and (home / x["file"]).is_file()}
-    todo = [run for run in runs if run.key not in done]
+    todo = [run for run in runs if run.key not in done or _lacks_maps(plan, run, done[run.key])]
     _require_meant(len({run.key for run in todo}), yes)
     (home / PICTURES).mkdir(parents=True, exist_ok=True)
     # A line that was cut off goes, and so does one of a run that is tried again.
@@ -116,12 +119,13 @@ def ablate(
     plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
     if todo:
         pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
-        environment = {"fingerprint": model, **_environment(pipe)}
         bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
-        for run, record in _run(pipe, plan, bar, home, environment):
-            done[run.key] = record
-            _compare(home, record, done[plain[run.index[:2]]])
-            append(home / RESULTS, record)
+        with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
+            environment = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
+            for run, record in _run(pipe, plan, bar, home, environment):
+                done[run.key] = record
+                _compare(home, record, done[plain[run.index[:2]]])
+                append(home / RESULTS, record)
     for run in runs:  # what was done before may have been compared with another spec's unablated run
         _compare(home, done[run.key], done[plain[run.index[:2]]])
     return _finish(plan, home, runs, done)
@@ -141,6 +145,15 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     return sweep
 
 
+def _with_maps(spec: Spec, run: Run) -> bool:
+    """The first picture from the first seed, in every cell."""
+    return spec.attention and run.index[:2] == (0, 0)
+
+
+def _lacks_maps(spec: Spec, run: Run, record: Record) -> bool:
+    return _with_maps(spec, run) and "attention" not in record
+
+
 def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | None) -> Iterator[Run]:
     """All runs in an order that shares work: what is encoded alike is together, the unablated runs first."""
     for i, case in enumerate(spec.cases):
@@ -155,6 +168,7 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
                     settings = [
                         qwenedit.__version__, model, device.type, str(dtype), source, case.prompt,
                         case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
+                        *(["deterministic"] if spec.deterministic else []),
                     ]  # fmt: skip
                     text = json.dumps(settings, sort_keys=True)
                     key = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -184,7 +198,9 @@ def _run(
         try:
             if isinstance(encoded, Exception):
                 raise encoded
-            picture, made = _edit(pipe, run, *encoded)
+            with _maps(pipe, spec, run, encoded[0]) as maps:
+                picture, made = _edit(pipe, run, *encoded)
+            made |= {"attention": maps} if maps else {}
         except Exception as error:
             record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
         else:
@@ -237,6 +253,12 @@ def _edit(
         "baseline": None,
     }
     return picture, made
+
+
+def _maps(
+    pipe: QwenImageEdit, spec: Spec, run: Run, conditioning: Conditioning
+) -> AbstractContextManager[Shares | None]:
+    return target_attention(pipe.mmdit, conditioning) if _with_maps(spec, run) else nullcontext()
 
 
 def _judge(case: Case, picture: Image.Image) -> Record:

@@ -106,6 +106,8 @@ def test_mini_pictures_are_held_out_scenes_with_one_right_answer():
 
 
 FAULTS = [
+    ({"attention": 1}, "attention is 1, wanted true or false"),
+    ({"deterministc": True}, "did you mean deterministic"),
     ({"picture": ["mini:0"]}, "there is no 'picture'; did you mean pictures"),
     ({**ONE, "true_cfg_scal": 4}, "there is no 'true_cfg_scal'; did you mean true_cfg_scale"),
     ({}, r"pictures is \[\], wanted a list of at least one text"),

@@ -22,6 +22,7 @@ from qwenedit.ablation.switches import Switches
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import to_pil
+from qwenedit.taps import taps
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "make the circle red"
@@ -293,6 +294,47 @@ def test_settings_that_come_to_the_same_are_run_once(tmp_path, monkeypatch):
     with edits_counted(monkeypatch) as calls:
         swept = run(spec, tmp_path)
     assert len(calls) == 2 and len(swept.records) == 3 and len(lines(tmp_path)) == 2
+
+
+def test_attention_is_mapped_once_for_each_cell(tmp_path, pipe, monkeypatch):
+    """Asked for afterwards, it is made of those runs alone; the pictures stay the same."""
+    spec = {**SPEC, "grid": {"references.latents": ["concatenated", "left_out"]}}
+    without = run(spec, tmp_path)
+    pictures = {at: (tmp_path / record["file"]).read_bytes() for at, record in without.records.items()}
+    with edits_counted(monkeypatch) as calls:
+        swept = run({**spec, "attention": True}, tmp_path)
+    assert len(calls) == 2
+    mapped = {at: record["attention"] for at, record in swept.records.items() if "attention" in record}
+    assert list(mapped) == [(0, 0, 0), (0, 0, 1)]
+    assert pictures == {at: (tmp_path / record["file"]).read_bytes() for at, record in swept.records.items()}
+    for at, shares in mapped.items():
+        table = torch.tensor([shares[name] for name in ("text", "target", "references")])
+        assert table.shape == (3, 6, 2)  # groups, blocks, steps
+        assert (table.sum(0) - 1).abs().max() < 1e-3
+        assert bool((table[2] == 0).all()) == (at[2] == 1)
+    assert "to references" in (tmp_path / "report.html").read_text()
+
+    case, seen = swept.spec.cases[0], []
+    with (
+        torch.no_grad(),
+        taps(pipe.mmdit, {"blocks.4.attn.probs": lambda p, site: seen.append((site.labels, p))}),
+    ):
+        conditioning = pipe.condition(case.picture, case.prompt)
+        noise = torch.Generator().manual_seed(0)
+        list(pipe.steps(conditioning, num_inference_steps=2, generator=noise))
+    probs = [p for labels, p in seen if labels["branch"] == "cond"][1]
+    length = conditioning.prompt.embeds.shape[1]
+    wanted = float(probs[0, :, length : length + 16, length + 16 :].sum(-1).mean())
+    assert mapped[0, 0, 0]["references"][4][1] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_a_deterministic_sweep_says_so_and_is_another_one(tmp_path):
+    plain = run(SMALL, tmp_path)
+    pinned = run({**SMALL, "deterministic": True}, tmp_path)
+    assert plain.records[0, 0, 0]["deterministic"] is None
+    assert pinned.records[0, 0, 0]["deterministic"]["attention"] == "MATH"
+    assert plain.records[0, 0, 0]["key"] != pinned.records[0, 0, 0]["key"]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.fixture
