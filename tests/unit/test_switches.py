@@ -412,3 +412,59 @@ def test_switches_that_cannot_act_are_refused_before_any_network_runs(edit, plus
     ):
         with pytest.raises(ValueError, match="this run has none"):
             edit.generate(PROMPT, switches=Switches(**group))
+
+
+# --- beside other things that act on the transformer
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"references.blocks": [2, 4]},
+        {"references.frame": "target", "time.rounding": "exact"},
+        {"time.zero_cond_t": True, "references.steps": [0, 1]},
+    ],
+    ids=str,
+)
+def test_switches_act_on_compiled_blocks_too(scene, values):
+    """Hooks that are added after compilation never fire in compiled code: the switches run blocks eagerly."""
+    pipe = qwenedit.load(device="cpu", progress=False)
+    switches = Switches.from_flat(values)
+    wanted = walk(pipe, scene, switches)
+    torch.compiler.reset()
+    for block in pipe.mmdit.blocks:
+        block.compile(backend="eager")
+    plain = walk(pipe, scene)
+    assert same_steps(walk(pipe, scene, switches), wanted)
+    assert same_steps(walk(pipe, scene), plain)
+    torch.compiler.reset()
+
+
+def test_taps_see_what_the_switches_do(edit, scene):
+    """Attached around the run: the same names, and after an exception nothing is left of the switches."""
+    lengths = []
+
+    def stop(img, site):
+        lengths.append(img.shape[1])
+        if site.labels["step"] == 2:
+            raise KeyboardInterrupt
+
+    switches = Switches(references=References(steps=(1, 3), blocks=(0, 1), frame="target"))
+    with pytest.raises(KeyboardInterrupt), taps(edit.mmdit, {"blocks.5.img_out": stop}):
+        walk(edit, scene, switches)
+    assert lengths == [16, 16, 32, 32, 32]
+    assert not any(block._forward_pre_hooks for block in edit.mmdit.blocks)
+    assert not any("_taps" in module.__dict__ for module in edit.mmdit.modules())
+
+
+def test_gradients_reach_the_references_through_the_switches(edit, scene):
+    conditioning = edit.condition(scene, PROMPT)
+    ((latents,),) = conditioning.reference_latents
+    latents = latents.clone().requires_grad_()
+    conditioning = dataclasses.replace(conditioning, reference_latents=((latents,),))
+    switches = Switches(references=References(sigma=0.5, blocks=(0, 3), frame="target"))
+    (step,) = edit.steps(
+        conditioning, num_inference_steps=1, generator=torch.Generator().manual_seed(0), switches=switches
+    )
+    step.velocity.sum().backward()
+    assert latents.grad.abs().sum() > 0
