@@ -1,0 +1,106 @@
+"""How far inversion leads back: `python -m benchmarks.inversion [--out docs]`.
+
+A held-out picture of the embedded model is inverted to noise and sampled again, by the explicit backward
+step and with fixed-point iterations, under a prompt alone and under the prompt with the picture as reference.
+Prints a Markdown table of relative errors of the latents; --out also writes inversion.md and inversion.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import qwenedit
+from benchmarks.mini import cases
+from qwenedit.ablation.charts import Line, chart
+from qwenedit.conditioning import Conditioning, replacing_file
+from qwenedit.inversion import invert, picture_latents
+from qwenedit.mini.scenes import DETERMINED, draw
+from qwenedit.pipeline import QwenImageEdit
+
+STEPS = (5, 10, 20, 40)
+ITERATIONS = (0, 1, 3, 6)  # 0 is the explicit step
+STYLE = """
+svg { font-family: sans-serif; background: white; } text { fill: #555; font-size: 9px; }
+.name { fill: #111; font-size: 10px; } .rule { stroke: #ddd; } polyline { fill: none; stroke-width: 1.6; }
+.i0 { stroke: #b3261e; } .i1 { stroke: #c77700; } .i2 { stroke: #2e7d32; } .i3 { stroke: #0b62a8; }
+"""
+
+
+@torch.no_grad()
+def round_trip(
+    pipe: QwenImageEdit, conditioning: Conditioning, latents: Tensor, steps: int, iterations: int
+) -> float:
+    """The error of the latents that came back, relative to their norm."""
+    options = {"num_inference_steps": steps, "true_cfg_scale": 1.0}
+    *_, noise = invert(pipe, conditioning, latents, iterations=iterations, **options)
+    *_, back = pipe.steps(conditioning, latents=noise.after, **options)
+    return float((back.after - latents).norm() / latents.norm())
+
+
+def table(errors: dict[str, dict[int, list[float]]]) -> str:
+    lines = [f"| relative error of the latents | {' | '.join(f'{n} steps' for n in STEPS)} |"]
+    lines.append("| --- |" + " ---: |" * len(STEPS))
+    for name, by_iterations in errors.items():
+        for iterations, values in by_iterations.items():
+            how = "explicit" if iterations == 0 else f"{iterations} iteration(s)"
+            lines.append(f"| {name}, {how} | {' | '.join(f'{value:.2g}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def figure(errors: dict[str, dict[int, list[float]]]) -> str:
+    """Both plots side by side, errors and steps on logarithmic axes."""
+    parts, across = [], [math.log2(n / STEPS[0]) for n in STEPS]
+    for i, (name, by_iterations) in enumerate(errors.items()):
+        lines = [
+            Line(across, [math.log10(value) for value in values], f"i{k}")
+            for k, values in enumerate(by_iterations.values())
+        ]
+        ends = (across[0], across[-1])
+        drawn = chart(f"log10 error, {name}", lines, x=ends, y=(-6, 0), along=f"log2 (steps / {STEPS[0]})")
+        parts.append(f'<g transform="translate({250 * i} 0)">{drawn[drawn.index(">") + 1 : -6]}</g>')
+    key = " · ".join("explicit" if n == 0 else str(n) for n in ITERATIONS)
+    parts.append(f'<text x="30" y="134">fixed-point iterations, from the top: {key}</text>')
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 142" width="1000" height="284">'
+        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write inversion.md and inversion.svg")
+    options = parser.parse_args()
+    pipe = qwenedit.load(device="cpu", progress=False)
+    (case,) = cases(1, DETERMINED, seed="inversion")
+    picture = draw(case.scene)
+    latents, _ = picture_latents(pipe, picture)
+    told = {
+        "the prompt alone": pipe.condition(None, case.prompt, height=64, width=64),
+        "with the reference": pipe.condition(picture, case.prompt),
+    }
+    errors = {
+        name: {n: [round_trip(pipe, conditioning, latents, k, n) for k in STEPS] for n in ITERATIONS}
+        for name, conditioning in told.items()
+    }
+    print(table(errors))
+    if options.out is not None:
+        text = (
+            "# Inversion\n\nA picture of the embedded model's world back to noise, and from there to a picture\n"
+            "again: how far the latents are off. Made by `python -m benchmarks.inversion --out docs`; what is\n"
+            "computed: [inversion.py](../qwenedit/inversion.py).\n\n![errors over steps](inversion.svg)\n\n"
+        )
+        for name, content in (
+            ("inversion.md", text + table(errors) + "\n"),
+            ("inversion.svg", figure(errors)),
+        ):
+            with replacing_file(options.out / name) as temporary:
+                temporary.write_text(content)
+
+
+if __name__ == "__main__":
+    main()
