@@ -91,9 +91,10 @@ def main() -> None:
     if options.out is not None:
         text = (
             "# Inversion\n\n"
-            "A picture of the embedded model's world back to noise, and from there to a picture again: how far\n"
-            "the latents are off. Made by `python -m benchmarks.inversion --out docs`; what is computed:\n"
-            "[inversion.py](../qwenedit/inversion.py).\n\n![errors over steps](inversion.svg)\n\n"
+            "A picture of the embedded model's world back to noise, and from there to a picture again: how\n"
+            "far the latents are off. Made by `python -m benchmarks.inversion --out docs`.\n"
+            "What is computed: [inversion.py](../qwenedit/inversion.py).\n\n"
+            "![errors over steps](inversion.svg)\n\n"
         )
         for name, content in (
             ("inversion.md", text + table(errors) + "\n"),
