@@ -17,9 +17,10 @@ with warnings.catch_warnings():
     from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
     from qwenedit.ablation.sweep import ablate
     from qwenedit.assembly import load
+    from qwenedit.attention_maps import AttentionMaps, attention_map
     from qwenedit.conditioning import Conditioning
     from qwenedit.determinism import deterministic
-    from qwenedit.instruments import AttentionMaps, Recorder, attention_map, patch_from, share_from, zero
+    from qwenedit.instruments import Recorder, patch_from, share_from, zero
     from qwenedit.inversion import invert, picture_latents
     from qwenedit.pipeline import QwenImageEdit, Result
     from qwenedit.taps import scope, swapped, tap_names, taps, trace_ops

@@ -1,14 +1,9 @@
-"""Instruments on top of the taps: record and replay tensors, share them in the batch, attention maps.
+"""Instruments on top of the taps: record and replay tensors, share them in the batch.
 
     recorder = Recorder(steps=[0, 5], branch="cond")
     with taps(pipe.mmdit, {"blocks.*.img_out": recorder}):
         pipe.edit(picture, "make the circle red")
     recorder["blocks.3.img_out", 5]
-
-    maps = AttentionMaps(rows="target", columns="reference 1", blocks=[3])
-    with maps.attached(pipe.mmdit):
-        pipe.edit(picture, "make the circle red")
-    maps["blocks.3.attn", 5, "cond"]
 
 Functions on one tap run outer context first: attach an instrument innermost to see what others have replaced.
 """
@@ -20,7 +15,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,20 +22,13 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from qwenedit.conditioning import replacing_file
-from qwenedit.latents import Layout
-from qwenedit.mmdit import joint_key_mask
-from qwenedit.taps import Site, TapFunction, current_labels, taps
+from qwenedit.taps import Site, TapFunction, current_labels
 
-__all__ = [
-    "AttentionMaps", "Key", "Recorder", "Records", "attention_map", "patch_from", "share_from",
-    "token_groups", "zero",
-]  # fmt: skip
+__all__ = ["Key", "Recorder", "Records", "Wanted", "patch_from", "share_from", "zero"]
 
-CHUNK = 2**26  # elements of the attention scores that exist at once while a map is made
 _FORMAT = "qwenedit record 1"
 
 
@@ -155,12 +142,18 @@ def _listed(keys: Sequence[Key]) -> str:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """Which firings are wanted, by the labels in force; None wants all."""
 
     steps: Collection[int] | None
     branch: str | None
     where: Callable[[Site], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not isinstance(self.steps, Collection):
+            raise ValueError(f"steps are {self.steps!r}, wanted a collection of them, like range(0, 10)")
+        if self.branch not in (None, "cond", "uncond"):
+            raise ValueError(f"branch is {self.branch!r}, wanted 'cond' or 'uncond', or None for both")
 
     def __call__(self, site: Site) -> bool:
         labels = site.labels
@@ -179,7 +172,8 @@ class Recorder(Records):
 
     Args:
         where: predicate on the `Site` (module, names, labels).
-        steps, branch: the same for the labels that are asked for most.
+        steps, branch: the same for the labels that are asked for most; `steps` is a collection of them (a
+            `range`, not the interval of a switch).
         to: the device for the copies, the CPU by default; or, as a `Path`, a folder for files.
         detach: False keeps the very tensors of the graph where they are, neither copied nor detached, so that
             gradients flow from them, and to them (`torch.autograd.grad(loss, recorder[...])`). Such a tensor
@@ -207,7 +201,7 @@ class Recorder(Records):
             raise ValueError(
                 f"to is {to!r} with detach=False, wanted None: the graph's tensors stay where they are"
             )
-        self._wanted = _Wanted(steps, branch, where)
+        self._wanted = Wanted(steps, branch, where)
         self._detach = detach
         self._folder = _new_folder(to) if isinstance(to, Path) else None
         try:
@@ -282,159 +276,3 @@ def share_from(row: int = 0) -> TapFunction:
         return x[rows.index(row), None].expand_as(x).contiguous()
 
     return share
-
-
-# ---- attention maps
-
-
-def token_groups(layout: Layout) -> dict[str, slice]:
-    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ..."""
-    groups = {"text": slice(0, layout.text), "target": layout.in_joint(layout.target)}
-    for number, tokens in enumerate(layout.references, 1):
-        groups[f"reference {number}"] = layout.in_joint(tokens)
-    return groups
-
-
-def attention_map(
-    q: Tensor,
-    k: Tensor,
-    rows: slice | Sequence[slice] = slice(None),
-    columns: slice | Sequence[slice] = slice(None),
-    *,
-    txt_mask: Tensor | None = None,
-    mean_heads: bool = False,
-) -> Tensor:
-    """A part of the attention probabilities, with denominators over all keys, or how much groups attend to
-    groups.
-
-    Args:
-        q, k: queries and keys of the joint sequence [text, image], after RoPE.
-        rows: a slice of the queries; or a list of them: the mean over the real tokens of each.
-        columns: a slice of the keys; or a list of them: the sum over each.
-        txt_mask: as the transformer was given it: padded text is no key.
-        mean_heads: average over the heads.
-
-    Shapes: `q`, `k` (B, J, H, K); `txt_mask` (B, T) bool. Returns (B, H, rows, columns) in at least float32,
-        without H where `mean_heads`; a list of n counts n.
-    Differentiable. Queries are taken some at a time, so that no more than `CHUNK` scores exist at once, also
-        for the backward pass, which computes them again.
-    """
-    batch, keys, heads, dim = k.shape
-    mask = None if txt_mask is None else joint_key_mask(txt_mask, keys - txt_mask.shape[1])
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k_t = k.to(wide).permute(0, 2, 3, 1)  # B H K J
-    at_once = max(1, CHUNK // (batch * heads * keys))
-
-    def part(queries: Tensor, weights: Tensor | None = None) -> Tensor:
-        scores = queries.to(wide).transpose(1, 2) @ k_t * dim**-0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        probs = torch.softmax(scores, dim=-1)
-        if isinstance(columns, slice):
-            probs = probs[..., columns]
-        else:
-            probs = torch.stack([probs[..., tokens].sum(-1) for tokens in columns], dim=-1)
-        if weights is not None:
-            probs = (probs * weights[:, None, :, None]).sum(-2, keepdim=True)
-        return probs.mean(1) if mean_heads else probs
-
-    def lean(queries: Tensor, weights: Tensor | None = None) -> Tensor:
-        return checkpoint(part, queries, weights, use_reentrant=False, preserve_rng_state=False)
-
-    if isinstance(rows, slice):
-        return torch.cat([lean(chunk) for chunk in q[:, rows].split(at_once, dim=1)], dim=-2)
-    means = []
-    for tokens in rows:
-        chosen = q[:, tokens]
-        real = torch.ones(chosen.shape[:2], dtype=wide, device=q.device)
-        if mask is not None:  # padding counts in no mean
-            real = real * mask[:, 0, 0, tokens]
-        weights = (real / real.sum(-1, keepdim=True)).split(at_once, dim=1)
-        sums = [lean(*pair) for pair in zip(chosen.split(at_once, dim=1), weights, strict=True)]
-        means.append(torch.stack(sums).sum(0))
-    return torch.cat(means, dim=-2)
-
-
-_PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
-
-
-class AttentionMaps(Records):
-    """Attention maps of the transformer's blocks while it runs, as records under `blocks.3.attn`.
-
-    Args:
-        rows, columns: "all", or a group of tokens ("text", "target", "reference 1", ...); or a list of
-            groups: rows are then averaged and columns summed over each, so that rows=["target"] and
-            columns=["text", "target", "reference 1"] tell how much the target attends to each.
-        blocks, steps, branch: which; all of them by default.
-        mean_heads: average over the heads.
-        detach: False lets gradients flow through the maps and keeps them on their device; otherwise they are
-            kept on the CPU.
-
-    Shapes: as of `attention_map`.
-    Raises:
-        ValueError: while running, a group that the layout has not, or labels `layout` and `txt_mask` not in
-            force: the sampler declares them, and who calls the transformer by hand does it with `scope`.
-
-    The fused attention stays as it is: maps are computed beside it, from the queries and keys.
-    """
-
-    def __init__(
-        self,
-        rows: str | Sequence[str] = "target",
-        columns: str | Sequence[str] = "all",
-        *,
-        blocks: Collection[int] | None = None,
-        steps: Collection[int] | None = None,
-        branch: str | None = None,
-        mean_heads: bool = False,
-        detach: bool = True,
-    ) -> None:
-        super().__init__()
-        self._rows, self._columns = rows, columns
-        self._blocks = blocks
-        self._wanted = _Wanted(steps, branch)
-        self._mean_heads = mean_heads
-        self._detach = detach
-        self._parts: dict[str, Tensor] = {}  # of the one attention that is running
-
-    @contextmanager
-    def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
-        """Collect for the length of a `with` block."""
-        blocks = ["*"] if self._blocks is None else self._blocks
-        try:
-            with taps(mmdit, {f"blocks.{n}.attn.{part}": self._collect for n in blocks for part in _PARTS}):
-                yield self
-        finally:
-            self._parts.clear()
-
-    def _collect(self, x: Tensor, site: Site) -> None:
-        if not self._wanted(site):
-            return
-        self._parts[site.name] = x
-        if site.name != _PARTS[-1]:
-            return
-        parts, self._parts = self._parts, {}
-        labels = site.labels
-        if missing := {"layout", "txt_mask"} - labels.keys():
-            raise ValueError(
-                f"tap {site.full}: no label {' or '.join(sorted(missing))} is in force, wanted "
-                "scope(layout=Layout(...), txt_mask=a mask or None)"
-            )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detach):
-            value = attention_map(
-                torch.cat([parts["txt_q_rot"], parts["img_q_rot"]], dim=1),
-                torch.cat([parts["txt_k_rot"], parts["img_k_rot"]], dim=1),
-                _resolve(self._rows, labels["layout"]),
-                _resolve(self._columns, labels["layout"]),
-                txt_mask=labels["txt_mask"],
-                mean_heads=self._mean_heads,
-            )
-        self._add(self._next(site.full.rpartition(".")[0]), value.cpu() if self._detach else value)
-
-
-def _resolve(names: str | Sequence[str], layout: Layout) -> slice | list[slice]:
-    groups = {**token_groups(layout), "all": slice(None)}
-    for name in [names] if isinstance(names, str) else names:
-        if name not in groups:
-            raise ValueError(f"no group of tokens is {name!r}, wanted one of {', '.join(groups)}")
-    return groups[names] if isinstance(names, str) else [groups[name] for name in names]

@@ -254,7 +254,7 @@ def _velocity(mmdit: MMDiT, group: RowGroup, branch: str, latents: Tensor, times
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     img = own if group.references is None else torch.cat([own, group.references], dim=1)
     layout = Layout(prompt.embeds.shape[1], group.grids)
-    with scope(branch=branch, layout=layout, rows=group.rows, txt_mask=prompt.mask):
+    with scope(branch=branch, layout=layout, rows=group.rows):
         velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
     target = velocity[:, layout.target]  # the prediction for the reference tokens is dropped
     labels = current_labels()

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "BranchState", "Op", "Site", "TapFunction", "Tapped", "by_heads", "cache_context", "current_labels",
-    "is_tapped", "scope", "swapped", "tap_names", "taps", "trace_ops",
+    "is_tapped", "named_modules", "scope", "swapped", "tap_names", "taps", "trace_ops",
 ]  # fmt: skip
 
 State = TypeVar("State")
@@ -120,7 +120,7 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What the sampler declared with `scope`: step, sigma, branch, layout, rows, txt_mask, ..."""
+        """What the sampler declared with `scope`: step, sigma, branch, layout, rows, ..."""
         return current_labels()
 
 
@@ -193,7 +193,7 @@ def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
 
 def _sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
-    for path, module in _named_modules(model):
+    for path, module in named_modules(model):
         if isinstance(module, Tapped):
             for name in module.TAPS:
                 full = f"{path}.{name}" if path else name
@@ -201,7 +201,7 @@ def _sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by path, where neither torch.compile's wrapper nor one put in by `swapped` is a level."""
     shown: dict[str, str] = {}  # real path -> shown path, of what a wrapper wraps
     for path, module in model.named_modules():
@@ -231,7 +231,12 @@ def tap_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def taps(
-    model: nn.Module, functions: Mapping[str, TapFunction], *, eager: bool = True, strict: bool = True
+    model: nn.Module,
+    functions: Mapping[str, TapFunction],
+    *,
+    eager: bool = True,
+    strict: bool = True,
+    first: bool = False,
 ) -> Iterator[None]:
     """Attach functions to the taps that match the patterns, for the length of a `with` block.
 
@@ -242,6 +247,7 @@ def taps(
         eager: run compiled modules eagerly meanwhile, so that functions may do anything. `eager=False` is
             for pure functions that read no labels: they are compiled in.
         strict: on a clean exit, raise if an attached tap never fired.
+        first: run before the functions of outer contexts, which then see what these have put there.
 
     Raises:
         KeyError: a pattern matches no tap; names that come close are listed. Nothing has run yet.
@@ -266,7 +272,10 @@ def taps(
     before = {module: module.__dict__.get("_taps") for module in by_module}
     for module, new in by_module.items():
         old = before[module] or {}
-        module.__dict__["_taps"] = {name: old.get(name, []) + new.get(name, []) for name in {**old, **new}}
+        earlier, later = (new, old) if first else (old, new)
+        module.__dict__["_taps"] = {
+            name: earlier.get(name, []) + later.get(name, []) for name in {**old, **new}
+        }
     try:
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             yield
@@ -311,7 +320,7 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     """
     modules = dict(model.named_modules())
     real: dict[str, str] = {}  # of several that show one path, the outermost
-    for (shown, _), path_of in zip(_named_modules(model), modules, strict=True):
+    for (shown, _), path_of in zip(named_modules(model), modules, strict=True):
         real.setdefault(shown, path_of)
     real.pop("")
     if path not in real:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qwenedit.attention_maps import AttentionMaps
 from qwenedit.conditioning import Conditioning
-from qwenedit.instruments import AttentionMaps
 from qwenedit.mmdit import MMDiT
 
 __all__ = ["GROUPS", "target_attention"]

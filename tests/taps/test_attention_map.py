@@ -8,9 +8,10 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwenedit
-import qwenedit.instruments
+import qwenedit.attention_maps
 from qwenedit import mini
-from qwenedit.instruments import AttentionMaps, Recorder, attention_map, token_groups
+from qwenedit.attention_maps import AttentionMaps, attention_map, token_groups
+from qwenedit.instruments import Recorder
 from qwenedit.latents import Layout
 from qwenedit.mmdit import joint_key_mask
 from qwenedit.taps import scope, taps
@@ -21,6 +22,9 @@ TAPS = importlib.import_module("qwenedit.taps")  # the package shows the functio
 TOLERANCE = 1e-6
 LAYOUT = Layout(5, tuple(mmdit.GRIDS))  # text 5, target 15, reference 8
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+KEYS = joint_key_mask(MASK, 23)  # padded text is hidden from all
+HIDDEN = KEYS.expand(2, 1, 28, 28).clone()  # and the reference from all but itself
+HIDDEN[:, :, :20, 20:] = False
 TARGET, REFERENCE = slice(5, 20), slice(20, 28)
 
 
@@ -32,7 +36,7 @@ def queries_and_keys(batch=2, dtype=torch.float32):
 def straightforward(q, k, mask=None):
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     if mask is not None:
-        scores = scores.masked_fill(~joint_key_mask(mask, k.shape[1] - mask.shape[1]), -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
@@ -42,38 +46,40 @@ def close(got, wanted, tolerance=TOLERANCE):
 
 
 def run(ours, mask=None, **labels):
-    with scope(layout=LAYOUT, txt_mask=mask, **labels):
+    with scope(layout=LAYOUT, **labels):
         return ours(*mmdit.inputs(), mask)
 
 
 # ---- the function
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "masked"])
+@pytest.mark.parametrize("mask", [None, KEYS, HIDDEN, HIDDEN[:1]], ids=["plain", "keys", "hidden", "one"])
 @pytest.mark.parametrize("chunk", [1, 7 * 2 * 3 * 28, 2**26], ids=["1 row", "7 rows", "all rows"])
 def test_every_part_has_the_denominators_of_the_whole(mask, chunk, monkeypatch):
-    monkeypatch.setattr(qwenedit.instruments, "CHUNK", chunk)
+    monkeypatch.setattr(qwenedit.attention_maps, "CHUNK", chunk)
     q, k = queries_and_keys()
     whole = straightforward(q, k, mask)
-    close(attention_map(q, k, txt_mask=mask), whole)
-    close(attention_map(q, k, TARGET, REFERENCE, txt_mask=mask), whole[:, :, TARGET, REFERENCE])
+    close(attention_map(q, k, key_mask=mask), whole)
+    close(attention_map(q, k, TARGET, REFERENCE, key_mask=mask), whole[:, :, TARGET, REFERENCE])
     close(
-        attention_map(q, k, TARGET, slice(0, 5), txt_mask=mask, mean_heads=True),
+        attention_map(q, k, TARGET, slice(0, 5), key_mask=mask, mean_heads=True),
         whole[:, :, TARGET, :5].mean(1),
     )
     groups = list(token_groups(LAYOUT).values())
-    shares = attention_map(q, k, TARGET, groups, txt_mask=mask)
+    shares = attention_map(q, k, TARGET, groups, key_mask=mask)
     close(shares, torch.stack([whole[:, :, TARGET, g].sum(-1) for g in groups], -1))
     close(shares.sum(-1), torch.ones(2, 3, 15))
-    means = attention_map(q, k, [TARGET, REFERENCE], groups, txt_mask=mask, mean_heads=True)
-    rows = [shares, attention_map(q, k, REFERENCE, groups, txt_mask=mask)]
+    means = attention_map(q, k, [TARGET, REFERENCE], groups, key_mask=mask, mean_heads=True)
+    rows = [shares, attention_map(q, k, REFERENCE, groups, key_mask=mask)]
     close(means, torch.stack([x.mean(dim=(1, 2)) for x in rows], 1))
+    if mask is HIDDEN:
+        assert not shares[..., 2].any()
 
 
 def test_padded_text_counts_in_no_mean():
     q, k = queries_and_keys()
-    got = attention_map(q, k, [slice(0, 5)], REFERENCE, txt_mask=MASK)
-    whole = straightforward(q, k, MASK)[..., REFERENCE]
+    got = attention_map(q, k, [slice(0, 5)], REFERENCE, key_mask=KEYS)
+    whole = straightforward(q, k, KEYS)[..., REFERENCE]
     close(got[0], whole[0, :, :5].mean(-2, keepdim=True))
     close(got[1], whole[1, :, :3].mean(-2, keepdim=True))
 
@@ -90,7 +96,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [slice(0, 400), [slice(0, 100), slice(100, 400)]], ids=["map", "means"])
 def test_the_whole_matrix_never_exists_even_with_gradients(rows, monkeypatch):
-    monkeypatch.setattr(qwenedit.instruments, "CHUNK", 20_000)
+    monkeypatch.setattr(qwenedit.attention_maps, "CHUNK", 20_000)
     x = torch.randn(1, 400, 2, 4, requires_grad=True)
     kept = {}
 
@@ -186,7 +192,6 @@ def test_a_whole_edit_with_guidance_and_a_batch_padded_and_of_two_layouts():
 
     together = {("cond", (0, 1)), ("cond", (2,)), ("uncond", (0, 1)), ("uncond", (2,))}
     assert set(seen) == together
-    assert not seen["cond", (0, 1)]["txt_mask"].all()
     assert {key[:4] for key in maps} == {("blocks.1.attn", 1, *key) for key in together}
     assert {key[1:4] for key in shares} == {
         (step, "uncond", rows) for step in range(2) for rows in [(0, 1), (2,)]
@@ -237,7 +242,7 @@ def test_gradients_flow_through_collected_maps():
         x = img.clone().requires_grad_()
         maps = AttentionMaps("target", "reference 1", blocks=[1], detach=False)
         recorder = Recorder(detach=False)
-        with scope(layout=LAYOUT, txt_mask=None):
+        with scope(layout=LAYOUT):
             with taps(ours, {"blocks.1.attn.probs": recorder}) if explicit else maps.attached(ours):
                 ours(x, txt, t, grids)
         part = recorder["blocks.1.attn.probs"][:, :, TARGET, REFERENCE] if explicit else maps["blocks.1.attn"]
@@ -289,19 +294,50 @@ def test_after_an_exception_nothing_is_attached_or_kept():
     assert len(maps) == 1
 
 
+def test_a_reference_that_a_step_has_not_gets_no_share():
+    ours = mmdit.network()
+    maps = AttentionMaps(["target"], ["text", "reference 2"])
+    with maps.attached(ours):
+        run(ours)
+    assert not maps["blocks.0.attn"][..., 1].any() and maps["blocks.0.attn"][..., 0].all()
+
+
+@pytest.mark.parametrize("texts", [["red"], ["red", "make the circle blue, please"]], ids=["one", "padded"])
+def test_references_that_a_switch_hides_get_no_share(texts):
+    pipe = qwenedit.load(device="cpu", progress=False)
+    switches = qwenedit.Switches(references=qwenedit.References(blocks=(0, 2)))
+    conditioning = pipe.condition(Image.open(mini.EXAMPLE), texts)
+    maps, probs = AttentionMaps("all", branch="cond"), Recorder(branch="cond")
+    with torch.no_grad():
+        for attached in (maps.attached(pipe.mmdit), taps(pipe.mmdit, {"*.probs": probs})):
+            noise = torch.Generator().manual_seed(0)
+            with attached:
+                list(pipe.steps(conditioning, num_inference_steps=1, generator=noise, switches=switches))
+    for block in range(6):
+        wanted = probs[f"blocks.{block}.attn.probs"]
+        close(maps[f"blocks.{block}.attn"], wanted, 1e-5)
+        assert bool(wanted[:, :, :-16, -16:].any()) == (block < 2)
+
+
 def test_errors_say_what_is_missing():
     ours = mmdit.network()
-    with pytest.raises(ValueError, match=r"no label layout or txt_mask is in force, wanted scope\(layout="):
+    with pytest.raises(ValueError, match=r"no label layout is in force, wanted scope\(layout="):
         with AttentionMaps().attached(ours):
             ours(*mmdit.inputs())
-    with pytest.raises(ValueError, match="no label txt_mask is in force"):
-        with AttentionMaps().attached(ours), scope(layout=LAYOUT):
-            ours(*mmdit.inputs())
-    with pytest.raises(
-        ValueError, match="no group of tokens is 'reference 2', wanted one of text, target, ref"
+    for rows, columns in (("reference 2", "target"), ("target", "reference 0"), ("target", "txt")):
+        with pytest.raises(ValueError, match=r"no group of tokens is '.*', wanted one of text, target, ref"):
+            with AttentionMaps(rows, columns).attached(ours):
+                run(ours)
+    with pytest.raises(RuntimeError, match="no attention map was collected"):
+        with AttentionMaps(steps=[3]).attached(ours):
+            run(ours, step=2)
+    for options, message in (
+        ({"steps": 1}, "steps are 1, wanted a coll"),
+        ({"branch": "x"}, "branch is 'x'"),
     ):
-        with AttentionMaps("target", "reference 2").attached(ours):
-            run(ours)
+        for instrument in (AttentionMaps, Recorder):
+            with pytest.raises(ValueError, match=message):
+                instrument(**options)
     with pytest.raises(ValueError, match="a step is wanted, but no label 'step' is in force"):
         with AttentionMaps(steps=[0]).attached(ours):
             run(ours)
