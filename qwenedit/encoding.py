@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwenedit import __version__
 from qwenedit.ablation.pictures import reference_rows, seen_rows
-from qwenedit.ablation.switches import Seen, Switches, VAEPath
+from qwenedit.ablation.switches import Seen, Switches, VAEPath, own_generator
 from qwenedit.checkpoints import Variant
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.geometry import Size
@@ -164,21 +164,26 @@ def encode_pictures(
     rows: Sequence[Row], vae: VAE, path: VAEPath | None = None
 ) -> tuple[tuple[Tensor, ...], ...]:
     """The pictures of each row as normalised packed latents (S, 64); one that rows share is encoded once."""
-    encoded: dict[tuple[int, Size], Tensor] = {}
-    for row in rows:
-        for picture, plan in row.planned:
-            key = (id(picture), plan.vae)
-            if key not in encoded:
-                encoded[key] = _encode(picture, plan.vae, vae, path or VAEPath())
-    return tuple(tuple(encoded[id(picture), plan.vae] for picture, plan in row.planned) for row in rows)
+    path = path or VAEPath()
+    encoded: dict[tuple[int, Size, int], Tensor] = {}
+
+    def latents(picture: Image.Image, size: Size, k: int) -> Tensor:
+        key = (id(picture), size, k if path.posterior == "sample" else 0)  # the k-th sample is its own
+        if key not in encoded:
+            encoded[key] = _encode(picture, size, vae, path, k)
+        return encoded[key]
+
+    return tuple(
+        tuple(latents(picture, plan.vae, k) for k, (picture, plan) in enumerate(row.planned)) for row in rows
+    )
 
 
-def _encode(picture: Image.Image, size: Size, vae: VAE, path: VAEPath) -> Tensor:
+def _encode(picture: Image.Image, size: Size, vae: VAE, path: VAEPath, k: int) -> Tensor:
     """From the posterior's mode, unless a switch asks for something else."""
     like = next(vae.parameters())
     posterior = vae.encode(vae_pixels(picture, *size)[:, :, None].to(like.device, like.dtype))
     if path.posterior == "sample":
-        raw = posterior.sample(torch.Generator().manual_seed(path.seed))
+        raw = posterior.sample(own_generator(path.seed, "vae", k))
     else:
         raw = posterior.mode()
     require_finite(raw, "VAE encoder: the latents of a picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,27 +62,29 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"guidance norm is {self.norm!r}, wanted one of {', '.join(NORMS)}")
+            close = difflib.get_close_matches(str(self.norm), NORMS, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"guidance.norm is {self.norm!r}, wanted one of {', '.join(NORMS)}{hint}")
         if self.steps is not None:
             whole = isinstance(self.steps, (tuple, list)) and [type(x) for x in self.steps] == [int, int]
             if not whole or not 0 <= self.steps[0] < self.steps[1]:
                 raise ValueError(
-                    f"guided steps are {self.steps!r}, wanted (start, stop) with 0 <= start < stop"
+                    f"guidance.steps is {self.steps!r}, wanted (start, stop) with 0 <= start < stop"
                 )
             object.__setattr__(self, "steps", tuple(self.steps))  # JSON knows lists only
         if not _is_finite(self.rescale) or not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance rescale is {self.rescale!r}, wanted a number in [0, 1]")
+            raise ValueError(f"guidance.rescale is {self.rescale!r}, wanted a number in [0, 1]")
         if self.rescale and self.norm in _UNDO_RESCALE:
             raise ValueError(
-                f"guidance rescale is {self.rescale}, but norm {self.norm!r} undoes it: wanted norm "
+                f"guidance.rescale is {self.rescale}, but norm {self.norm!r} undoes it: wanted norm "
                 f"{' or '.join(repr(norm) for norm in NORMS if norm not in _UNDO_RESCALE)}"
             )
         if not _is_finite(self.eta):
-            raise ValueError(f"guidance eta is {self.eta!r}, wanted a finite number")
+            raise ValueError(f"guidance.eta is {self.eta!r}, wanted a finite number")
         if not _is_finite(self.momentum) or not -1 < self.momentum < 1:
-            raise ValueError(f"guidance momentum is {self.momentum!r}, wanted a number within (-1, 1)")
+            raise ValueError(f"guidance.momentum is {self.momentum!r}, wanted a number within (-1, 1)")
         if self.threshold is not None and not (_is_finite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"guidance threshold is {self.threshold!r}, wanted a positive number, or None")
+            raise ValueError(f"guidance.threshold is {self.threshold!r}, wanted a positive number, or None")
 
     @property
     def projects(self) -> bool:

@@ -229,6 +229,8 @@ def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = N
     guidance = TrueCFG(scale, rule or Guidance())
     if scale > 1 and negative_prompt is not None:
         return guidance
+    if guidance.rule != Guidance():
+        warn(f"{guidance.rule} has no effect: the run is unguided")
     if scale > 1:
         warn(f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided")
     elif negative_prompt not in (None, " "):

@@ -28,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from qwenedit import geometry
-from qwenedit.ablation.running import require_fitting, schedule, switched_predictor
+from qwenedit.ablation.running import require_encoded, require_fitting, schedule, switched_predictor
 from qwenedit.ablation.switches import Switches
 from qwenedit.conditioning import Conditioning
 from qwenedit.encoding import encode_pictures
 from qwenedit.guidance import TrueCFG
-from qwenedit.inputs import Row, guidance_of
+from qwenedit.inputs import Row, check_count, guidance_of
 from qwenedit.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampler import Predict, Step, predict_at, require_interval
@@ -85,9 +85,13 @@ def invert(
         got = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
     switches = switches or Switches()
-    visited = schedule(pipe.scheduler, switches.time, num_inference_steps, wanted[1], sigmas)
+    check_count("num_inference_steps", num_inference_steps)
     pictures = [len(row) for row in conditioning.reference_grids]
-    require_fitting(switches, pictures=pictures, blocks=len(pipe.mmdit.blocks), steps=num_inference_steps)
+    require_fitting(
+        switches, pictures=pictures, blocks=pipe.mmdit.config.num_layers, steps=num_inference_steps
+    )
+    require_encoded(switches, conditioning)
+    visited = schedule(pipe.scheduler, switches.time, num_inference_steps, wanted[1], sigmas)
     negative = None if conditioning.negative is None else " "
     guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
     _require_invertible(guidance, iterations, num_inference_steps)

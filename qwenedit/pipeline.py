@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from qwenedit import processor
+from qwenedit.ablation import running
 from qwenedit.ablation.running import require_fitting, schedule, switched_predictor
 from qwenedit.ablation.switches import Switches
 from qwenedit.checkpoints import Variant, find_local
@@ -280,6 +281,7 @@ class QwenImageEdit(Loras):
         encoding (`switches.encoding`); give the same to `steps` or `sample` for the others.
         """
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
+        running.require_pictures(switches or Switches(), image is not None)
         return self._condition(rows, switches or Switches(), guided=negative_prompt is not None)
 
     def steps(
@@ -302,6 +304,7 @@ class QwenImageEdit(Loras):
         run = self._prepare(
             conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
         )
+        running.require_encoded(switches, conditioning)
         # " " is what a negative prompt is by default: unguided, it needs no warning
         negative = None if conditioning.negative is None else " "
         guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
@@ -387,10 +390,11 @@ class QwenImageEdit(Loras):
         before any network runs.
         """
         batch, tokens = len(pictures), grid[1] * grid[2]
-        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        check_count("num_inference_steps", steps)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
-        require_fitting(switches, pictures=pictures, blocks=len(self.mmdit.blocks), steps=steps)
+        require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
+        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         channels = self.mmdit.config.out_channels
         if latents is None:
             noise = initial_noise(

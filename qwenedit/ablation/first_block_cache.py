@@ -24,7 +24,8 @@ class FirstBlockCache(nn.Module):
 
     They are skipped, and what they last added is added again, where mean |change of the first block's
     residual| / mean |residual| is below the threshold. The means are over all rows that run together, so that
-    a row's result may depend on its batch. The first step of a run is never skipped.
+    a row's result may depend on its batch. A step that does not follow on the branch's last one is never
+    skipped, nor one with another number of tokens.
 
     Attributes:
         computed, skipped: forwards with and without the other blocks.
@@ -34,7 +35,7 @@ class FirstBlockCache(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.threshold = threshold
-        self.state: BranchState[dict[str, Tensor]] = BranchState(dict)  # of the last step that ran in full
+        self.state: BranchState[dict[str, Any]] = BranchState(dict)  # of the last step that ran in full
         self.computed = 0
         self.skipped = 0
 
@@ -43,7 +44,10 @@ class FirstBlockCache(nn.Module):
         last = self.state.current()
         img_1, txt_1 = first_block(img, txt, *others)
         first = img_1 - img
-        if last and current_labels().get("step") != 0:
+        step = current_labels().get("step")
+        follows = "first" in last and step == last["next"] and last["first"].shape == first.shape
+        last["next"] = None if step is None else step + 1
+        if follows:
             change = (first - last["first"]).abs().mean() / last["first"].abs().mean()
             if change.item() < self.threshold:
                 self.skipped += 1

@@ -7,23 +7,60 @@ switches. With the default switches both hand on what they are given.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from qwenedit.ablation.switches import Interval, References, Switches, Time
+from qwenedit.ablation.pictures import opened
+from qwenedit.ablation.switches import Interval, References, Switches, Time, own_generator
 from qwenedit.conditioning import Conditioning
-from qwenedit.mmdit import MMDiT, Rope, joint_key_mask, picture_positions, rope_table, sinusoids
+from qwenedit.mmdit import Block, MMDiT, Rope, joint_key_mask, picture_positions, rope_table, sinusoids
 from qwenedit.sampler import Predict, predictor
 from qwenedit.scheduler import FlowMatchScheduler, given_sigmas
-from qwenedit.taps import Site, TapFunction, current_labels, taps
+from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
-__all__ = ["changed", "require_fitting", "schedule", "switched_predictor"]
+__all__ = [
+    "changed", "require_encoded", "require_fitting", "require_pictures", "schedule", "switched_predictor",
+]  # fmt: skip
 
 LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, whatever the number of tokens
+
+
+def require_pictures(switches: object, pictures: bool) -> None:
+    """Are they switches, with pictures to act on where they are about pictures; and can theirs be read?
+
+    Raises:
+        ValueError: no.
+    """
+    if not isinstance(switches, Switches):
+        got = type(switches).__name__
+        raise ValueError(f"switches are {got}, wanted Switches (Switches.from_flat makes them of a dict)")
+    plain = Switches()
+    for name in ("references", "seen", "vae"):
+        if not pictures and getattr(switches, name) != getattr(plain, name):
+            raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+    for picture in (switches.references.picture, switches.seen.other):
+        if picture is not None:
+            opened(picture)
+
+
+def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
+    """Have the switches that act on encoding acted on this conditioning?
+
+    Raises:
+        ValueError: no, and here it is too late.
+    """
+    wanted, text = switches.encoding.flat(), conditioning.provenance.get("switches", "{}")
+    if wanted and wanted != (made := json.loads(text)):
+        raise ValueError(
+            f"switches {wanted} act while encoding, but the conditioning was encoded with {made or 'none'}: "
+            "give them to `condition`, too"
+        )
 
 
 def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
@@ -33,11 +70,7 @@ def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int,
     Raises:
         ValueError: a switch that could not act.
     """
-    plain = Switches()
-    if not any(pictures):
-        for name in ("references", "seen", "vae"):
-            if getattr(switches, name) != getattr(plain, name):
-                raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+    require_pictures(switches, any(pictures))
     references = switches.references
     for name, interval, count in (
         ("references.steps", references.steps, steps),
@@ -110,10 +143,8 @@ def _without_references(conditioning: Conditioning) -> Conditioning:
 
 
 def _noise(like: Tensor, k: int, references: References) -> Tensor:
-    """The noise of the k-th picture: a function of the seed and k, so that a row does not depend on its
-    batch.
-    """
-    generator = torch.Generator().manual_seed(references.seed + k)
+    """The noise of the k-th picture, the same for every row: a row does not depend on its batch."""
+    generator = own_generator(references.seed, "references", k)
     return torch.randn(like.shape, generator=generator).to(like)
 
 
@@ -148,7 +179,7 @@ def switched_predictor(
 
     def under_switches(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
         with ExitStack() as stack:
-            stack.enter_context(taps(mmdit, functions))
+            stack.enter_context(taps(mmdit, functions, first=True))
             if time.zero_cond_t is not None:
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
@@ -202,7 +233,15 @@ def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
         visible[:, :, :first, first:] = False
         return img, txt, temb, rope, visible, split
 
-    hidden = [block for i, block in enumerate(mmdit.blocks) if not blocks[0] <= i < blocks[1]]
+    if mmdit.checkpointing and torch.is_grad_enabled():
+        raise ValueError(
+            "references.blocks does not work with checkpointing: set mmdit.checkpointing = False"
+        )
+    hidden = []
+    for path, module in named_modules(mmdit):  # also where blocks are wrapped
+        number = re.fullmatch(r"blocks\.(\d+)", path)
+        if number and isinstance(module, Block) and not blocks[0] <= int(number[1]) < blocks[1]:
+            hidden.append(module)
     handles = [block.register_forward_pre_hook(hide) for block in hidden]
     try:
         with torch.compiler.set_stance("force_eager"):  # what was compiled before knows nothing of hooks

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from PIL import Image
+from torch import Generator
 
 from qwenedit.guidance import Guidance
 
-__all__ = ["Interval", "References", "Seen", "Switches", "Time", "VAEPath"]
+__all__ = ["Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator"]
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
-AnyPicture = str | Image.Image  # a file's name, or a PIL picture
+AnyPicture = str | Path | Image.Image  # a file's name, or a PIL picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +43,16 @@ class References:
             "other", those of `picture`.
         picture: for "other": it is brought to the size of the picture that it replaces.
         sigma: the latents are brought to this noise level, (1 - sigma) * latents + sigma * noise, in [0, 1].
-        seed: of the noise of "noise" and of `sigma`; the k-th pictures of all rows get the same.
+        seed: of the noise of "noise" and of `sigma`, which is not the target's from the same seed; the k-th
+            pictures of all rows get the same.
         steps: present in these steps only, left out in the others.
         blocks: visible in these blocks only. In the others no token of the text or of the target attends to a
             reference token; the reference tokens themselves go on attending to all.
         order: the pictures of each row in another order, which changes their RoPE frame index: (1, 0) swaps
             two. The language model sees them as they were.
         frame: the RoPE frame index: "own" (1, 2, ... as in the reference) or "target" (0, that of the
-            target: a reference token then has the position of the target token it lies under).
+            target: rows and columns are centred in either grid, and where the grids are equal a reference
+            token then has the position of the target token that it lies under).
 
     Source: `QwenImageEditPipeline.__call__` concatenates; `QwenEmbedRope` numbers the frames. Restriction to
         steps and blocks is what Stable Flow (arXiv 2411.14430) and its kin do by forks.
@@ -67,6 +72,8 @@ class References:
         _check_interval("references.steps", self.steps)
         _check_interval("references.blocks", self.blocks)
         _check_other("references.picture", self.picture, "references.latents", self.latents)
+        idle = {"left_out": ("sigma", "steps", "blocks", "order", "frame"), "noise": ("sigma",)}
+        _check_idle(self, "references", "latents", idle)
         if not 0 <= self.sigma <= 1:
             raise ValueError(f"references.sigma is {self.sigma}, wanted a number in [0, 1]")
         if self.order is not None and sorted(self.order) != list(range(len(self.order))):
@@ -81,7 +88,7 @@ class Seen:
 
     Attributes:
         picture: "seen", as in the reference; "unseen": the prompt is encoded with the text-to-image template,
-            without any picture; "blank": mid-grey of the same size; "other": `other` in its place, brought
+            without any picture, and cut to 512 tokens as there; "blank": mid-grey of the same size; "other": `other` in its place, brought
             to the same size.
         other: for "other".
         size: (width, height) in pixels that the picture is resized to for the language model, in place of the
@@ -100,8 +107,12 @@ class Seen:
     def __post_init__(self) -> None:
         _check_types(self, "seen")
         _check_other("seen.other", self.other, "seen.picture", self.picture)
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"seen.size is {self.size}, wanted width and height of at least 1 pixel")
+        _check_idle(self, "seen", "picture", {"unseen": ("size",)})
+        if self.size is not None and (min(self.size) < 1 or max(self.size) > 200 * min(self.size)):
+            raise ValueError(
+                f"seen.size is {self.size}, wanted width and height of at least 1 pixel, one at most 200 "
+                "times the other"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +121,7 @@ class VAEPath:
 
     Attributes:
         posterior: "mode", as in the reference, or a "sample" of it.
-        seed: of the sample.
+        seed: of the sample, whose noise is not the target's from the same seed; each picture has its own.
         normalised: by the checkpoint's mean and standard deviation of latents, as in the reference, or not.
 
     Source: `QwenImageEditPipeline._encode_vae_image`.
@@ -170,6 +181,12 @@ class Switches:
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
 
+    def __post_init__(self) -> None:
+        for name, kind in GROUPS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"switches.{name} is {value!r}, wanted a {kind.__name__}")
+
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Switches:
         """From dotted names, as a spec file or the command line has them; lists count as tuples.
@@ -184,7 +201,7 @@ class Switches:
                 hint = f"did you mean {' or '.join(close)}?" if close else f"wanted one of {', '.join(NAMES)}"
                 raise ValueError(f"no switch is called {name!r}; {hint}")
             group, _, option = name.partition(".")
-            groups.setdefault(group, {})[option] = tuple(value) if isinstance(value, list) else value
+            groups.setdefault(group, {})[option] = value
         return cls(**{group: GROUPS[group](**options) for group, options in groups.items()})
 
     def flat(self) -> dict[str, Any]:
@@ -209,6 +226,12 @@ class Switches:
         return Switches(references=references, seen=self.seen, vae=self.vae)
 
 
+def own_generator(seed: int, *use: object) -> Generator:
+    """The generator of one use of a seed: other numbers than any other use of the same seed."""
+    digest = hashlib.sha256(repr((seed, *use)).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 GROUPS: dict[str, Any] = {
     "references": References, "seen": Seen, "vae": VAEPath, "guidance": Guidance, "time": Time,
 }  # fmt: skip
@@ -219,13 +242,26 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Image.Image):
         pixels = value.convert("RGBA")
         return f"sha256 of {pixels.size}: {hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, Path):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _check_types(options: Any, group: str) -> None:
-    """Every field holds what its annotation says; a wrong word is answered with the right ones."""
-    for name, wanted in typing.get_type_hints(type(options)).items():
+    """Every field holds what its annotation says; a wrong word is answered with the right ones.
+
+    A list, which is what JSON and TOML have, becomes a tuple.
+    """
+    for name, wanted in _hints(options.__class__).items():
         value = getattr(options, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(options, name, value)
         if not _fits(value, wanted):
             words = _words(wanted)
             close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
@@ -275,6 +311,14 @@ def _named(wanted: Any) -> str:
 def _check_interval(name: str, interval: Interval | None) -> None:
     if interval is not None and not 0 <= interval[0] <= interval[1]:
         raise ValueError(f"{name} is {interval}, wanted (start, stop) with 0 <= start <= stop")
+
+
+def _check_idle(options: Any, group: str, switch: str, idle: Mapping[str, tuple[str, ...]]) -> None:
+    """Nothing is set beside a value of `switch` under which it has no effect."""
+    value = getattr(options, switch)
+    for name in idle.get(value, ()):
+        if getattr(options, name) != type(options).__dataclass_fields__[name].default:
+            raise ValueError(f"{group}.{name} has no effect where {group}.{switch} is {value!r}")
 
 
 def _check_other(name: str, picture: AnyPicture | None, needs: str, value: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from qwenedit import cli, mini
+from qwenedit.inputs import open_picture
 
 QUICK = ["--steps", "1", "--quiet", "--device", "cpu"]
 
@@ -256,7 +257,7 @@ def test_grey_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     deep.save(tmp_path / "deep.png", exif=exif)
-    picture = cli._open(tmp_path / "deep.png")
+    picture = open_picture(tmp_path / "deep.png")
     assert picture.mode == "L" and list(picture.tobytes()) == [255, 200, 128, 0]
 
 

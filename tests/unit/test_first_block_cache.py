@@ -9,6 +9,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.ablation import Guidance, References, Switches
 from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.taps import BranchState, cache_context, current_labels, scope, tap_names, taps
 from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas
@@ -71,6 +72,8 @@ def test_each_branch_needs_its_own_state(pipe, monkeypatch):
     assert cache.skipped > 4
     one = {}
     monkeypatch.setattr(BranchState, "current", lambda self: one)
+    # Nor can it tell by the step that it is the other branch's turn.
+    monkeypatch.setattr("qwenedit.ablation.first_block_cache.current_labels", dict)
     with first_block_cache(pipe.mmdit, 0.15) as cache:
         mixed = edit(pipe, **negative)
     assert cache.skipped > 4
@@ -84,6 +87,27 @@ def test_a_second_run_does_not_start_from_the_first_ones_state(pipe):
     with first_block_cache(pipe.mmdit, 0.4):
         edit(pipe, steps=1)
         assert torch.equal(edit(pipe, other, 4), alone)
+
+
+def test_a_branch_that_begins_later_starts_afresh_too(pipe):
+    """Guided from step 1 on: the negative prompt's branch never sees a step 0."""
+    switches = Switches(guidance=Guidance(steps=(1, 4)))
+    with first_block_cache(pipe.mmdit, 0.9) as cache:
+        alone = edit(pipe, switches=switches)
+        assert cache.skipped > 4
+        assert torch.equal(edit(pipe, switches=switches), alone)
+
+
+def test_beside_switches_of_references(pipe):
+    """Where their number changes from step to step blocks are computed, and hidden ones stay hidden."""
+    for references in (References(steps=(0, 3)), References(blocks=(0, 1)), References(blocks=(2, 4))):
+        switches = Switches(references=references)
+        plain = edit(pipe, switches=switches)
+        with first_block_cache(pipe.mmdit, 0.0):
+            assert torch.equal(edit(pipe, switches=switches), plain)
+        with first_block_cache(pipe.mmdit, 0.1) as cache:
+            assert (edit(pipe, switches=switches) - plain).abs().mean() < 0.05
+        assert cache.skipped
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.9])

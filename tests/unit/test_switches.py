@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -14,9 +15,14 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
 from qwenedit.ablation.running import changed, schedule
-from qwenedit.latents import denormalise, pack, unpack
+from qwenedit.ablation.switches import own_generator
+from qwenedit.conditioning import Conditioning, Prompt
+from qwenedit.guidance import TrueCFG
+from qwenedit.inputs import rows_of
+from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
 from qwenedit.mmdit import picture_positions, rope_table
-from qwenedit.processor import vae_pixels
+from qwenedit.processor import resize_rgb, vae_pixels
+from qwenedit.sampler import euler, predictor
 from qwenedit.taps import taps
 
 PROMPT = "make the circle red"
@@ -72,19 +78,43 @@ def same_steps(a, b):
 # --- defaults
 
 
+def bare_loop(pipe, conditioning, generator):
+    """The run without any code of the switches."""
+    noise = initial_noise(
+        1, 16, conditioning.target_grid, generator=generator, device=pipe.device, dtype=pipe.dtype
+    )
+    with torch.no_grad():
+        predict = predictor(pipe.mmdit, conditioning, guided=True)
+        *_, last = euler(predict, noise, pipe.scheduler.sigmas(STEPS, 16), TrueCFG(4.0))
+    return last.after
+
+
 def test_defaults_change_no_bit(edit, plus, scene, other):
+    """Against encoders, predictor, guidance and loop called by hand."""
     plain = Switches()
     assert plain.flat() == {} and plain.encoding == plain
     for pipe, image in ((edit, scene), (plus, [scene, other])):
-        assert torch.equal(latents(pipe, image), latents(pipe, image, plain))
-    made = [
-        edit.generate(
-            PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
-            switches=switches,
-        ).images
-        for switches in (None, plain)
-    ]  # fmt: skip
-    assert torch.equal(*made)
+        rows = rows_of(PROMPT, " ", image, pipe.variant, pipe.areas, None, None)
+        pictures = [[resize_rgb(x, *plan.vl) for x, plan in row.planned] for row in rows]
+        made = []
+        for text in (PROMPT, " "):
+            tokens = pipe.processor([text], pictures, pipe.variant.template)
+            with torch.no_grad():
+                hidden = pipe.vision_language(
+                    tokens.input_ids, tokens.attention_mask, tokens.pixel_values, tokens.image_grid_thw
+                )
+            made.append(Prompt(hidden[:, tokens.drop_index :]))
+        config = pipe.vae.config
+        with torch.no_grad():
+            raw = [pipe.vae.encode(vae_pixels(x, *p.vae)[:, :, None]).mode() for x, p in rows[0].planned]
+        references = [pack(normalise(x, config.latents_mean, config.latents_std))[0] for x in raw]
+        conditioning = Conditioning(
+            prompt=made[0], negative=made[1], target_grid=(1, 4, 4),
+            reference_latents=(tuple(references),), reference_grids=(((1, 4, 4),) * len(references),),
+        )  # fmt: skip
+        wanted = bare_loop(pipe, conditioning, torch.Generator().manual_seed(0))
+        assert torch.equal(latents(pipe, image, plain), wanted)
+        assert torch.equal(latents(pipe, image), wanted)
 
 
 def test_full_intervals_and_the_model_s_own_settings_change_no_bit(edit, scene):
@@ -108,7 +138,7 @@ def test_left_out_is_the_same_run_from_a_conditioning_without_reference_latents(
 def test_replaced_latents_are_the_same_run_from_a_conditioning_that_holds_them(edit, scene, other, kind):
     conditioning = edit.condition(scene, PROMPT)
     ((own,),) = conditioning.reference_latents
-    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(own.shape, generator=own_generator(5, "references", 0))
     ((others,),) = edit.condition(other, PROMPT).reference_latents
     wanted, references = {
         "zeroed": (torch.zeros_like(own), References(latents="zeroed")),
@@ -262,7 +292,7 @@ def test_posterior_sample_and_raw_latents(edit, scene):
         draws.append(edit.condition(scene, PROMPT, switches=switches).reference_latents[0][0])
     with torch.no_grad():
         posterior = edit.vae.encode(vae_pixels(scene, 64, 64)[:, :, None])
-    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(posterior.mean.shape, generator=own_generator(3, "vae", 0))
     wanted = pack(posterior.mean + (posterior.logvar / 2).exp() * noise)[0]
     assert (draws[0] - wanted).abs().max() < 1e-5
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
@@ -386,6 +416,12 @@ def test_a_picture_as_a_value_is_told_by_its_pixels(scene, other):
         ({"time.sigmas": "lightening"}, "did you mean 'lightning'"),
         ({"time.sigmas": []}, "a list of a numbers|a list of"),
         ({"time.zero_cond_t": 1}, "wanted true or false or nothing"),
+        ({"guidance.norm": "nonne"}, "guidance.norm is 'nonne', .*did you mean 'none'"),
+        ({"seen.size": [1, 5000]}, "at most 200 times the other"),
+        ({"references.latents": "left_out", "references.sigma": 0.5}, "references.sigma has no effect where"),
+        ({"references.latents": "left_out", "references.steps": [0, 1]}, "references.steps has no effect"),
+        ({"references.latents": "noise", "references.sigma": 0.5}, "references.sigma has no effect where"),
+        ({"seen.picture": "unseen", "seen.size": [32, 32]}, "seen.size has no effect where seen.picture"),
     ],
 )
 def test_values_without_meaning_are_refused(values, message):
@@ -412,6 +448,57 @@ def test_switches_that_cannot_act_are_refused_before_any_network_runs(edit, plus
     ):
         with pytest.raises(ValueError, match="this run has none"):
             edit.generate(PROMPT, switches=Switches(**group))
+        with pytest.raises(ValueError, match="this run has none"):
+            edit.condition(None, PROMPT, switches=Switches(**group))
+    gone = Switches(seen=Seen(picture="other", other=Path("gone.png")))
+    for switches, message in (
+        (gone, "no such picture: gone.png"),
+        ({"guidance.norm": "none"}, "switches are dict, wanted Switches"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            latents(edit, scene, switches)
+    with pytest.raises(ValueError, match=r"switches\.time is 'exact', wanted a Time"):
+        Switches(time="exact")
+
+
+def test_switches_of_encoding_are_refused_where_it_is_too_late(edit, scene):
+    plain = edit.condition(scene, PROMPT)
+    blank = Switches(seen=Seen(picture="blank"))
+    with pytest.raises(ValueError, match=r"act while encoding, .* was encoded with none"):
+        edit.sample(plain, switches=blank)
+    with pytest.raises(ValueError, match="act while encoding"):
+        next(qwenedit.invert(edit, plain, torch.zeros(1, 16, 64), switches=blank))
+    shown = edit.condition(scene, PROMPT, switches=blank)
+    assert same_steps(walk(edit, scene, None, shown), walk(edit, scene, blank, shown))
+
+
+def test_guidance_without_effect_is_said(edit, scene):
+    with pytest.warns(UserWarning, match="has no effect: the run is unguided"):
+        latents(
+            edit, scene, Switches(guidance=Guidance(norm="none")), true_cfg_scale=1.0, negative_prompt=None
+        )
+
+
+def test_noise_of_a_seed_is_not_the_targets_noise_of_that_seed(plus, scene):
+    target = initial_noise(
+        1, 16, (1, 4, 4), generator=torch.Generator().manual_seed(0), device=plus.device, dtype=torch.float32
+    )[0]
+    drawn = []
+    for switches in (
+        Switches(vae=VAEPath(posterior="sample", normalised=False)),
+        Switches(references=References(latents="noise")),
+    ):
+        conditioning = plus.condition([scene, scene], PROMPT, switches=switches)
+        drawn.append(changed(conditioning, switches.references).reference_latents[0])
+    with torch.no_grad():
+        posterior = plus.vae.encode(vae_pixels(scene, 64, 64)[:, :, None])
+    mean, std = pack(posterior.mean)[0], pack((posterior.logvar / 2).exp())[0]
+    noises = [(x - mean) / std for x in drawn[0]] + list(drawn[1])
+    for i, noise in enumerate(noises):
+        for another in [target, *noises[:i]]:
+            pair = torch.stack([noise.flatten().sort().values, another.flatten().sort().values])
+            assert (pair[0] - pair[1]).abs().max() > 1e-3  # not even in another order
+            assert torch.corrcoef(torch.stack([noise.flatten(), another.flatten()]))[0, 1].abs() < 0.15
 
 
 # --- beside other things that act on the transformer
@@ -450,6 +537,11 @@ def test_taps_see_what_the_switches_do(edit, scene):
             raise KeyboardInterrupt
 
     switches = Switches(references=References(steps=(1, 3), blocks=(0, 1), frame="target"))
+    tables = []
+    note = {"rope.img": lambda table, site: tables.append(table)}
+    with taps(edit.mmdit, note):  # outer functions see what the switch has put there
+        walk(edit, scene, Switches(references=References(frame="target")))
+    assert all(torch.equal(table[:16], table[16:]) for table in tables)
     with pytest.raises(KeyboardInterrupt), taps(edit.mmdit, {"blocks.5.img_out": stop}):
         walk(edit, scene, switches)
     assert lengths == [16, 16, 32, 32, 32]
