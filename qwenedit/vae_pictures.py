@@ -2,10 +2,10 @@
 
 Before the first frame of a video there are zeros, so that of a causal convolution of one frame the last
 temporal tap alone meets data. A picture is then convolved in two dimensions, a third of the work, with its
-channels last in memory, and what nobody else can hold is written over. Weights, names, taps and their shapes are
-the plain form's. So is the arithmetic, up to the order in which a convolution adds; videos are the plain form's
-business. `load` makes the VAE of this form; `VAE(config)` is the plain one, and `VAE.load_state_dict(...,
-assign=True)` gives it the same weights.
+channels last in memory, and what nobody else can hold is written over. Weights, names, taps and their shapes
+are the plain form's, and so is the arithmetic, up to the order in which a convolution adds. Videos are left
+to the plain form. `load` makes the VAE of this form; `VAE(config)` is the plain one, to which
+`load_state_dict(..., assign=True)` gives the same weights.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PictureBlock(ResidualBlock):
     def alone(self) -> bool:
         """Does nobody else hold what the norms and the last convolution return?
 
-        Somebody may with gradients, taps or hooks, or where other modules or forwards were put in their place.
+        Somebody may with gradients, taps or hooks, or where other modules or forwards stand in their place.
         """
         if torch.is_grad_enabled() or self._taps is not None or torch_module._global_forward_hooks:
             return False
