@@ -9,10 +9,11 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.frame import Case, Peak, Run, Setting
+from benchmarks.frame import At, Call, Case, Peak, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,62 +66,83 @@ for line in open("/proc/self/status"):
 """
 
 
-def importing(code: str) -> Callable[[Setting], Run]:
+def importing(code: str) -> Callable[[Setting], At]:
     """A fresh interpreter that imports, and nothing else."""
 
-    def factory(_setting: Setting) -> Run:
-        def run(_point: float) -> Peak:
-            command = [sys.executable, "-c", code + PEAK_OF_IMPORT]
-            return Peak(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    def run() -> Peak:
+        command = [sys.executable, "-c", code + PEAK_OF_IMPORT]
+        return Peak(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
-        return run
-
-    return factory
+    return lambda _setting: lambda _point: run
 
 
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load_ours(setting: Setting) -> Run:
-    def run(_point: float) -> Tensor:
+def load_ours(setting: Setting) -> At:
+    def run() -> Tensor:
         return loaded(setting, "transformer").blocks[0].img_mod.linear.weight[:64].clone()
 
-    return run
+    return lambda _point: run
 
 
-def load_reference(setting: Setting) -> Run:
-    def run(_point: float) -> Tensor:
+def load_reference(setting: Setting) -> At:
+    def run() -> Tensor:
         network = loaded_reference(setting, "transformer", "QwenImageTransformer2DModel")
         return network.transformer_blocks[0].img_mod[1].weight[:64].clone()
 
-    return run
+    return lambda _point: run
 
 
 # --- VAE ---------------------------------------------------------------------------------------------------
 
 
-def encode_ours(setting: Setting) -> Run:
+def pixels(setting: Setting, side: float) -> Tensor:
+    return seeded(setting, 1, 3, 1, int(side), int(side)).tanh()
+
+
+def latents(setting: Setting, side: float) -> Tensor:
+    return seeded(setting, 1, 16, 1, int(side) // 8, int(side) // 8)
+
+
+def encode_ours(setting: Setting) -> At:
     vae = loaded(setting, "vae")
-    return lambda side: vae.encode(seeded(setting, 1, 3, 1, int(side), int(side)).tanh()).mode()
+
+    def at(side: float) -> Call:
+        x = pixels(setting, side)
+        return lambda: vae.encode(x).mode()
+
+    return at
 
 
-def encode_reference(setting: Setting) -> Run:
+def encode_reference(setting: Setting) -> At:
     vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
 
-    def run(side: float) -> Tensor:
-        return vae.encode(seeded(setting, 1, 3, 1, int(side), int(side)).tanh()).latent_dist.mode()
+    def at(side: float) -> Call:
+        x = pixels(setting, side)
+        return lambda: vae.encode(x).latent_dist.mode()
 
-    return run
+    return at
 
 
-def decode_ours(setting: Setting) -> Run:
+def decode_ours(setting: Setting) -> At:
     vae = loaded(setting, "vae")
-    return lambda side: vae.decode(seeded(setting, 1, 16, 1, int(side) // 8, int(side) // 8))
+
+    def at(side: float) -> Call:
+        z = latents(setting, side)
+        return lambda: vae.decode(z)
+
+    return at
 
 
-def decode_reference(setting: Setting) -> Run:
+def decode_reference(setting: Setting) -> At:
     vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
-    return lambda side: vae.decode(seeded(setting, 1, 16, 1, int(side) // 8, int(side) // 8)).sample
+
+    def at(side: float) -> Call:
+        z = latents(setting, side)
+        return lambda: vae.decode(z).sample
+
+    return at
 
 
 # --- text encoder ------------------------------------------------------------------------------------------
@@ -142,19 +164,19 @@ def text_inputs(setting: Setting, negative: bool) -> tuple[Tensor, Tensor, Tenso
     return ids, torch.ones_like(ids), seeded(setting, GRID[1] * GRID[2], 3 * 2 * 14 * 14)
 
 
-def text_ours(setting: Setting) -> Run:
+def text_ours(setting: Setting) -> At:
     import torch
 
     network = loaded(setting, "text_encoder")
     prompts = [text_inputs(setting, negative) for negative in (False, True)]
 
-    def run(_point: float) -> Tensor:
-        return torch.cat([network(ids, mask, pixels, [GRID]) for ids, mask, pixels in prompts], dim=1)
+    def run() -> Tensor:
+        return torch.cat([network(ids, mask, patches, [GRID]) for ids, mask, patches in prompts], dim=1)
 
-    return run
+    return lambda _point: run
 
 
-def text_reference(setting: Setting) -> Run:
+def text_reference(setting: Setting) -> At:
     import torch
 
     network = loaded_reference(
@@ -163,17 +185,17 @@ def text_reference(setting: Setting) -> Run:
     prompts = [text_inputs(setting, negative) for negative in (False, True)]
     grid = torch.tensor([GRID], device=setting.device)
 
-    def one(ids: Tensor, mask: Tensor, pixels: Tensor) -> Tensor:
+    def one(ids: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         outputs = network(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=pixels,
+            pixel_values=patches,
             image_grid_thw=grid,
             output_hidden_states=True,
         )
         return outputs.hidden_states[-1]
 
-    return lambda _point: torch.cat([one(*prompt) for prompt in prompts], dim=1)
+    return lambda _point: lambda: torch.cat([one(*prompt) for prompt in prompts], dim=1)
 
 
 # --- transformer block -------------------------------------------------------------------------------------
@@ -181,11 +203,21 @@ def text_reference(setting: Setting) -> Run:
 TEXT_LENGTH = 240  # tokens of a prompt with its picture
 
 
-def calls_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """The call that a block gets while the whole network runs, to be made again by itself."""
+class Reached(Exception):
+    """The block was about to run."""
+
+
+def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
+    """The call that a block gets from the whole network, to be made by itself."""
     seen: list[tuple[Any, Any]] = []
-    handle = block.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True)
-    whole()
+
+    def keep(_module: nn.Module, arguments: Any, options: Any) -> None:
+        seen.append((arguments, options))
+        raise Reached
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    with suppress(Reached):
+        whole()
     handle.remove()
     ((arguments, options),) = seen
     return lambda: block(*arguments, **options)
@@ -203,52 +235,42 @@ def block_inputs(
     return img, txt, timestep, [(1, side, side)] * 2
 
 
-def memoised(prepare: Callable[[float], Callable[[], Any]], result: Callable[[Any], Tensor]) -> Run:
-    """A run that prepares each point once, which is when its first, unmeasured call is made."""
-    prepared: dict[float, Callable[[], Any]] = {}
-
-    def run(point: float) -> Tensor:
-        if point not in prepared:
-            prepared.clear()
-            prepared[point] = prepare(point)
-        return result(prepared[point]())
-
-    return run
-
-
-def block_ours(setting: Setting) -> Run:
+def block_ours(setting: Setting) -> At:
     network = loaded(setting, "transformer")
 
-    def prepare(tokens: float) -> Callable[[], Any]:
+    def at(tokens: float) -> Call:
         img, txt, timestep, grids = block_inputs(setting, tokens)
-        return calls_of(network.blocks[0], lambda: network(img, txt, timestep, grids))
+        call = call_of(network.blocks[0], lambda: network(img, txt, timestep, grids))
+        return lambda: call()[0]
 
-    return memoised(prepare, lambda out: out[0])
+    return at
 
 
-def block_reference(setting: Setting) -> Run:
+def block_reference(setting: Setting) -> At:
     network = loaded_reference(setting, "transformer", "QwenImageTransformer2DModel")
 
-    def prepare(tokens: float) -> Callable[[], Any]:
+    def at(tokens: float) -> Call:
         img, txt, timestep, grids = block_inputs(setting, tokens)
-        return calls_of(
-            network.transformer_blocks[0],
-            lambda: network(
+
+        def whole() -> Any:
+            return network(
                 hidden_states=img,
                 encoder_hidden_states=txt,
                 encoder_hidden_states_mask=None,
                 timestep=timestep,
                 img_shapes=[grids],
                 return_dict=False,
-            ),
-        )
+            )
 
-    return memoised(prepare, lambda out: out[1])
+        call = call_of(network.transformer_blocks[0], whole)
+        return lambda: call()[1]
+
+    return at
 
 
 # --- whole edits with the embedded model -------------------------------------------------------------------
 
-Call = tuple[int, bool, Any, dict[str, Any]]  # area, several pictures?, the pictures, options
+Edit = tuple[int, bool, Any, dict[str, Any]]  # area, several pictures?, the pictures, options
 
 
 def example(area: int, turns: int = 0) -> Any:
@@ -260,24 +282,23 @@ def example(area: int, turns: int = 0) -> Any:
     return Image.open(mini.EXAMPLE).convert("RGB").resize((side, side)).rotate(90 * turns)
 
 
-def whole(_point: float) -> Call:
+def whole(_point: float) -> Edit:
     return AREA, False, example(AREA), {}
 
 
-def of_scale(scale: float) -> Call:
+def of_scale(scale: float) -> Edit:
     return AREA, False, example(AREA), {"true_cfg_scale": scale}
 
 
-def of_steps(steps: float) -> Call:
+def of_steps(steps: float) -> Edit:
     return AREA, False, example(AREA), {"num_inference_steps": int(steps)}
 
 
-def of_area(side: float) -> Call:
-    area = int(side) ** 2
-    return area, False, example(area), {}
+def of_area(area: float) -> Edit:
+    return int(area), False, example(int(area)), {}
 
 
-def of_references(count: float) -> Call:
+def of_references(count: float) -> Edit:
     return AREA, True, [example(AREA, turns) for turns in range(int(count))], {}
 
 
@@ -288,94 +309,88 @@ def options_of(options: dict[str, Any]) -> dict[str, Any]:
     return {**every, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
 
 
-def edit_ours(call: Callable[[float], Call]) -> Callable[[Setting], Run]:
-    def factory(setting: Setting) -> Run:
+def edit_ours(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
+    def factory(setting: Setting) -> At:
         import qwenedit
         from benchmarks.files import mini_folder
 
-        pipes: dict[Any, Any] = {}
-
-        def run(point: float) -> Tensor:
-            area, plus, pictures, options = call(point)
+        def at(point: float) -> Call:
+            area, plus, pictures, options = edit(point)
             folder = mini_folder(setting.folder, area, plus=plus)
-            if folder not in pipes:
-                pipes[folder] = qwenedit.load(
-                    folder, device=setting.device, dtype=setting.dtype, progress=False
-                )
-            return pipes[folder](pictures, PROMPT, **options_of(options)).images
+            pipe = qwenedit.load(folder, device=setting.device, dtype=setting.dtype, progress=False)
+            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
 
-        return run
+        return at
 
     return factory
 
 
-def edit_reference(call: Callable[[float], Call]) -> Callable[[Setting], Run]:
-    def factory(setting: Setting) -> Run:
+def edit_reference(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
+    def factory(setting: Setting) -> At:
         import torch
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as single
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as several
 
         from benchmarks.files import mini_folder
         from tests.tiny import reference_pipeline
 
         areas = SimpleNamespace(vae=AREA)  # its own are constants: 1024 squared, and 384 squared
-        official = {module: module.calculate_dimensions for module in (edit, several)}
+        official = {module: module.calculate_dimensions for module in (single, several)}
         for module, function in official.items():
             module.calculate_dimensions = lambda area, ratio, function=function: function(
                 areas.vae if area == 1024 * 1024 else AREA, ratio
             )
-        pipes: dict[Any, Any] = {}
 
-        def run(point: float) -> Tensor:
-            area, plus, pictures, options = call(point)
+        def at(point: float) -> Call:
+            area, plus, pictures, options = edit(point)
             areas.vae = area
             folder = mini_folder(setting.folder, area, plus=plus)
-            if folder not in pipes:
-                pipes[folder] = reference_pipeline(folder, getattr(torch, setting.dtype)).to(setting.device)
-            return pipes[folder](pictures, PROMPT, **options_of(options)).images
+            pipe = reference_pipeline(folder, getattr(torch, setting.dtype)).to(setting.device)
+            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
 
-        return run
+        return at
 
     return factory
 
 
-def edits(name: str, about: str, call: Callable[[float], Call], **options: Any) -> Case:
-    return Case(name, about, edit_ours(call), edit_reference(call), **options)
+def edits(name: str, about: str, edit: Callable[[float], Edit], **options: Any) -> Case:
+    return Case(name, about, edit_ours(edit), edit_reference(edit), **options)
 
 
 # --- all of them -------------------------------------------------------------------------------------------
 
+CUT = "full width; 2 of 28 layers, 4 of the tower's 32, 4096 of 152064 words"
 CASES = {
     case.name: case
     for case in (
         Case(
             "import", "import", importing("import qwenedit"),
-            importing("from diffusers import QwenImageEditPipeline"), warm=False,
+            importing("from diffusers import QwenImageEditPipeline"),
         ),
         Case(
             "load", "load a transformer of 2 blocks at full width", load_ours, load_reference,
-            files=("transformer",), tolerance={"float32": 0.0, "bfloat16": 0.0}, warm=False,
+            files=("transformer",), tolerance={"float32": 0.0, "bfloat16": 0.0},
         ),
         Case(
             "encode", "VAE encode, full size", encode_ours, encode_reference,
-            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",), warm=False,
+            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
         ),
         Case(
             "decode", "VAE decode, full size", decode_ours, decode_reference,
-            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",), warm=False,
+            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
         ),
         Case(
-            "text", "text encoder, two prompts with a picture (full width; of layers 2 of 28 and 4 of 32, of words "
-            "4096 of 152064)", text_ours, text_reference, files=("text_encoder",),
+            "text", f"text encoder, 2 prompts with a picture ({CUT})", text_ours, text_reference,
+            files=("text_encoder",),
         ),
         Case(
-            "block", "inner transformer block, full width, reference as large as the target", block_ours, block_reference,
-            points=(256, 1024, 4096), unit="target tokens", files=("transformer",),
+            "block", "inner transformer block, full width, a reference of the same size", block_ours,
+            block_reference, points=(256, 1024, 4096), unit="target tokens", files=("transformer",),
         ),
         edits("edit", f"whole edit with the embedded model, {STEPS} steps", whole),
-        edits("guidance", "whole edit, guidance at", of_scale, points=(1, SCALE), unit="(1 is off)"),
+        edits("guidance", "whole edit at guidance", of_scale, points=(1, SCALE), unit="(1 is off)"),
         edits("steps", "whole edit", of_steps, points=(4, 8, 16, 32), unit="steps", grows=True),
-        edits("area", "whole edit, side", of_area, points=(64, 128, 256), unit="px", grows=True),
-        edits("references", "whole edit", of_references, points=(1, 2, 4), unit="references", grows=True),
+        edits("area", "whole edit", of_area, points=(64**2, 128**2, 256**2), unit="pixels", grows=True),
+        edits("references", "whole edit", of_references, points=(1, 2, 3), unit="references", grows=True),
     )
 }  # fmt: skip

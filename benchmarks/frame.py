@@ -1,9 +1,9 @@
 """What a benchmark is, and how its two sides are measured: each in a process of its own, in turn.
 
 A case gives a factory for our side and one for the reference's. A factory runs in the side's own fresh
-process, loads what it needs and returns the function that is measured, called with one point of the case (a
-size, a number of steps). So each side has its own memory and imports, and both meet the same state of the
-machine.
+process, loads what it needs and returns a function that prepares one point of the case (a size, a number of
+steps): what that returns is the call that is measured. So each side has its own memory and imports, and both
+meet the same state of the machine.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a run returns in place of an output where it knows its own peak memory, in bytes."""
+    """What a call returns in place of an output where it knows its own peak memory, in bytes."""
 
     bytes: int
 
 
-Run = Callable[[float], "Tensor | Peak | None"]
+Call = Callable[[], "Tensor | Peak | None"]
+At = Callable[[float], Call]
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,24 @@ class Case:
         name: what --only selects.
         about: the rows' text.
         ours, reference: factories, see above.
-        points: what the measured function is called with, one row each.
+        points: what is prepared and measured, one row each.
         accelerator_points: more of them where there is an accelerator.
         unit: of the points, "" where there is one only.
         files: which of `files.WRITERS` it reads.
         tolerance: of max |difference| / max |reference|, by dtype; outputs beyond it are an error.
         grows: whether the time's growth with the points is of interest.
-        warm: whether the first call at a point prepares something and is not to be watched.
     """
 
     name: str
     about: str
-    ours: Callable[[Setting], Run]
-    reference: Callable[[Setting], Run]
+    ours: Callable[[Setting], At]
+    reference: Callable[[Setting], At]
     points: tuple[float, ...] = (1,)
     accelerator_points: tuple[float, ...] = ()
     unit: str = ""
     files: tuple[str, ...] = ()
     tolerance: dict[str, float] = field(default_factory=lambda: {"float32": 1e-4, "bfloat16": 0.1})
     grows: bool = False
-    warm: bool = True
 
     def row(self, point: float) -> str:
         return f"{self.about}, {point:g} {self.unit}" if self.unit else self.about
@@ -122,7 +121,7 @@ class Side:
         return value
 
     def run(self, point: float, save: Path | None = None) -> tuple[float, int]:
-        """Seconds and, where the output is saved (None's is not), peak memory of one run."""
+        """One call: its seconds, or, where the output is to be saved, its peak memory."""
         self.pipe.send((point, save))
         return self.answer()
 
@@ -137,18 +136,22 @@ def serve(pipe: Connection, case: str, side: str, setting: Setting) -> None:
     try:
         from benchmarks.cases import CASES
 
-        run = _prepared(getattr(CASES[case], side), setting)
+        at = _prepared(getattr(CASES[case], side), setting)
         pipe.send(("ready", None))
+        before, call = None, None
         while True:
             point, save = pipe.recv()
-            pipe.send(("ran", _measured(run, point, save, setting.device)))
+            if call is None or point != before:
+                before, call = point, None  # what the last point holds goes first
+                call = at(point)
+            pipe.send(("ran", _measured(call, save, setting.device)))
     except EOFError:
         return
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
 
 
-def _prepared(factory: Callable[[Setting], Run], setting: Setting) -> Run:
+def _prepared(factory: Callable[[Setting], At], setting: Setting) -> At:
     import torch
 
     torch.set_num_threads(setting.threads)
@@ -156,25 +159,23 @@ def _prepared(factory: Callable[[Setting], Run], setting: Setting) -> Run:
     return factory(setting)
 
 
-def _measured(run: Run, point: float, save: Path | None, device: str) -> tuple[float, int]:
+def _measured(call: Call, save: Path | None, device: str) -> tuple[float, int]:
     """Time is taken without the watch on memory, which costs some."""
     import torch
 
     if save is None:
         start = time.perf_counter()
-        run(point)
+        call()
         _wait(device)
         return time.perf_counter() - start, 0
-    start = time.perf_counter()
     with _watched(device) as grown:
-        output = run(point)
+        output = call()
         _wait(device)
-    seconds = time.perf_counter() - start
     if isinstance(output, Peak):
-        return seconds, output.bytes
+        return 0.0, output.bytes
     if output is not None:
         torch.save(output.float().cpu(), save)
-    return seconds, grown()
+    return 0.0, grown()
 
 
 def _wait(device: str) -> None:
@@ -234,9 +235,6 @@ def _compared(case: Case, point: float, sides: dict[str, Side], setting: Setting
     saved = {side: setting.folder / f"{side}.pt" for side in SIDES}
     for path in saved.values():
         path.unlink(missing_ok=True)
-    if case.warm:
-        for one in sides.values():
-            one.run(point)
     peaks = {side: sides[side].run(point, saved[side])[1] for side in SIDES}
     difference = _difference(*saved.values())
     if difference is not None and not difference <= case.tolerance[setting.dtype]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from benchmarks.frame import Case, Comparison, Reading, Setting
 
 MIB = 1 << 20
-LEAST = 32 * MIB  # less memory than this on both sides is noise, and has no ratio
+LEAST = 16 * MIB  # less memory than this is noise, and has no ratio
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ def time_ratio(comparison: Comparison) -> Ratio:
 
 
 def memory_ratio(comparison: Comparison) -> float | None:
-    """Of the peaks; None where both are too small to tell."""
+    """Of the peaks; None where one is too small to tell."""
     ours, reference = comparison.ours.peak, comparison.reference.peak
-    if max(ours, reference) < LEAST:
-        return None
-    return reference / max(ours, LEAST)
+    return None if min(ours, reference) < LEAST else reference / ours
 
 
 def exponent(points: Sequence[float], seconds: Sequence[float]) -> float:
