@@ -28,6 +28,7 @@ from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.processor import Processor
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAE, VAEConfig
+from qwenedit.vae_pictures import for_pictures
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = [
@@ -247,7 +248,7 @@ def load_networks(
     """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
 
     `dtype` None keeps what the files store. Parameters own their memory (the files may change afterwards),
-    want no gradient, and at no time is more than one tensor held twice.
+    want no gradient, and at no time is more than one tensor held twice. The VAE is `for_pictures`.
 
     Raises:
         ValueError: files that are broken or do not fit their module, all problems of a component in one
@@ -269,6 +270,8 @@ def load_networks(
         )
         with bar:
             _read(module, found, device, dtype, bar)
+        if isinstance(module, VAE):
+            for_pictures(module)
     return [module.eval() for module, _, _ in compared]
 
 

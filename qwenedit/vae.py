@@ -6,7 +6,8 @@ chunks, the first of one frame; what a convolution needs of earlier chunks is in
 from the official ones in names only (`KEY_TABLE`); the arithmetic, casts included, is the official one. We
 differ in this: no tiling or slicing; no state left on modules; the 1x1x1 convolutions between encoder and
 decoder run chunk by chunk, so that no bit of a frame depends on later frames; bad shapes are errors. What
-encoder and decoder are built of has a file of its own, vae_layers.py, with the letters of the shapes.
+encoder and decoder are built of has a file of its own, vae_layers.py, with the letters of the shapes. What is
+here and there is the form to read; vae_pictures.py makes it faster for single frames.
 """
 
 from __future__ import annotations

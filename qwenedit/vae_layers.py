@@ -151,7 +151,8 @@ class Upsample(Tapped):
                 past.keep(self.time_conv, x[:, :, :0])
         x = self.tap("mid", x, "B C F y x")
         # The reference resizes in float32 whatever the dtype: exact for half dtypes, a rounding in float64.
-        large = F.interpolate(fold_frames(x).float(), scale_factor=2.0, mode="nearest-exact").to(x.dtype)
+        rounded = fold_frames(x.float().to(x.dtype))
+        large = F.interpolate(rounded, scale_factor=2.0, mode="nearest-exact")
         return self.tap("out", unfold_frames(self.conv(large), x.shape[2]), "B D F Y X")
 
 
@@ -196,6 +197,8 @@ class RMSNorm(nn.Module):
 
 def fold_frames(x: Tensor) -> Tensor:
     """Frames become pictures of a larger batch, for layers in two dimensions."""
+    if x.shape[2] == 1:
+        return x[:, :, 0]  # the same, and torch still sees where the channels are last in memory
     return rearrange(x, "b c f y x -> (b f) c y x")
 
 

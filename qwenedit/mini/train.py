@@ -24,7 +24,7 @@ from qwenedit.loading import load_network
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
 from qwenedit.mini.train_edit import networks, train_edit
 from qwenedit.mini.train_tower import train_tower
-from qwenedit.mini.train_vae import for_pictures, train_vae
+from qwenedit.mini.train_vae import train_vae
 from qwenedit.processor import ImageProcessorConfig, Processor, load_tokenizer
 from qwenedit.vae import VAE
 
@@ -98,7 +98,7 @@ def frozen_vae(model: Path) -> VAE:
         raise ValueError(f"{model} has no vae/: run the stage vae first")
     vae = load_network(model, "vae", device=torch.device("cpu"), dtype=torch.float32, progress=False)
     assert isinstance(vae, VAE)
-    return for_pictures(vae)
+    return vae
 
 
 def export(model: Path, out: Path) -> None:

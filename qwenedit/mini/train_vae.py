@@ -9,35 +9,15 @@ from pathlib import Path
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
 from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.vae import VAE, CausalConv3d, VAEConfig
+from qwenedit.vae import VAE, VAEConfig
+from qwenedit.vae_pictures import PictureConv, for_pictures
 
 __all__ = ["PictureConv", "for_pictures", "initialise", "measured", "pictures", "train_vae"]
-
-
-class PictureConv(CausalConv3d):
-    """A causal convolution of a single frame as one in two dimensions, with the last temporal tap.
-
-    The others meet only the zeros before the first frame. Faster, and equal up to the order of sums.
-    """
-
-    def forward(self, x: Tensor, past: object = None) -> Tensor:
-        assert past is None, "pictures have no past"
-        margin = (self.margin[2], self.margin[0])
-        return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=margin)[:, :, None]
-
-
-def for_pictures(vae: VAE) -> VAE:
-    """Make a VAE compute pictures only, and those faster; its weights and their names stay."""
-    for module in vae.modules():
-        if type(module) is CausalConv3d:
-            module.__class__ = PictureConv
-    return vae
 
 
 @torch.no_grad()

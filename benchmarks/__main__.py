@@ -1,0 +1,73 @@
+"""Ours and the reference side by side: `python -m benchmarks [--only NAME] [--rounds N] [--out FOLDER]`.
+
+The same weights and inputs, each side in its own process, in turn; outputs that disagree are an error. Prints
+a table of ratios with device, versions and threads; --out also writes speed.md, speed.json and speed.png.
+Needs the test extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.cases import CASES
+from benchmarks.frame import Comparison, Setting, compare
+from benchmarks.report import document, machine_of, markdown, plot
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split(":")[0])
+    parser.add_argument("--only", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for speed.md, speed.json, speed.png")
+    options = parser.parse_args(arguments)
+    if min(options.rounds, options.threads) < 1:
+        parser.error("--rounds and --threads: wanted at least 1")
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # of the sides
+    comparisons: list[Comparison] = []
+    with tempfile.TemporaryDirectory() as folder:
+        setting = setting_of(options.threads, Path(folder))
+        written: set[str] = set()
+        for name in options.only or CASES:
+            start = time.perf_counter()
+            write_files(name, setting.folder, written)
+            comparisons += compare(CASES[name], setting, options.rounds)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        machine = machine_of(setting)
+    text = markdown(CASES, comparisons, machine, options.rounds)
+    print(text, end="")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "speed.md").write_text(text)
+        rows = document(comparisons, machine, options.rounds)
+        (options.out / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+        plot(comparisons).save(options.out / "speed.png")
+
+
+def setting_of(threads: int, folder: Path) -> Setting:
+    """float32 on the CPU, bfloat16 on an accelerator."""
+    from qwenedit.inputs import device_of
+
+    device = device_of(None).type
+    return Setting(device, "float32" if device == "cpu" else "bfloat16", threads, folder)
+
+
+def write_files(name: str, folder: Path, written: set[str]) -> None:
+    """The checkpoints that a case reads, if no case before it did."""
+    from benchmarks.files import WRITERS
+
+    for file in CASES[name].files:
+        if file not in written:
+            written.add(file)
+            WRITERS[file](folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""What is compared. A side imports what it needs in its own factory, so that neither pays for the other.
+
+The reference is used as its own pipelines use it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.frame import At, Call, Case, Peak, Setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+STEPS, SCALE = 8, 4.0  # of the edits, but where they are what varies
+AREA = 64 * 64  # of the embedded model's pictures
+PROMPT = "make the circle red"
+
+
+def seeded(setting: Setting, *shape: int, seed: int = 0) -> Tensor:
+    import torch
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return x.to(setting.device, getattr(torch, setting.dtype))
+
+
+def loaded(setting: Setting, component: str) -> Any:
+    """Our network of the files."""
+    import torch
+
+    from qwenedit.loading import load_network
+
+    return load_network(
+        setting.folder,
+        component,
+        device=torch.device(setting.device),
+        dtype=getattr(torch, setting.dtype),
+        progress=False,
+    )
+
+
+def loaded_reference(setting: Setting, component: str, name: str, package: str = "diffusers") -> Any:
+    """The reference's network of the files."""
+    import torch
+
+    kind = getattr(importlib.import_module(package), name)
+    network = kind.from_pretrained(
+        setting.folder / component,
+        **{"torch_dtype" if package == "diffusers" else "dtype": getattr(torch, setting.dtype)},
+    )
+    return network.to(setting.device).eval()
+
+
+# --- import ------------------------------------------------------------------------------------------------
+
+PEAK_OF_IMPORT = """
+for line in open("/proc/self/status"):
+    if line.startswith("RssAnon:"):
+        print(int(line.split()[1]) * 1024)
+"""
+
+
+def importing(code: str) -> Callable[[Setting], At]:
+    """A fresh interpreter that imports, and nothing else."""
+
+    def run() -> Peak:
+        command = [sys.executable, "-c", code + PEAK_OF_IMPORT]
+        return Peak(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+    return lambda _setting: lambda _point: run
+
+
+# --- loading -----------------------------------------------------------------------------------------------
+
+
+def load_ours(setting: Setting) -> At:
+    def run() -> Tensor:
+        return loaded(setting, "transformer").blocks[0].img_mod.linear.weight[:64].clone()
+
+    return lambda _point: run
+
+
+def load_reference(setting: Setting) -> At:
+    def run() -> Tensor:
+        network = loaded_reference(setting, "transformer", "QwenImageTransformer2DModel")
+        return network.transformer_blocks[0].img_mod[1].weight[:64].clone()
+
+    return lambda _point: run
+
+
+# --- VAE ---------------------------------------------------------------------------------------------------
+
+
+def pixels(setting: Setting, side: float) -> Tensor:
+    return seeded(setting, 1, 3, 1, int(side), int(side)).tanh()
+
+
+def latents(setting: Setting, side: float) -> Tensor:
+    return seeded(setting, 1, 16, 1, int(side) // 8, int(side) // 8)
+
+
+def encode_ours(setting: Setting) -> At:
+    vae = loaded(setting, "vae")
+
+    def at(side: float) -> Call:
+        x = pixels(setting, side)
+        return lambda: vae.encode(x).mode()
+
+    return at
+
+
+def encode_reference(setting: Setting) -> At:
+    vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
+
+    def at(side: float) -> Call:
+        x = pixels(setting, side)
+        return lambda: vae.encode(x).latent_dist.mode()
+
+    return at
+
+
+def decode_ours(setting: Setting) -> At:
+    vae = loaded(setting, "vae")
+
+    def at(side: float) -> Call:
+        z = latents(setting, side)
+        return lambda: vae.decode(z)
+
+    return at
+
+
+def decode_reference(setting: Setting) -> At:
+    vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
+
+    def at(side: float) -> Call:
+        z = latents(setting, side)
+        return lambda: vae.decode(z).sample
+
+    return at
+
+
+# --- text encoder ------------------------------------------------------------------------------------------
+
+GRID, TOKENS = (1, 28, 28), (64, 30)  # a picture of 392 x 392, the tokens before it and after it
+
+
+def text_inputs(setting: Setting, negative: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and patches of one prompt with one picture; the negative one is shorter."""
+    import torch
+
+    from benchmarks.files import IMAGE_TOKEN
+
+    before, after = TOKENS[0], TOKENS[1] // (2 if negative else 1)
+    words = torch.arange(before + after) * 7 % 3000 + 3
+    picture = torch.full((GRID[1] * GRID[2] // 4,), IMAGE_TOKEN)
+    start = torch.tensor([IMAGE_TOKEN - 1])
+    ids = torch.cat([words[:before], start, picture, words[before:]])[None].to(setting.device)
+    return ids, torch.ones_like(ids), seeded(setting, GRID[1] * GRID[2], 3 * 2 * 14 * 14)
+
+
+def text_ours(setting: Setting) -> At:
+    import torch
+
+    network = loaded(setting, "text_encoder")
+    prompts = [text_inputs(setting, negative) for negative in (False, True)]
+
+    def run() -> Tensor:
+        return torch.cat([network(ids, mask, patches, [GRID]) for ids, mask, patches in prompts], dim=1)
+
+    return lambda _point: run
+
+
+def text_reference(setting: Setting) -> At:
+    import torch
+
+    network = loaded_reference(
+        setting, "text_encoder", "Qwen2_5_VLForConditionalGeneration", package="transformers"
+    )
+    prompts = [text_inputs(setting, negative) for negative in (False, True)]
+    grid = torch.tensor([GRID], device=setting.device)
+
+    def one(ids: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
+        outputs = network(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=patches,
+            image_grid_thw=grid,
+            output_hidden_states=True,
+        )
+        return outputs.hidden_states[-1]
+
+    return lambda _point: lambda: torch.cat([one(*prompt) for prompt in prompts], dim=1)
+
+
+# --- transformer block -------------------------------------------------------------------------------------
+
+TEXT_LENGTH = 240  # tokens of a prompt with its picture
+
+
+class Reached(Exception):
+    """The block was about to run."""
+
+
+def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
+    """The call that a block gets from the whole network, to be made by itself."""
+    seen: list[tuple[Any, Any]] = []
+
+    def keep(_module: nn.Module, arguments: Any, options: Any) -> None:
+        seen.append((arguments, options))
+        raise Reached
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    with suppress(Reached):
+        whole()
+    handle.remove()
+    ((arguments, options),) = seen
+    return lambda: block(*arguments, **options)
+
+
+def block_inputs(
+    setting: Setting, tokens: float
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]:
+    """img, txt, timestep and the grids of the target and of a reference of its size."""
+    import torch
+
+    side = round(tokens**0.5)
+    timestep = torch.tensor([0.5], device=setting.device, dtype=getattr(torch, setting.dtype))
+    img, txt = seeded(setting, 1, 2 * side * side, 64), seeded(setting, 1, TEXT_LENGTH, 3584, seed=1)
+    return img, txt, timestep, [(1, side, side)] * 2
+
+
+def block_ours(setting: Setting) -> At:
+    network = loaded(setting, "transformer")
+
+    def at(tokens: float) -> Call:
+        img, txt, timestep, grids = block_inputs(setting, tokens)
+        call = call_of(network.blocks[0], lambda: network(img, txt, timestep, grids))
+        return lambda: call()[0]
+
+    return at
+
+
+def block_reference(setting: Setting) -> At:
+    network = loaded_reference(setting, "transformer", "QwenImageTransformer2DModel")
+
+    def at(tokens: float) -> Call:
+        img, txt, timestep, grids = block_inputs(setting, tokens)
+
+        def whole() -> Any:
+            return network(
+                hidden_states=img,
+                encoder_hidden_states=txt,
+                encoder_hidden_states_mask=None,
+                timestep=timestep,
+                img_shapes=[grids],
+                return_dict=False,
+            )
+
+        call = call_of(network.transformer_blocks[0], whole)
+        return lambda: call()[1]
+
+    return at
+
+
+# --- whole edits with the embedded model -------------------------------------------------------------------
+
+Edit = tuple[int, bool, Any, dict[str, Any]]  # area, several pictures?, the pictures, options
+
+
+def example(area: int, turns: int = 0) -> Any:
+    from PIL import Image
+
+    from qwenedit import mini
+
+    side = round(area**0.5)
+    return Image.open(mini.EXAMPLE).convert("RGB").resize((side, side)).rotate(90 * turns)
+
+
+def whole(_point: float) -> Edit:
+    return AREA, False, example(AREA), {}
+
+
+def of_scale(scale: float) -> Edit:
+    return AREA, False, example(AREA), {"true_cfg_scale": scale}
+
+
+def of_steps(steps: float) -> Edit:
+    return AREA, False, example(AREA), {"num_inference_steps": int(steps)}
+
+
+def of_area(area: float) -> Edit:
+    return int(area), False, example(int(area)), {}
+
+
+def of_references(count: float) -> Edit:
+    return AREA, True, [example(AREA, turns) for turns in range(int(count))], {}
+
+
+def options_of(options: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    every = {"negative_prompt": " ", "true_cfg_scale": SCALE, "num_inference_steps": STEPS, **options}
+    return {**every, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+
+
+def edit_ours(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
+    def factory(setting: Setting) -> At:
+        import qwenedit
+        from benchmarks.files import mini_folder
+
+        def at(point: float) -> Call:
+            area, plus, pictures, options = edit(point)
+            folder = mini_folder(setting.folder, area, plus=plus)
+            pipe = qwenedit.load(folder, device=setting.device, dtype=setting.dtype, progress=False)
+            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
+
+        return at
+
+    return factory
+
+
+def edit_reference(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
+    def factory(setting: Setting) -> At:
+        import torch
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as single
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as several
+
+        from benchmarks.files import mini_folder
+        from tests.tiny import reference_pipeline
+
+        areas = SimpleNamespace(vae=AREA)  # its own are constants: 1024 squared, and 384 squared
+        official = {module: module.calculate_dimensions for module in (single, several)}
+        for module, function in official.items():
+            module.calculate_dimensions = lambda area, ratio, function=function: function(
+                areas.vae if area == 1024 * 1024 else AREA, ratio
+            )
+
+        def at(point: float) -> Call:
+            area, plus, pictures, options = edit(point)
+            areas.vae = area
+            folder = mini_folder(setting.folder, area, plus=plus)
+            pipe = reference_pipeline(folder, getattr(torch, setting.dtype)).to(setting.device)
+            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
+
+        return at
+
+    return factory
+
+
+def edits(name: str, about: str, edit: Callable[[float], Edit], **options: Any) -> Case:
+    return Case(name, about, edit_ours(edit), edit_reference(edit), **options)
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+CUT = "full width; 2 of 28 layers, 4 of the tower's 32, 4096 of 152064 words"
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "import", "import", importing("import qwenedit"),
+            importing("from diffusers import QwenImageEditPipeline"),
+        ),
+        Case(
+            "load", "load a transformer of 2 blocks at full width", load_ours, load_reference,
+            files=("transformer",), tolerance={"float32": 0.0, "bfloat16": 0.0},
+        ),
+        Case(
+            "encode", "VAE encode, full size", encode_ours, encode_reference,
+            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
+        ),
+        Case(
+            "decode", "VAE decode, full size", decode_ours, decode_reference,
+            points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
+        ),
+        Case(
+            "text", f"text encoder, 2 prompts with a picture ({CUT})", text_ours, text_reference,
+            files=("text_encoder",),
+        ),
+        Case(
+            "block", "inner transformer block, full width, a reference of the same size", block_ours,
+            block_reference, points=(256, 1024, 4096), unit="target tokens", files=("transformer",),
+        ),
+        edits("edit", f"whole edit with the embedded model, {STEPS} steps", whole),
+        edits("guidance", "whole edit at guidance", of_scale, points=(1, SCALE), unit="(1 is off)"),
+        edits("steps", "whole edit", of_steps, points=(4, 8, 16, 32), unit="steps", grows=True),
+        edits("area", "whole edit", of_area, points=(64**2, 128**2, 256**2), unit="pixels", grows=True),
+        edits("references", "whole edit", of_references, points=(1, 2, 3), unit="references", grows=True),
+    )
+}  # fmt: skip

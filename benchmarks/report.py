@@ -1,0 +1,183 @@
+"""What the comparisons say: ratios, growth, a Markdown table, a plot. Ratios are reference / ours: above 1 is
+better."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from benchmarks.frame import Case, Comparison, Reading, Setting
+
+MIB = 1 << 20
+LEAST = 16 * MIB  # less memory than this is noise, and has no ratio
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of a ratio over the rounds, and its extremes."""
+
+    middle: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} ({self.least:.2f}–{self.most:.2f})"
+
+
+def time_ratio(comparison: Comparison) -> Ratio:
+    """Round by round, so that what slows the machine down for a while slows both sides down."""
+    pairs = zip(comparison.reference.seconds, comparison.ours.seconds, strict=True)
+    ratios = [reference / ours for reference, ours in pairs]
+    return Ratio(median(ratios), min(ratios), max(ratios))
+
+
+def memory_ratio(comparison: Comparison) -> float | None:
+    """Of the peaks; None where one is too small to tell."""
+    ours, reference = comparison.ours.peak, comparison.reference.peak
+    return None if min(ours, reference) < LEAST else reference / ours
+
+
+def exponent(points: Sequence[float], seconds: Sequence[float]) -> float:
+    """The k of the power law seconds ~ point^k that fits best: the slope of least squares on logarithms.
+
+    Raises:
+        ValueError: fewer than two different points, or a value that has no logarithm.
+    """
+    if len(points) != len(seconds) or len(set(points)) < 2 or min(*points, *seconds) <= 0:
+        raise ValueError(f"points are {points} and seconds {seconds}, wanted positive ones, two or more")
+    xs, ys = [math.log(x) for x in points], [math.log(y) for y in seconds]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+    return covariance / sum((x - x_mean) ** 2 for x in xs)
+
+
+def medians(comparisons: Sequence[Comparison], side: str) -> list[float]:
+    return [median(getattr(comparison, side).seconds) for comparison in comparisons]
+
+
+def growth_lines(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> list[str]:
+    """How the time of a whole edit grows, and what guidance costs: of ours, then of the reference's."""
+    lines = []
+    for name in dict.fromkeys(comparison.case for comparison in comparisons):
+        case, rows = cases[name], [comparison for comparison in comparisons if comparison.case == name]
+        points = [row.point for row in rows]
+        if case.grows:
+            ours, reference = (exponent(points, medians(rows, side)) for side in ("ours", "reference"))
+            lines.append(f"| {case.about}: time ~ {case.unit}^k | {ours:.2f} | {reference:.2f} |")
+        if name == "guidance":
+            ours, reference = (
+                median(getattr(rows[-1], side).seconds) / median(getattr(rows[0], side).seconds)
+                for side in ("ours", "reference")
+            )
+            lines.append(f"| guidance on / off, time | {ours:.2f} | {reference:.2f} |")
+    return lines
+
+
+def seconds_text(reading: Reading) -> str:
+    return f"{median(reading.seconds):.3g}"
+
+
+def markdown(
+    cases: dict[str, Case], comparisons: Sequence[Comparison], machine: dict[str, Any], rounds: int
+) -> str:
+    """The tables, after what they were measured with."""
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
+        "",
+        f"Ratios are reference / ours, above 1 is better: the median of {rounds} rounds in turn (min–max). "
+        "Memory is what the peak adds to what was held before.",
+        "",
+        "| what | time ratio | ours, s | reference, s | memory ratio | ours, MiB | reference, MiB "
+        "| largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in comparisons:
+        memory = memory_ratio(one)
+        lines.append(
+            f"| {one.row} | {time_ratio(one)} | {seconds_text(one.ours)} | {seconds_text(one.reference)} "
+            f"| {'' if memory is None else f'{memory:.2f}'} | {one.ours.peak / MIB:.0f} "
+            f"| {one.reference.peak / MIB:.0f} "
+            f"| {'' if one.difference is None else f'{one.difference:.1e}'} |"
+        )
+    if growth := growth_lines(cases, comparisons):
+        lines += ["", "| growth | ours | reference |", "|---|---|---|", *growth]
+    return "\n".join(lines) + "\n"
+
+
+def machine_of(setting: Setting) -> dict[str, Any]:
+    """What the figures depend on."""
+    import importlib.util
+
+    import diffusers
+    import torch
+    import transformers
+
+    device = platform.processor() or platform.machine()
+    if setting.device == "cpu":
+        for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+            if line.startswith("model name"):
+                device = line.split(":", 1)[1].strip()
+                break
+    else:
+        device = torch.cuda.get_device_name() if setting.device.startswith("cuda") else setting.device
+    return {
+        "device": device,
+        "threads": setting.threads,
+        "dtype": setting.dtype,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": "installed" if importlib.util.find_spec("accelerate") else "not installed",
+    }
+
+
+def document(comparisons: Sequence[Comparison], machine: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Everything that was measured, for JSON."""
+    rows = [{**asdict(one), "time_ratio": asdict(time_ratio(one))} for one in comparisons]
+    return {"machine": machine, "rounds": rounds, "comparisons": rows}
+
+
+BAR, LABEL, WIDTH, MARGIN = 22, 560, 420, 30  # pixels
+TIME, MEMORY, INK, GREY = (45, 105, 175), (220, 150, 60), (20, 20, 20), (190, 190, 190)
+
+
+def plot(comparisons: Sequence[Comparison]) -> Image.Image:
+    """A bar a ratio on a logarithmic axis that starts from 1: time above with its extremes, memory below."""
+    bars = [(one.row, time_ratio(one), memory_ratio(one)) for one in comparisons]
+    extremes = [1.0]
+    for _, ratio, memory in bars:
+        extremes += [ratio.least, ratio.most] + ([] if memory is None else [memory])
+    low, high = math.floor(math.log2(min(extremes))), max(1, math.ceil(math.log2(max(extremes))))
+    page = Image.new("RGB", (LABEL + WIDTH + 2 * MARGIN, (len(bars) + 1) * BAR + 2 * MARGIN), "white")
+    ink = ImageDraw.Draw(page)
+
+    def across(ratio: float) -> float:
+        return LABEL + MARGIN + WIDTH * (math.log2(ratio) - low) / (high - low)
+
+    bottom = MARGIN + len(bars) * BAR
+    for power in range(low, high + 1):
+        x = across(2.0**power)
+        ink.line([(x, MARGIN), (x, bottom)], fill=INK if power == 0 else GREY)
+        ink.text((x, bottom + 4), f"{2.0**power:g}x", fill=INK, anchor="ma")
+    for i, (row, ratio, memory) in enumerate(bars):
+        top = MARGIN + i * BAR
+        ink.text((LABEL + MARGIN - 8, top + BAR / 2), row, fill=INK, anchor="rm")
+        _bar(ink, across(1.0), across(ratio.middle), top + 3, top + 10, TIME)
+        ink.line([(across(ratio.least), top + 6), (across(ratio.most), top + 6)], fill=INK)
+        if memory is not None:
+            _bar(ink, across(1.0), across(memory), top + 12, top + 18, MEMORY)
+    ink.text((LABEL + MARGIN, 8), "reference / ours: time", fill=TIME)
+    ink.text((LABEL + MARGIN + 150, 8), "peak memory", fill=MEMORY)
+    return page
+
+
+def _bar(ink: ImageDraw.ImageDraw, start: float, end: float, top: float, bottom: float, colour: Any) -> None:
+    ink.rectangle([min(start, end), top, max(start, end), bottom], fill=colour)
