@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
             "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
         )
         command.add_argument("--revision", help="branch, tag or commit on the hub")
+        _file_options(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
 
@@ -116,6 +117,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
+    _file_options(command)
     add("--steps", type=_positive, default=50, metavar="N", help="Euler steps (default: %(default)s)")
     add(
         "--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)"
@@ -148,6 +150,16 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
     _machine_options(command)
+
+
+def _file_options(command: argparse.ArgumentParser) -> None:
+    """Networks from files of their own; None in the options where the checkpoint's is wanted."""
+    for option, what in (("--mmdit", "transformer"), ("--vae", "VAE"), ("--text-encoder", "text encoder")):
+        command.add_argument(
+            option,
+            metavar="FILE",
+            help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
+        )
 
 
 def _machine_options(command: argparse.ArgumentParser) -> None:
@@ -218,18 +230,24 @@ def _generate(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from qwenedit.loading import describe
 
-    print(describe(options.model, revision=options.revision))
+    print(describe(options.model, revision=options.revision, files=_files(options)))
 
 
 def _verify(options: argparse.Namespace) -> None:
     from qwenedit.loading import verify
 
-    report = verify(options.model, revision=options.revision)
+    report = verify(options.model, revision=options.revision, files=_files(options))
     print(report)
     if not report.ok:
         raise InputError(
             f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
         )
+
+
+def _files(options: argparse.Namespace) -> dict[str, Path]:
+    from qwenedit.assembly import other_files
+
+    return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
 
 
 def _ablate(options: argparse.Namespace) -> None:
@@ -303,6 +321,9 @@ def _load(
         device=options.device,
         dtype=options.dtype,
         progress=not options.quiet,
+        mmdit=options.mmdit,
+        vae=options.vae,
+        text_encoder=options.text_encoder or True,
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
