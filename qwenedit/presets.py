@@ -22,7 +22,9 @@ from qwenedit.ablation.switches import Switches, Time
 from qwenedit.checkpoints import find_local, is_local
 from qwenedit.files import read_json
 
-__all__ = ["LIGHTNING", "PRESET", "PRESETS", "Given", "Preset", "Sampling", "find_preset", "preset_of"]
+__all__ = [
+    "LIGHTNING", "PRESET", "PRESETS", "Given", "Negative", "Preset", "Sampling", "find_preset", "preset_of",
+]  # fmt: skip
 
 
 class Given(enum.Enum):
@@ -35,6 +37,7 @@ class Given(enum.Enum):
 
 
 PRESET = Given.PRESET
+Negative = str | Sequence[str] | Literal[Given.PRESET] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Preset:
         self,
         num_inference_steps: int | None = None,
         true_cfg_scale: float | None = None,
-        negative_prompt: str | Sequence[str] | Literal[Given.PRESET] | None = PRESET,
+        negative_prompt: Negative = PRESET,
         switches: Switches | None = None,
     ) -> Sampling:
         """What is given, completed by what is recommended; an unguided run needs no negative prompt."""
