@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from qwenedit.files import FLOATS, TensorInfo, component_headers, read_header
@@ -263,8 +262,9 @@ def _text(stored: Stored) -> str:
 
 def _from_metadata(path: Path, component: str) -> dict[str, str]:
     """Layers that the file's own `_quantization_metadata` describes as something else than plain fp8."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("_quantization_metadata")
+    with path.open("rb") as file:  # whose header `read_header` has found to be in order
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    text = (header.get("__metadata__") or {}).get("_quantization_metadata")
     if text is None:
         return {}
     try:

@@ -234,6 +234,70 @@ def test_load_takes_each_component_from_its_file(tmp_path):
     assert torch.equal(pipe.mmdit.img_in.weight, wanted.mmdit.img_in.weight)
 
 
+def official(name):
+    return json.loads((KEYS / f"{name}.json").read_text())
+
+
+def holes(path, tensors):
+    """A safetensors file as its library lays it out, without the numbers: (dtype, shape) by key."""
+    sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+    header, end = {}, 0
+    for key, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-sizes[item[1][0]], item[0])):
+        start, end = end, end + sizes[dtype] * torch.Size(shape).numel()
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def official_folder(folder):
+    """Edit's configs, without any weights."""
+    configs = json.loads((KEYS.parent / "official_configs.json").read_text())["Qwen-Image-Edit"]
+    for name, value in configs.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+def fp8_scaled():
+    """The text encoder's: all linear layers but lm_head."""
+    tensors = {"scaled_fp8": ("F8_E4M3", [0])}
+    for key, shape in official("text_encoder_hub").items():
+        linear = len(shape) == 2 and "embed" not in key and key != "lm_head.weight"
+        tensors[key] = ("F8_E4M3" if linear else "BF16", shape)
+        if linear:
+            layer = key.removesuffix(".weight")
+            tensors |= {f"{layer}.scale_weight": ("F32", []), f"{layer}.scale_input": ("F32", [])}
+    return tensors
+
+
+def test_the_published_comfy_files_fit_to_the_byte(tmp_path):
+    """Headers written as we believe them to be give the published sizes, and are all accepted."""
+    folder = official_folder(tmp_path)
+    transformer, vae = official("transformer"), official("vae_rgb")
+    wan = {new: old for old, new in WAN.items()}
+    marked = {"__index_timestep_zero__": ("F32", [0])}
+    published = [
+        ("transformer", {key: ("BF16", x) for key, x in transformer.items()}, 40_861_031_488),
+        ("transformer", {key: ("BF16", x) for key, x in transformer.items()} | marked, 40_861_031_560),
+        ("transformer", {key: ("F8_E4M3", x) for key, x in transformer.items()}, 20_430_635_136),
+        ("text_encoder", {k: ("BF16", x) for k, x in official("text_encoder_hub").items()}, 16_584_415_576),
+        ("text_encoder", fp8_scaled(), 9_384_670_680),
+        ("vae", {wan[key]: ("BF16", x) for key, x in vae.items()}, 253_806_246),
+    ]
+    files = {}
+    for number, (component, tensors, size) in enumerate(reversed(published)):
+        files[component] = holes(tmp_path / f"{number}.safetensors", tensors)
+        assert files[component].stat().st_size == size
+        if len(files) == 3:
+            report = verify(folder, files=files)
+            assert report.ok, report
+            assert [r.parameters for r in report.reports][1:] == [20430401088, 126892531]
+
+
 def test_what_is_no_path():
     assert other_files(text_encoder=True) == other_files(text_encoder=False) == other_files() == {}
     with pytest.raises(ValueError, match="mmdit is int, wanted a file"):
@@ -437,6 +501,35 @@ def test_gguf_in_every_type(tmp_path, kind):
     assert not module.config.zero_cond_t
     report = verify(folder, files={"transformer": tmp_path / "x.gguf"})
     assert report.ok and f" {kind}" in str(report) and "a Qwen-Image transformer, GGUF" in str(report)
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind, number, size", [("Q8_0", 7, 21_761_817_120), ("Q6_K", 18, 16_824_990_240)])
+def test_the_published_gguf_files_fit_to_the_byte(tmp_path, kind, number, size):
+    folder = official_folder(tmp_path)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen_image")
+    writer.add_quantization_version(2)
+    writer.add_file_type(number)
+    end = 0
+    for key, shape in official("transformer").items():
+        type_ = gguf.GGMLQuantizationType[as_published(kind)(key, torch.empty(shape, device="meta")) or "F32"]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+        count = torch.Size(shape).numel() // block * block_bytes
+        writer.add_tensor_info(key, shape, None, count, raw_dtype=type_)
+        end += (count + 31) // 32 * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with (tmp_path / "x.gguf").open("r+b") as file:
+        file.truncate((file.seek(0, 2) + 31) // 32 * 32 + end)
+    assert (tmp_path / "x.gguf").stat().st_size == size
+    files = {"transformer": tmp_path / "x.gguf"}
+    for component, keys in (("vae", "vae_rgb"), ("text_encoder", "text_encoder_hub")):
+        tensors = {key: ("BF16", shape) for key, shape in official(keys).items()}
+        files[component] = holes(tmp_path / f"{component}.safetensors", tensors)
+    report = verify(folder, files=files)
+    assert report.ok and f"840 {kind}" in str(report)
 
 
 @needs_gguf
