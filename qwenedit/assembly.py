@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from qwenedit.loading import check_together, load_networks, load_scheduler
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import Processor
 
-__all__ = ["load"]
+__all__ = ["load", "other_files"]
 
 
 def load(
@@ -23,10 +24,12 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    text_encoder: bool = True,
+    mmdit: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    text_encoder: bool | str | os.PathLike[str] = True,
     progress: bool = True,
 ) -> QwenImageEdit:
-    """Load a checkpoint in the official layout.
+    """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
     Args:
         source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
@@ -34,8 +37,12 @@ def load(
         device: where to; the accelerator if there is one, else the CPU.
         dtype: torch dtype or its name; by default what the files store, on the CPU float32.
         revision: branch, tag or commit on the hub.
-        text_encoder: False leaves out the text encoder (16.6 GB in the official checkpoints), for runs from a
-            saved `Conditioning`.
+        mmdit, vae: a file (or folder) with that network's weights in place of the checkpoint's own: official,
+            ComfyUI's (bfloat16, fp8, fp8 with scales) or GGUF (`pip install 'qwenedit[gguf]'`), told from its
+            tensors. The config stays the checkpoint's, and a file that is marked as Edit-2511's turns
+            `zero_cond_t` on.
+        text_encoder: likewise a file; False leaves out the text encoder (16.6 GB in the official
+            checkpoints), for runs from a saved `Conditioning`.
         progress: progress bars on stderr, if that is a terminal.
 
     Raises:
@@ -51,10 +58,10 @@ def load(
     if dtype is not None:
         warn_of_float16(dtype)
 
-    names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
-    networks: Any = dict(
-        zip(names, load_networks(folder, names, device=device, dtype=dtype, progress=progress), strict=True)
-    )
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
+    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    loaded = load_networks(folder, names, device=device, dtype=dtype, progress=progress, files=files)
+    networks: Any = dict(zip(names, loaded, strict=True))
     pipe = QwenImageEdit(
         vision_language=networks.get("text_encoder"),
         vae=networks["vae"],
@@ -66,3 +73,28 @@ def load(
     )
     pipe.progress = progress
     return pipe
+
+
+def other_files(
+    *,
+    mmdit: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    text_encoder: bool | str | os.PathLike[str] | None = None,
+) -> dict[str, Path]:
+    """The components that come from files of their own, by the names of their folders.
+
+    Raises:
+        ValueError: something else than a path.
+    """
+    given = {"transformer": mmdit, "vae": vae, "text_encoder": text_encoder}
+    argument = {"transformer": "mmdit"}
+    files = {}
+    for component, value in given.items():
+        if value is None or (component == "text_encoder" and isinstance(value, bool)):
+            continue
+        if not isinstance(value, (str, os.PathLike)):
+            wanted = "a file" + (", True or False" if component == "text_encoder" else "")
+            name = argument.get(component, component)
+            raise ValueError(f"{name} is {type(value).__name__}, wanted {wanted}")
+        files[component] = Path(value)
+    return files

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_LIGHTNING = ("lightning-4", "lightning-8")  # presets.LIGHTNING, which help must not import torch for
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is the one line that the user sees."""
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
         )
         command.add_argument("--revision", help="branch, tag or commit on the hub")
+        _file_options(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
 
@@ -116,11 +119,11 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
-    add("--steps", type=_positive, default=50, metavar="N", help="Euler steps (default: %(default)s)")
-    add(
-        "--true-cfg-scale", type=float, default=4.0, metavar="X", help="guidance scale (default: %(default)s)"
-    )
-    add("--negative-prompt", default=" ", metavar="T", help="what to steer away from (default: a space)")
+    _file_options(command)
+    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
+    add("--steps", type=_positive, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
+    add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
     add(
         "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
@@ -148,6 +151,16 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
     _machine_options(command)
+
+
+def _file_options(command: argparse.ArgumentParser) -> None:
+    """Networks from files of their own; None in the options where the checkpoint's is wanted."""
+    for option, what in (("--mmdit", "transformer"), ("--vae", "VAE"), ("--text-encoder", "text encoder")):
+        command.add_argument(
+            option,
+            metavar="FILE",
+            help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
+        )
 
 
 def _machine_options(command: argparse.ArgumentParser) -> None:
@@ -203,33 +216,42 @@ def _seed(text: str) -> int:
 def _edit(options: argparse.Namespace) -> None:
     from qwenedit.inputs import open_picture
 
-    outputs, sampling = _outputs(options), _sampling(options)
+    outputs, switches = _outputs(options), _switches(options)
     pictures = [open_picture(path) for path in options.pictures]
-    pipe = _load(options, pictures, sampling["switches"])
+    pipe, sampling = _load(options, pictures, switches)
     _save(pipe.edit(pictures, options.prompt, **sampling).images, outputs)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    outputs, sampling = _outputs(options), _sampling(options)
-    pipe = _load(options, None, sampling["switches"])
+    outputs, switches = _outputs(options), _switches(options)
+    pipe, sampling = _load(options, None, switches)
     _save(pipe.generate(options.prompt, **sampling).images, outputs)
 
 
 def _info(options: argparse.Namespace) -> None:
     from qwenedit.loading import describe
+    from qwenedit.presets import find_preset
 
-    print(describe(options.model, revision=options.revision))
+    print(describe(options.model, revision=options.revision, files=_files(options)))
+    if preset := find_preset(options.model, revision=options.revision):
+        print(f"  {preset}")
 
 
 def _verify(options: argparse.Namespace) -> None:
     from qwenedit.loading import verify
 
-    report = verify(options.model, revision=options.revision)
+    report = verify(options.model, revision=options.revision, files=_files(options))
     print(report)
     if not report.ok:
         raise InputError(
             f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
         )
+
+
+def _files(options: argparse.Namespace) -> dict[str, Path]:
+    from qwenedit.assembly import other_files
+
+    return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
 
 
 def _ablate(options: argparse.Namespace) -> None:
@@ -256,59 +278,70 @@ def _ablate(options: argparse.Namespace) -> None:
         )
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
+def _switches(options: argparse.Namespace) -> Switches:
     from qwenedit.ablation import Switches
+    from qwenedit.presets import PRESETS
 
-    generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-    return {
-        "negative_prompt": options.negative_prompt,
-        "true_cfg_scale": options.true_cfg_scale,
-        "num_inference_steps": options.steps,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.num_images,
-        "generator": generator,
-        "switches": Switches.from_flat(options.switch),
-    }
+    preset = {} if options.preset is None else PRESETS[options.preset].switches.flat()
+    return Switches.from_flat({**preset, **options.switch})
 
 
 def _load(
     options: argparse.Namespace, pictures: list[Image.Image] | None, switches: Switches
-) -> QwenImageEdit:
-    """The pipeline, once it is clear that it can do what is asked: weights may be many gigabytes."""
+) -> tuple[QwenImageEdit, dict[str, Any]]:
+    """The pipeline and what to call it with, once it is clear that it can do what is asked: weights may be
+    many gigabytes.
+    """
+    import torch
+
     from qwenedit import mini
     from qwenedit.ablation.running import require_fitting, schedule
     from qwenedit.assembly import load
     from qwenedit.checkpoints import read_areas, read_variant, resolve
     from qwenedit.inputs import guidance_of, rows_of
     from qwenedit.loading import load_scheduler, network_config
+    from qwenedit.presets import PRESET, PRESETS, preset_of
 
     folder = mini.CHECKPOINT
     if options.model is not None:
         folder = resolve(options.model, options.revision, progress=not options.quiet)
     variant = read_variant(folder)
-    areas, prompts = read_areas(folder, variant), (options.prompt, options.negative_prompt)
+    preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
+    negative = PRESET if options.negative_prompt is None else options.negative_prompt
+    run = preset.sampling(options.steps, options.true_cfg_scale, negative, switches)
+    areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
         (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
-        guidance_of(options.true_cfg_scale, options.negative_prompt)
-    schedule(load_scheduler(folder), switches.time, options.steps, math.prod(row.geometry.grid))
+        guidance_of(run.true_cfg_scale, run.negative_prompt)
+    steps = run.num_inference_steps
+    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
     config = network_config(folder, "transformer")
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=options.steps)
+    require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=steps)
     loras = _loras(options, config)
     pipe = load(
         folder,
         device=options.device,
         dtype=options.dtype,
         progress=not options.quiet,
+        mmdit=options.mmdit,
+        vae=options.vae,
+        text_encoder=options.text_encoder or True,
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
     if options.model is None:
         print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
-    return pipe
+    return pipe, {
+        "negative_prompt": run.negative_prompt,
+        "true_cfg_scale": run.true_cfg_scale,
+        "num_inference_steps": steps,
+        "height": options.height,
+        "width": options.width,
+        "num_images_per_prompt": options.num_images,
+        "generator": None if options.seed is None else torch.Generator().manual_seed(options.seed),
+        "switches": switches,
+    }
 
 
 def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:

@@ -1,5 +1,4 @@
-"""Official checkpoint folders -> modules: strict about names and shapes, and never more than one tensor too
-many.
+"""Checkpoints -> modules: strict about names and shapes, and never more than one tensor too many.
 
 A module is built on the meta device, its tensors are compared with the files' headers, and only then is each
 tensor read, once, from the memory-mapped file into its place in the wanted dtype and on the wanted device.
@@ -10,8 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from tqdm import tqdm
 from qwenedit import mini, mmdit, vae, vision_language
 from qwenedit.checkpoints import COMPONENTS, Variant, download_plan, find_local, is_local, read_variant
 from qwenedit.configs import config_from, vision_language_config
-from qwenedit.files import FLOATS, TensorInfo, component_headers, read_json
+from qwenedit.files import FLOATS, read_json
+from qwenedit.formats import Stored, read_weights
+from qwenedit.gguf_format import GGUFFile, is_gguf
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.processor import Processor
 from qwenedit.scheduler import FlowMatchScheduler
@@ -157,7 +158,8 @@ class Report:
         dtypes: how many of its tensors are stored in each dtype.
         skipped: tensors that are known and not read (`lm_head`).
         missing, unexpected: names that only the module, or only the files, have.
-        misshapen, unreadable: tensors of the wrong shape, and of a dtype that is no plain float.
+        misshapen, unreadable: tensors of the wrong shape, and of a dtype that cannot become plain floats.
+        origin: the file, if it is not the folder's own, and what it was recognised as.
     """
 
     component: str
@@ -170,6 +172,7 @@ class Report:
     unexpected: list[str]
     misshapen: list[str]
     unreadable: list[str]
+    origin: str = ""
 
     @property
     def ok(self) -> bool:
@@ -186,21 +189,27 @@ class Report:
         return "; ".join(parts)
 
 
-_Found = dict[str, tuple[str, Path, TensorInfo]]  # our name -> official key, file and info
+_Found = dict[str, Stored]  # our name -> what the files have
 
 
-def _compare(folder: Path, component: str) -> tuple[nn.Module, _Found, Report]:
-    """The module on the meta device, its tensors in the files, and what does not fit."""
+def _compare(folder: Path, component: str, file: Path | None = None) -> tuple[nn.Module, _Found, Report]:
+    """The module on the meta device, its tensors in the files, and what does not fit.
+
+    The config is the folder's, whatever file the weights are in.
+    """
     network = NETWORKS[component]
     config = network_config(folder, component)
+    weights = read_weights(file or folder / component, component)
+    if weights.zero_cond_t and isinstance(config, MMDiTConfig):
+        config = replace(config, zero_cond_t=True)
     with torch.device("meta"):
         module = network.module(config)
     wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
     found: _Found = {}
     known: set[str] = set()  # names that the files have, fitting or not
-    skipped, unexpected, misshapen, unreadable = [], [], [], []
-    for key, (path, info) in component_headers(folder / component).items():
-        hub_key = network.hub_key(key)
+    skipped, unexpected, misshapen, unreadable = weights.ignored, [], [], []
+    for key, stored in weights.tensors.items():
+        hub_key = network.hub_key(stored.name)
         name = official_to_ours(network.table, hub_key)
         if hub_key in network.skipped:
             skipped.append(key)
@@ -209,32 +218,35 @@ def _compare(folder: Path, component: str) -> tuple[nn.Module, _Found, Report]:
             unexpected.append(key)
             continue
         known.add(name)
-        if info.shape != wanted[name]:
-            misshapen.append(f"{key} {list(info.shape)}, wanted {list(wanted[name])}")
-        elif info.dtype not in FLOATS:
-            unreadable.append(f"{key} ({_name(info.dtype)})")
+        if stored.shape != wanted[name]:
+            misshapen.append(f"{key} {list(stored.shape)}, wanted {list(wanted[name])}")
+        elif not stored.readable:
+            unreadable.append(f"{key} ({stored.dtype})")
         else:
-            found[name] = (key, path, info)
+            found[name] = stored
     dtypes: dict[str, int] = {}
-    for _, _, info in found.values():
-        dtypes[_name(info.dtype)] = dtypes.get(_name(info.dtype), 0) + 1
+    for stored in found.values():
+        dtypes[stored.dtype] = dtypes.get(stored.dtype, 0) + 1
     report = Report(
         component=component,
         tensors=len(found),
         parameters=sum(x.numel() for name, x in module.state_dict().items() if name in found),
-        bytes=sum(info.bytes for _, _, info in found.values()),
+        bytes=sum(stored.bytes for stored in found.values()),
         dtypes=dtypes,
         skipped=skipped,
         missing=[ours_to_official(network.table, name) for name in wanted if name not in known],
         unexpected=unexpected,
         misshapen=misshapen,
         unreadable=unreadable,
+        origin="" if file is None else f"{file}: {weights.layout}",
     )
     return module, found, report
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _run_dtype(report: Report) -> torch.dtype | None:
+    """What weights run in that nobody asked a dtype for: None is what each is stored in, if it can run."""
+    plain = {str(dtype).removeprefix("torch.") for dtype in FLOATS}
+    return None if plain >= report.dtypes.keys() else torch.bfloat16
 
 
 def load_networks(
@@ -244,21 +256,25 @@ def load_networks(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    files: Mapping[str, Path] | None = None,
 ) -> list[nn.Module]:
     """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
 
-    `dtype` None keeps what the files store. Parameters own their memory (the files may change afterwards),
-    want no gradient, and at no time is more than one tensor held twice. The VAE is `for_pictures`.
+    `files` has components whose weights are elsewhere, in any layout of `formats`. `dtype` None keeps what
+    the files store, and makes bfloat16 of files that have fp8 or are GGUF. Parameters own their memory (the
+    files may change afterwards), want no gradient, and at no time is more than one tensor held twice. The
+    VAE is `for_pictures`.
 
     Raises:
         ValueError: files that are broken or do not fit their module, all problems of a component in one
             message, before any weight of any component is read.
     """
-    compared = []
+    compared, files = [], files or {}
     for component in components:
-        module, found, report = _compare(folder, component)
+        module, found, report = _compare(folder, component, files.get(component))
         if not report.ok:
-            raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
+            where = files.get(component, folder / component)
+            raise ValueError(f"{where} does not fit the {component}: {report.problems()}")
         compared.append((module, found, report))
     for module, found, report in compared:
         bar = tqdm(
@@ -269,7 +285,7 @@ def load_networks(
             disable=None if progress else True,
         )
         with bar:
-            _read(module, found, device, dtype, bar)
+            _read(module, found, device, dtype or _run_dtype(report), bar)
         if isinstance(module, VAE):
             for_pictures(module)
     return [module.eval() for module, _, _ in compared]
@@ -292,19 +308,20 @@ def _read(
     module: nn.Module, found: _Found, device: torch.device, dtype: torch.dtype | None, bar: tqdm
 ) -> None:
     """Each tensor from its file into its place."""
-    by_file: dict[Path, list[tuple[int, str, str]]] = {}
-    for name, (key, path, info) in found.items():
-        by_file.setdefault(path, []).append((info.start, name, key))
+    by_file: dict[Path, list[tuple[int, str, Stored]]] = {}
+    for name, stored in found.items():
+        by_file.setdefault(stored.path, []).append((stored.start, name, stored))
     for path, entries in by_file.items():
         try:
-            with safe_open(path, framework="pt") as file:
-                for _, name, key in sorted(entries):  # in the order of the file: one pass over the disk
-                    mapped = file.get_tensor(key)
-                    own = torch.empty(mapped.shape, dtype=dtype or mapped.dtype, device=device)
-                    own.copy_(mapped)
+            opened: Any = GGUFFile(path) if is_gguf(path) else safe_open(path, framework="pt")
+            with opened as file:
+                for _, name, stored in sorted(entries):  # in the order of the file: one pass over the disk
+                    value = stored.read(file)
+                    own = torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+                    own.copy_(value)
                     parent, _, leaf = name.rpartition(".")
                     setattr(module.get_submodule(parent), leaf, nn.Parameter(own, requires_grad=False))
-                    bar.update(mapped.nbytes)
+                    bar.update(stored.bytes)
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -330,12 +347,21 @@ class Verification:
                 f"  {report.component:<13} {report.tensors} tensors ({dtypes}), {report.parameters:,} "
                 f"parameters, {report.bytes:,} bytes{skipped}"
             )
+            if report.origin:
+                lines.append(f"    {report.origin}")
             lines.append(f"    {'all names, shapes and dtypes fit' if report.ok else report.problems()}")
         return "\n".join(lines)
 
 
-def verify(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Verification:
+def verify(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Verification:
     """Every tensor of a checkpoint against the model, from headers alone; None is the embedded model.
+
+    `files` as in `load_networks`.
 
     Raises:
         ValueError: no checkpoint on this machine (nothing is downloaded), a broken file, or another family.
@@ -343,10 +369,17 @@ def verify(source: str | os.PathLike[str] | None = None, *, revision: str | None
     folder = mini.CHECKPOINT if source is None else find_local(source, revision)
     variant = read_variant(folder)
     load_scheduler(folder)
-    return Verification(folder, variant, [_compare(folder, component)[2] for component in COMPONENTS])
+    files = files or {}
+    reports = [_compare(folder, component, files.get(component))[2] for component in COMPONENTS]
+    return Verification(folder, variant, reports)
 
 
-def describe(source: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> str:
+def describe(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> str:
     """What a checkpoint holds, or, for a hub id that is not all on this machine, what would be downloaded.
 
     Raises:
@@ -354,4 +387,4 @@ def describe(source: str | os.PathLike[str] | None = None, *, revision: str | No
     """
     if source is not None and not is_local(source, revision):
         return download_plan(str(source), revision)
-    return str(verify(source, revision=revision))
+    return str(verify(source, revision=revision, files=files))

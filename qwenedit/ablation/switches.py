@@ -88,8 +88,8 @@ class Seen:
 
     Attributes:
         picture: "seen", as in the reference; "unseen": the prompt is encoded with the text-to-image template,
-            without any picture, and cut to 512 tokens as there; "blank": mid-grey of the same size; "other": `other` in its place, brought
-            to the same size.
+            without any picture, and cut to 512 tokens as there; "blank": mid-grey of the same size; "other":
+            `other` in its place, brought to the same size.
         other: for "other".
         size: (width, height) in pixels that the picture is resized to for the language model, in place of the
             checkpoint's; the processor then rounds it to its own multiple.

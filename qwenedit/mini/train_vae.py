@@ -15,9 +15,9 @@ from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
 from qwenedit.mini.training import Run, Weights, learning_rate
 from qwenedit.vae import VAE, VAEConfig
-from qwenedit.vae_pictures import PictureConv, for_pictures
+from qwenedit.vae_pictures import for_pictures
 
-__all__ = ["PictureConv", "for_pictures", "initialise", "measured", "pictures", "train_vae"]
+__all__ = ["initialise", "measured", "pictures", "train_vae"]
 
 
 @torch.no_grad()

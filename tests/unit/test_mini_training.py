@@ -17,11 +17,12 @@ from qwenedit.mini.build import TRANSFORMER, write_network, write_shared
 from qwenedit.mini.pairs import BLOCK, Pool, World, patches
 from qwenedit.mini.scenes import EXAMPLE, draw
 from qwenedit.mini.train_edit import flow_matching_loss, networks, train_edit
-from qwenedit.mini.train_vae import PictureConv, for_pictures, initialise, measured, pictures, train_vae
+from qwenedit.mini.train_vae import initialise, measured, pictures, train_vae
 from qwenedit.mini.training import learning_rate
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.processor import EDIT, picture_patches
 from qwenedit.vae import VAE, VAEConfig
+from qwenedit.vae_pictures import PictureConv, for_pictures
 from tests.support import assert_close, randomise_
 
 SMALL_VAE = VAEConfig(
