@@ -60,6 +60,7 @@ def write_report(sweep: Sweep, path: Path) -> None:
         "LEAD": escape(
             f"{len(sweep.spec.cells)} settings of {len(sweep.spec.cases)} edit(s) from "
             f"{len(sweep.spec.seeds)} seed(s): {case_names}"
+            + (f"; {n} combinations that cannot be were left out" if (n := sweep.spec.impossible) else "")
         ),
         "FACTS": _facts(sweep),
         "FAILURES": _failures(sweep),
@@ -158,7 +159,7 @@ def _pictures(sweep: Sweep) -> str:
                 fields.append(
                     f'<th class="fixed" scope="row"{span}>{escape(case.name)}<br>'
                     f"<small>{escape(case.prompt)}</small></th>"
-                    f"<td{span}>{_figure(_data_uri(case.picture), case.picture, 'source', 'source')}</td>"
+                    f"<td{span}>{_figure(_data_uri(case.shown), case.shown, 'source', 'source')}</td>"
                 )
             fields.append(f"<td>{seed}</td>")
             for k in range(len(sweep.spec.cells)):
@@ -392,7 +393,7 @@ def picture_grid(sweep: Sweep) -> Image.Image:
         write(gap, y, f"{Path(case.name).name}, seed {spec.seeds[j]}", room=margin - 2 * gap)
         for at, text in enumerate(textwrap.wrap(case.prompt, 28)[:6]):
             write(gap, y + (at + 1) * line, text, room=margin - 2 * gap, font=small, fill="#666")
-        show(margin, y, case.picture)
+        show(margin, y, case.shown)
         for k in range(len(spec.cells)):
             x, record = margin + (k + 1) * (side + gap), sweep.records[i, j, k]
             if record["status"] == "failed":

@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,13 +39,14 @@ from qwenedit.ablation.attention import Shares, target_attention
 from qwenedit.ablation.metrics import compare, curves
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
+from qwenedit.ablation.running import require_fitting, schedule
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.assembly import load
 from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning, replacing_file
 from qwenedit.determinism import deterministic
 from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
-from qwenedit.loading import load_scheduler
+from qwenedit.loading import load_scheduler, network_config
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import to_pil
@@ -100,21 +101,36 @@ def ablate(
     """
     plan, home = read_spec(spec), Path(folder)
     _require_writable(home)
-    known = read_results(home / RESULTS)
-    _require_meant(plan.edits - len(known), yes)
+    _require_meant(plan.edits - len(read_results(home / RESULTS)), yes)
     checkpoint = mini.CHECKPOINT if plan.model is None else resolve(plan.model, progress=progress)
     where = device_of(device)
     wanted = dtype_of(dtype, where)
     _require_fitting(plan, checkpoint)
 
-    model = fingerprint(checkpoint)
+    home.mkdir(parents=True, exist_ok=True)
+    with _only_one(home):
+        return _sweep(plan, home, checkpoint, where, wanted, yes=yes, progress=progress)
+
+
+def _sweep(
+    plan: Spec,
+    home: Path,
+    checkpoint: Path,
+    where: torch.device,
+    wanted: torch.dtype | None,
+    *,
+    yes: bool,
+    progress: bool,
+) -> Sweep:
+    """What `ablate` does when all is checked."""
+    model, known = fingerprint(checkpoint), read_results(home / RESULTS)
     runs = list(_runs(plan, model, where, wanted))
-    done = {key: x for key, x in known.items() if x["status"] == "done" and (home / x["file"]).is_file()}
+    done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
     todo = [run for run in runs if run.key not in done or _lacks_maps(plan, run, done[run.key])]
     _require_meant(len({run.key for run in todo}), yes)
     (home / PICTURES).mkdir(parents=True, exist_ok=True)
-    # A line that was cut off goes, and so does one of a run that is tried again.
-    again = {run.key for run in todo}
+    # A line that was cut off goes, and so does one of a failed run that is tried again.
+    again = {run.key for run in todo} - done.keys()
     write_results(home / RESULTS, [record for key, record in known.items() if key not in again])
     plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
     if todo:
@@ -145,6 +161,38 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     return sweep
 
 
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder against other sweeps, where the system can; a kill lets go of it.
+
+    Raises:
+        ValueError: another sweep runs in it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another sweep runs in {folder}: wait for it, or take another folder") from None
+    else:
+        yield
+    finally:
+        os.close(held)
+
+
+def _is_whole(picture: Path) -> bool:
+    try:
+        with Image.open(picture) as file:
+            file.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def _with_maps(spec: Spec, run: Run) -> bool:
     """The first picture from the first seed, in every cell."""
     return spec.attention and run.index[:2] == (0, 0)
@@ -157,8 +205,10 @@ def _lacks_maps(spec: Spec, run: Run, record: Record) -> bool:
 def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | None) -> Iterator[Run]:
     """All runs in an order that shares work: what is encoded alike is together, the unablated runs first."""
     for i, case in enumerate(spec.cases):
-        picture = case.picture
-        source = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for picture in case.pictures:
+            digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+        source = digest.hexdigest()
         alike: dict[str, list[tuple[int, Cell]]] = {}
         for k, cell in enumerate(spec.cells):
             alike.setdefault(_encoding(cell), []).append((k, cell))
@@ -215,7 +265,7 @@ def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, fl
     start = _seconds(pipe.device)
     try:
         conditioning = pipe.condition(
-            run.case.picture,
+            run.case.image,
             run.case.prompt,
             negative_prompt=run.cell.negative_prompt,
             height=spec.height,
@@ -359,6 +409,11 @@ def _require_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"cannot write into {folder}: {existing} is no folder")
+    for name in (RESULTS, "results.csv", "grid.png", "report.html"):
+        if (folder / name).is_dir():
+            raise ValueError(f"cannot write {folder / name}: it is a folder")
+    if (folder / PICTURES).exists() and not (folder / PICTURES).is_dir():
+        raise ValueError(f"cannot write into {folder / PICTURES}: it is no folder")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -377,14 +432,16 @@ def _require_fitting(spec: Spec, checkpoint: Path) -> None:
     """Can the model do what is asked? Its weights may be many gigabytes, and need not be read to know."""
     variant = read_variant(checkpoint)
     areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
+    blocks = network_config(checkpoint, "transformer").num_layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the runs themselves warn
         for case in spec.cases:
             for cell in spec.cells:
                 texts = (case.prompt, cell.negative_prompt)
                 try:
-                    (row,) = rows_of(*texts, case.picture, variant, areas, spec.height, spec.width)
+                    (row,) = rows_of(*texts, case.image, variant, areas, spec.height, spec.width)
                 except ValueError as error:
                     raise ValueError(f"{case.name}: {error}") from error
                 guidance_of(cell.true_cfg_scale, cell.negative_prompt)
-                scheduler.sigmas(cell.steps, math.prod(row.geometry.grid))
+                schedule(scheduler, cell.switches.time, cell.steps, math.prod(row.geometry.grid))
+                require_fitting(cell.switches, pictures=[len(row.pictures)], blocks=blocks, steps=cell.steps)

@@ -76,7 +76,7 @@ def test_paths_are_relative_to_the_toml_file(files, monkeypatch):
     (files / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     spec = read_spec("../spec.toml")
-    assert spec.cases[0].picture.size == (20, 10) and spec.model == "../mine"
+    assert spec.cases[0].pictures[0].size == (20, 10) and spec.model == "../mine"
 
 
 @pytest.mark.usefixtures("files")
@@ -98,16 +98,79 @@ def test_mini_pictures_are_held_out_scenes_with_one_right_answer():
     for case in cases:
         assert held_out(case.scene) and case.request.action in DETERMINED
         outcome(Random(0), case.scene, case.request)
-        assert ImageChops.difference(case.picture, draw(case.scene)).getbbox() is None
+        assert ImageChops.difference(case.pictures[0], draw(case.scene)).getbbox() is None
     again = read_spec({"pictures": ["mini:5"]}).cases[0]
     assert (again.scene, again.request, again.prompt) == (
         cases[5].scene, cases[5].request, cases[5].prompt,
     )  # fmt: skip
 
 
+def test_a_base_of_switches_and_combinations_that_cannot_be():
+    spec = read_spec(
+        {
+            **ONE,
+            "num_inference_steps": 3,
+            "switches": {"seen": {"size": [32, 32]}},
+            "grid": {
+                "references.latents": ["concatenated", "left_out"],
+                "references.sigma": [0.0, 0.5],
+                "guidance.norm": ["reference", "none"],
+                "guidance.rescale": [0.0, 0.7],
+                "guidance_scale": [1, 4],
+            },
+        }
+    )
+    assert spec.cells[0].steps == 3 and spec.cells[0].switches.flat() == {"seen.size": [32, 32]}
+    # left_out with sigma 0.5 cannot be, nor the reference's norm with rescaling: 3 of 4 pairs, and 3 of 4.
+    assert len(spec.cells) == 3 * 3 * 2 and spec.impossible == 32 - 18
+    unguided = [cell for cell in spec.cells if cell.true_cfg_scale == 1]
+    assert len(unguided) == 9 and len({str(cell.settings) for cell in unguided}) == 3
+    assert {str(cell.values["guidance.norm"]) for cell in unguided} == {"reference", "none"}
+
+
+def test_several_pictures_and_pictures_as_values(files):
+    Image.new("RGB", (20, 10), "red").save(files / "a.png")
+    Image.new("RGB", (10, 20), "blue").save(files / "b.png")
+    spec = read_spec(
+        {
+            "pictures": [[str(files / "a.png"), str(files / "b.png")]],
+            "prompts": ["x"],
+            "grid": {
+                "references.latents": ["concatenated", "other"],
+                "references.picture": [str(files / "a.png")],
+            },
+        }
+    )
+    (case,) = spec.cases
+    assert case.name.endswith("a.png + " + str(files / "b.png")) and len(case.image) == 2
+    assert case.shown.size == (25, 10)
+    plain, changed = spec.cells
+    assert plain.switches.flat() == {} and plain.values["references.picture"].endswith("a.png")
+    assert changed.settings["switches"]["references.picture"].startswith("sha256")
+
+
 FAULTS = [
     ({"attention": 1}, "attention is 1, wanted true or false"),
     ({"deterministc": True}, "did you mean deterministic"),
+    (
+        {**ONE, "switches": {"seen.siz": [8, 8]}},
+        "switches: no switch is called 'seen.siz'; did you mean seen.size",
+    ),
+    ({**ONE, "switches": {"seen.size": [0, 8]}}, "seen.size is"),
+    ({**ONE, "grid": {"seeds": [0, 1]}}, "grid: seeds is not to be varied"),
+    ({**ONE, "grid": {"guidance_scal": [0, 1]}}, "did you mean"),
+    ({**ONE, "grid": {"references.latents": ["left_out"], "references.sigma": [0.5]}}, "has no effect where"),
+    ({**ONE, "grid": {"references.latents": ["other"], "references.picture": ["x.png"]}}, "no such picture"),
+    (
+        {**ONE, "grid": {f"references.{x}": [[0, i] for i in range(200)] for x in ("steps", "blocks")}},
+        "40000 comb",
+    ),
+    (
+        {**ONE, "switches": {"seen.other": "cat.png"}},
+        "seen.other is given, but seen.picture is never 'other'",
+    ),
+    ({"pictures": [["mini:0", "mini:1"]]}, "wanted a mini: picture alone"),
+    ({"pictures": [[]]}, "pictures is"),
     ({"picture": ["mini:0"]}, "there is no 'picture'; did you mean pictures"),
     ({**ONE, "true_cfg_scal": 4}, "there is no 'true_cfg_scal'; did you mean true_cfg_scale"),
     ({}, r"pictures is \[\], wanted a list of at least one text"),
@@ -129,7 +192,7 @@ FAULTS = [
     ({**ONE, "steps": 0}, "steps is 0, wanted a whole number of at least 1"),
     ({**ONE, "true_cfg_scale": float("nan")}, "true_cfg_scale is nan, wanted a finite number"),
     ({**ONE, "negative_prompt": 1}, "negative_prompt is 1, wanted a text"),
-    ({**ONE, "grid": [1]}, r"grid is \[1\], wanted a table of lists"),
+    ({**ONE, "grid": [1]}, r"grid is \[1\], wanted a table"),
     ({**ONE, "grid": {"steps": 5}}, "grid: steps is 5, wanted a list of values"),
     ({**ONE, "grid": {"steps": []}}, r"grid: steps is \[\], wanted a list of values"),
     ({**ONE, "grid": {"steps": [5, 5]}}, r"grid: steps is \[5, 5\], wanted each value once"),

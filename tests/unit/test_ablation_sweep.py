@@ -319,13 +319,65 @@ def test_attention_is_mapped_once_for_each_cell(tmp_path, pipe, monkeypatch):
         torch.no_grad(),
         taps(pipe.mmdit, {"blocks.4.attn.probs": lambda p, site: seen.append((site.labels, p))}),
     ):
-        conditioning = pipe.condition(case.picture, case.prompt)
+        conditioning = pipe.condition(case.pictures[0], case.prompt)
         noise = torch.Generator().manual_seed(0)
         list(pipe.steps(conditioning, num_inference_steps=2, generator=noise))
     probs = [p for labels, p in seen if labels["branch"] == "cond"][1]
     length = conditioning.prompt.embeds.shape[1]
     wanted = float(probs[0, :, length : length + 16, length + 16 :].sum(-1).mean())
     assert mapped[0, 0, 0]["references"][4][1] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_asking_for_maps_and_stopping_loses_nothing(tmp_path, monkeypatch):
+    spec = {**SMALL, "grid": {"references.latents": ["concatenated", "left_out"]}}
+    run(spec, tmp_path)
+    before = lines(tmp_path)
+    monkeypatch.setattr(module, "load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run({**spec, "attention": True}, tmp_path)
+    assert lines(tmp_path) == before
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    with module._only_one(tmp_path):
+        with pytest.raises(ValueError, match="another sweep runs in"):
+            run(SMALL, tmp_path)
+    run(SMALL, tmp_path)
+
+
+def test_a_picture_that_is_cut_off_is_made_again(tmp_path, monkeypatch):
+    swept = run(SMALL, tmp_path)
+    path = tmp_path / swept.records[0, 0, 1]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with edits_counted(monkeypatch) as calls:
+        run(SMALL, tmp_path)
+    assert len(calls) == 1 and path.read_bytes() == whole
+
+
+def test_unguided_runs_that_differ_in_guidance_alone_are_run_once(tmp_path, monkeypatch):
+    spec = {**SMALL, "grid": {"guidance.norm": ["reference", "none"], "true_cfg_scale": [1, 2]}}
+    with edits_counted(monkeypatch) as calls:
+        swept = run(spec, tmp_path)
+    assert len(swept.spec.cells) == 5 and len(calls) == 4  # unablated at 4; 2 of each norm; 1 of both
+
+
+def test_an_edit_of_several_pictures(tmp_path):
+    folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "plus")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "QwenImageEditPlusPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    Image.open(mini.EXAMPLE).rotate(90).save(tmp_path / "turned.png")
+    spec = {
+        "model": str(folder),
+        "pictures": [[str(mini.EXAMPLE), str(tmp_path / "turned.png")]],
+        "prompts": [PROMPT],
+        "steps": 1,
+        "grid": {"references.order": [[0, 1], [1, 0]]},
+    }
+    swept = run(spec, tmp_path / "out")
+    assert not swept.failed and swept.records[0, 0, 2]["metrics"]["psnr"] < 99.9
+    assert swept.records[0, 0, 1]["metrics"]["psnr"] > 99.9  # the order that it has
 
 
 def test_a_deterministic_sweep_says_so_and_is_another_one(tmp_path):
@@ -397,6 +449,29 @@ def test_specs_that_do_not_fit_the_model(tmp_path):
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         run(SMALL, tmp_path / "out", dtype="int8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ({"references.steps": [[0, 30]]}, "there are 1"),
+        ({"references.blocks": [[0, 30]]}, "there are 6"),
+        ({"references.order": [[1, 0]]}, r"rows have \[1\] pictures"),
+        ({"time.sigmas": [[1.0, 0.5]]}, "got 2 sigmas for 1 steps"),
+    ],
+)
+def test_switches_that_do_not_fit_the_model_or_the_run(tmp_path, grid, message):
+    with pytest.raises(ValueError, match=message):
+        run({**SMALL, "grid": grid}, tmp_path)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize("name", ["report.html", "results.jsonl", "grid.png"])
+def test_a_folder_in_a_files_place(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="it is a folder"):
+        run(SMALL, tmp_path)
 
 
 @pytest.mark.usefixtures("no_loading")
