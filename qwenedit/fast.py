@@ -15,7 +15,9 @@ they are close. Here, and here only, blocks are reached into: their layers are c
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,7 +45,9 @@ from qwenedit.mmdit import (
 )
 from qwenedit.taps import is_tapped
 
-__all__ = ["FastRun", "FastStep", "compile_blocks", "possible"]
+__all__ = [
+    "FastRun", "FastStep", "compile_blocks", "possible", "require_compiler", "uncompiled_if_changed",
+]  # fmt: skip
 
 # What this file knows to compute, with the forward that it computes.
 _KNOWN: dict[type[nn.Module], Callable[..., Any]] = {
@@ -202,6 +206,8 @@ class FastStep:
         kept = run.kept(references, prompt)
         txt, length = kept.txt, target.shape[1]
         img = torch.cat([mmdit.img_in(target), *kept.references], dim=1)
+        if (tokens := sum(math.prod(grid) for grid in grids)) != img.shape[1]:
+            raise ValueError(f"grids {list(grids)} hold {tokens} tokens, but img has {img.shape[1]}")
         turn = run.turn(grids, txt.shape[1], img.device)
         key_mask = None if prompt.mask is None else joint_key_mask(prompt.mask, img.shape[1])
         mods = self._mods.get(target.shape[0])
@@ -310,9 +316,8 @@ def _turned(x: Tensor, norms: tuple[RMSNorm, RMSNorm], txt_length: int, turn: Tu
     """Queries or keys (B, N, D), `txt_length` of the text first, -> QK-norm -> RoPE -> (B, N, H, K)."""
     x = x.unflatten(-1, (heads, -1))
     txt_weight, img_weight = norms[0].weight, norms[1].weight
-    weight = torch.cat([txt_weight.expand(txt_length, -1), img_weight.expand(x.shape[1] - txt_length, -1)])[
-        :, None
-    ]
+    img_length = x.shape[1] - txt_length
+    weight = torch.cat([txt_weight.expand(txt_length, -1), img_weight.expand(img_length, -1)])[:, None]
     mean_square = x.float().pow(2).mean(-1, keepdim=True)
     x = (x * torch.rsqrt(mean_square + 1e-6)).to(weight.dtype) * weight
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -333,25 +338,40 @@ def _clipped(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-def compile_blocks(mmdit: MMDiT) -> None:
-    """Compile the blocks, in both forms: one block, on its first run, and with that all the others.
-
-    The numbers of tokens may change without another compilation. Under taps, blocks run as if they were not
-    compiled.
-
-    Raises:
-        ValueError: there is no C++ compiler, which torch's compiler needs.
-    """
+def require_compiler() -> None:
+    """Raise a ValueError where there is no C++ compiler: torch's own compiler needs one."""
     from torch._inductor import cpp_builder
 
     try:
         cpp_builder.get_cpp_compiler()
-    except Exception as error:
+    except Exception as error:  # of a kind that depends on the platform
         raise ValueError(
-            f"compile=True needs a C++ compiler, such as g++ or clang++, and none is found: {error}"
+            f"compile=True needs a C++ compiler, such as g++ or clang++, and none was found: {error}"
         ) from error
+
+
+def compile_blocks(mmdit: MMDiT) -> None:
+    """Compile the blocks, in both forms: one block, on its first run, and with that all the others.
+
+    Last bits differ from those of the uncompiled blocks. The numbers of tokens may change without another
+    compilation. Taps, hooks and modules that are put in work: the blocks run uncompiled meanwhile.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+    require_compiler()
     for block in mmdit.blocks:
         block.compile(fullgraph=True, dynamic=True)
+
+
+def uncompiled_if_changed(mmdit: nn.Module) -> AbstractContextManager[None]:
+    """Run uncompiled in the `with` block, if there are hooks of torch's or foreign modules: what was compiled
+    before knows nothing of them.
+    """
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in mmdit.modules())
+    if hooked or not _all_known(mmdit):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.conditioning import Conditioning, Prompt, RowGroup
-from qwenedit.fast import FastRun, FastStep
+from qwenedit.fast import FastRun, FastStep, uncompiled_if_changed
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
@@ -268,7 +268,8 @@ def _velocity(
         if fast is not None:
             return fast.velocity(own, group.references, prompt, group.grids)
         img = own if group.references is None else torch.cat([own, group.references], dim=1)
-        velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
+        with uncompiled_if_changed(mmdit):
+            velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
     return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
 
 
