@@ -21,7 +21,8 @@ CONFIG = MMDiTConfig(
     joint_attention_dim=10, guidance_embeds=False, axes_dims_rope=(4, 8, 12),
 )  # fmt: skip
 ONE, TWO = ((1, 2, 2),), ((1, 3, 2), (1, 1, 4))
-# Where matrices have other numbers of rows in the two forms, their kernels may round differently.
+# Where matrices have other numbers of rows in the two forms, their kernels may round differently: seen were
+# 8e-7 (a target of one token) and 1.3e-15; in bfloat16 nothing.
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 DTYPES = list(CLOSE)
 
@@ -125,8 +126,9 @@ def test_what_has_the_same_shapes_is_equal_bit_by_bit(zero_cond_t, dtype):
     assert torch.equal(kept.txt, seen["txt_in"])
     assert_close(kept.references[0], seen["img_in"][:, 6:], CLOSE[dtype])
     turn = run.turn(group.grids, 7, img.device)
-    joint = torch.cat([seen["rope.txt"], seen["rope.img"]])
-    assert torch.equal(torch.stack([turn.cos, turn.sin], -1)[:, 0], joint)
+    cos, sin = torch.cat([seen["rope.txt"], seen["rope.img"]]).unbind(-1)
+    assert torch.equal(turn.cos[:, 0, ::2], cos) and torch.equal(turn.cos[:, 0, 1::2], cos)
+    assert torch.equal(turn.sin[:, 0, ::2], -sin) and torch.equal(turn.sin[:, 0, 1::2], sin)
     mods = modulation(model, timestep.expand(2), img)
     for number, of_block in enumerate(mods.blocks):
         img_mod, txt_mod = seen[f"blocks.{number}.img_mod"], seen[f"blocks.{number}.txt_mod"]
