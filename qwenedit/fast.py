@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ _KNOWN: dict[type[nn.Module], Callable[..., Any]] = {
 }  # fmt: skip
 
 
+_COMPILED: weakref.WeakSet[Any] = weakref.WeakSet()  # the calls that `compile_blocks` made
+
+
 def possible(mmdit: nn.Module) -> bool:
     """Would nobody notice? Not where there are gradients, autocast, checkpointing, taps, hooks, a trace of
     operations, or other modules than the transformer's own and LoRA's layers.
@@ -73,16 +77,19 @@ def possible(mmdit: nn.Module) -> bool:
         and not _has_any_global_hook()
         and type(mmdit) is MMDiT
         and not mmdit.checkpointing
-        and mmdit._compiled_call_impl is None  # compiled as a whole
         and _all_known(mmdit)
         and not is_tapped(mmdit)
     )
 
 
 def _all_known(module: nn.Module) -> bool:
-    """Is every module of a kind in `_KNOWN`, and its forward the one that is meant there?"""
-    kind = type(module)
+    """Is every module of a kind in `_KNOWN`, its forward the one that is meant there, and not compiled in
+    another way than that of `compile_blocks`?
+    """
+    kind, compiled = type(module), module._compiled_call_impl
     if _KNOWN.get(kind) is not kind.forward or "forward" in module.__dict__:
+        return False
+    if compiled is not None and compiled not in _COMPILED:
         return False
     return all(_all_known(child) for child in module._modules.values() if child is not None)
 
@@ -368,15 +375,17 @@ def compile_blocks(mmdit: MMDiT) -> None:
     require_compiler()
     for block in mmdit.blocks:
         block.compile(fullgraph=True, dynamic=True)
+        _COMPILED.add(block._compiled_call_impl)
 
 
 def uncompiled_if_changed(mmdit: nn.Module) -> AbstractContextManager[None]:
-    """Run uncompiled in the `with` block, if there are hooks of torch's or foreign modules: what was compiled
-    before knows nothing of them.
+    """Run uncompiled in the `with` block, if a block was compiled that now has hooks of torch's or foreign
+    modules: what was compiled before knows nothing of them.
     """
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in mmdit.modules())
-    if hooked or not _all_known(mmdit):
-        return torch.compiler.set_stance("force_eager")
+    compiled = [module for module in mmdit.modules() if module._compiled_call_impl in _COMPILED]
+    for module in (part for block in compiled for part in block.modules()):
+        if type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
+            return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 

@@ -242,9 +242,12 @@ def test_what_is_put_in_runs(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_transformer_that_was_compiled_as_a_whole_stays_so():
+def test_what_others_have_compiled_is_what_runs():
     model = network()
     assert fast.possible(model)
+    model.blocks[1].compile(backend="eager")  # by others than compile_blocks, and with their options
+    assert not fast.possible(model)
+    model = network()
     model.compile(backend="eager")
     assert not fast.possible(model)
 
