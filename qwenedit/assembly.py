@@ -10,6 +10,7 @@ import torch
 
 from qwenedit import mini
 from qwenedit.checkpoints import read_areas, read_variant, resolve
+from qwenedit.fast import compile_blocks, require_compiler
 from qwenedit.inputs import device_of, dtype_of, warn_of_float16
 from qwenedit.loading import check_together, load_networks, load_scheduler
 from qwenedit.pipeline import QwenImageEdit
@@ -28,6 +29,7 @@ def load(
     vae: str | os.PathLike[str] | None = None,
     text_encoder: bool | str | os.PathLike[str] = True,
     progress: bool = True,
+    compile: bool = False,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -44,12 +46,17 @@ def load(
         text_encoder: likewise a file; False leaves out the text encoder (16.6 GB in the official
             checkpoints), for runs from a saved `Conditioning`.
         progress: progress bars on stderr, if that is a terminal.
+        compile: compile the transformer's blocks with torch.compile, on their first run: one for all, and for
+            any size. Last bits differ; under taps and hooks the blocks run uncompiled, as they are written.
 
     Raises:
-        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit.
+        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
+            `compile`, no C++ compiler.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
+    if compile:
+        require_compiler()
     folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
@@ -72,6 +79,8 @@ def load(
         areas=areas,
     )
     pipe.progress = progress
+    if compile:
+        compile_blocks(pipe.mmdit)
     return pipe
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.conditioning import Conditioning, Prompt, RowGroup
+from qwenedit.fast import FastRun, FastStep, uncompiled_if_changed
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
@@ -182,6 +183,9 @@ def predictor(
     matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
     run, and at 1 it is that run, bit by bit.
 
+    Where nobody looks inside, the transformer runs in the form of `fast`, which may differ from
+    `MMDiT.forward` in last bits.
+
     Raises:
         ValueError: `guided` without a negative prompt, a conditioning of another model's widths, or a
             micro_batch that is no positive number.
@@ -195,15 +199,20 @@ def predictor(
     groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
-    def branch(name: str, latents: Tensor, timestep: Tensor) -> Tensor:
-        parts = [_velocity(mmdit, group, name, latents, timestep) for group in groups]
+    fast_run = FastRun(mmdit)
+
+    def branch(name: str, latents: Tensor, timestep: Tensor, fast: FastStep | None) -> Tensor:
+        parts = [_velocity(mmdit, fast, group, name, latents, timestep) for group in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
 
     def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
         # The reference scales to 1000 and back around the cast to the latents' dtype, where bfloat16 rounds.
         timestep = (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
-        cond = branch("cond", latents, timestep)
-        return cond, branch("uncond", latents, timestep) if guided else None
+        fast = fast_run.step(timestep)
+        cond = branch("cond", latents, timestep, fast)
+        uncond = branch("uncond", latents, timestep, fast) if guided else None
+        _require_finite_predictions(cond, uncond)
+        return cond, uncond
 
     return predict
 
@@ -248,20 +257,32 @@ def _require_widths(conditioning: Conditioning, mmdit: MMDiT) -> None:
                 raise ValueError(f"{what} are {x.shape[-1]} wide, wanted {wanted}: is it another model's?")
 
 
-def _velocity(mmdit: MMDiT, group: RowGroup, branch: str, latents: Tensor, timestep: Tensor) -> Tensor:
+def _velocity(
+    mmdit: MMDiT, fast: FastStep | None, group: RowGroup, branch: str, latents: Tensor, timestep: Tensor
+) -> Tensor:
     prompt = group.prompt if branch == "cond" else group.negative
     assert prompt is not None
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
-    img = own if group.references is None else torch.cat([own, group.references], dim=1)
     layout = Layout(prompt.embeds.shape[1], group.grids)
     with scope(branch=branch, layout=layout, rows=group.rows):
-        velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
-    target = velocity[:, layout.target]  # the prediction for the reference tokens is dropped
+        if fast is not None:
+            return fast.velocity(own, group.references, prompt, group.grids)
+        img = own if group.references is None else torch.cat([own, group.references], dim=1)
+        with uncompiled_if_changed(mmdit):
+            velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
+    return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
+
+
+def _require_finite_predictions(cond: Tensor, uncond: Tensor | None) -> None:
+    # One look at both: on an accelerator each look waits for all that was asked for so far.
+    if torch.isfinite(cond if uncond is None else torch.cat([cond, uncond])).all():
+        return
     labels = current_labels()
     where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
-    require_finite(
-        target,
-        f"transformer: the {branch} velocity at {where}",
-        "look for it in the weights and the conditioning, or, in float16, for an overflow",
-    )
-    return target
+    for branch, velocity in (("cond", cond), ("uncond", uncond)):
+        if velocity is not None:
+            require_finite(
+                velocity,
+                f"transformer: the {branch} velocity at {where}",
+                "look for it in the weights and the conditioning, or, in float16, for an overflow",
+            )
