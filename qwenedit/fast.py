@@ -71,11 +71,11 @@ def possible(mmdit: nn.Module) -> bool:
     operations, or other modules than the transformer's own and LoRA's layers.
     """
     return (
-        not torch.is_grad_enabled()
+        type(mmdit) is MMDiT
+        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(next(mmdit.parameters()).device.type)
         and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and not _has_any_global_hook()
-        and type(mmdit) is MMDiT
         and not mmdit.checkpointing
         and _all_known(mmdit)
         and not is_tapped(mmdit)
@@ -137,6 +137,7 @@ class Kept:
 
     txt: Tensor  # B T D
     references: list[Tensor]  # B R D, or nothing
+    key_mask: Tensor | None  # B 1 1 J
     made_of: list[Tensor]
     state: tuple[Any, ...] | None  # None: nobody could tell whether these changed
 
@@ -157,15 +158,18 @@ class FastRun:
         """The step at a timestep (a scalar tensor, in the latents' dtype); None: `MMDiT.forward` must run."""
         return FastStep(self, timestep) if possible(self.mmdit) else None
 
-    def kept(self, references: Tensor | None, prompt: Prompt) -> Kept:
+    def kept(self, references: Tensor | None, prompt: Prompt, img_length: int) -> Kept:
+        """`img_length` is the number of the target's and the references' tokens."""
         mmdit = self.mmdit
-        inputs = [prompt.embeds] if references is None else [prompt.embeds, references]
-        made_of, state = _state((mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), inputs)
+        inputs = [x for x in (prompt.embeds, prompt.mask, references) if x is not None]
+        made_of, state = _state((mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), inputs, img_length)
         kept = self._kept.get(prompt)
         if kept is None or state is None or kept.state != state:
             # A clone: as views, the first block's inputs would be compiled apart from the others'.
             txt = mmdit.txt_in(mmdit.txt_norm(prompt.embeds)).clone()
-            kept = Kept(txt, [mmdit.img_in(x) for x in inputs[1:]], made_of, state)
+            img = [] if references is None else [mmdit.img_in(references)]
+            key_mask = None if prompt.mask is None else joint_key_mask(prompt.mask, img_length)
+            kept = Kept(txt, img, key_mask, made_of, state)
             self._kept[prompt] = kept
         return kept
 
@@ -179,10 +183,10 @@ class FastRun:
 
 
 def _state(
-    modules: Sequence[nn.Module], inputs: Sequence[Tensor]
+    modules: Sequence[nn.Module], inputs: Sequence[Tensor], img_length: int
 ) -> tuple[list[Tensor], tuple[Any, ...] | None]:
-    """The tensors that modules and inputs hold, and a value that is another one when they change; None where
-    they are of a kind that does not say.
+    """The tensors that modules and inputs hold, and a value that is another one when they or the length
+    change; None where they are of a kind that does not say.
     """
     parts = [part for module in modules for part in module.modules()]
     tensors = [*inputs]
@@ -195,6 +199,7 @@ def _state(
     return tensors, (
         *((id(x), x._version, x.data_ptr(), x.shape, x.dtype, x.device) for x in tensors),
         *scales,
+        img_length,
     )
 
 
@@ -215,13 +220,14 @@ class FastStep:
     ) -> Tensor:
         """The velocity (B, S, C) of the target's tokens (B, S, C); `references` are (B, R, C)."""
         run, mmdit = self._run, self._run.mmdit
-        kept = run.kept(references, prompt)
-        txt, length = kept.txt, target.shape[1]
+        length = target.shape[1]
+        tokens = length if references is None else length + references.shape[1]
+        if (wanted := sum(math.prod(grid) for grid in grids)) != tokens:
+            raise ValueError(f"grids {list(grids)} hold {wanted} tokens, but img has {tokens}")
+        kept = run.kept(references, prompt, tokens)
+        txt, key_mask = kept.txt, kept.key_mask
         img = torch.cat([mmdit.img_in(target), *kept.references], dim=1)
-        if (tokens := sum(math.prod(grid) for grid in grids)) != img.shape[1]:
-            raise ValueError(f"grids {list(grids)} hold {tokens} tokens, but img has {img.shape[1]}")
         turn = run.turn(grids, txt.shape[1], img.device)
-        key_mask = None if prompt.mask is None else joint_key_mask(prompt.mask, img.shape[1])
         mods = self._mods.get(target.shape[0])
         if mods is None:
             mods = self._mods[target.shape[0]] = modulation(mmdit, self._timestep.expand(len(target)), img)

@@ -122,7 +122,7 @@ def test_what_has_the_same_shapes_is_equal_bit_by_bit(zero_cond_t, dtype):
         handle.remove()
 
     run = FastRun(model)
-    kept = run.kept(group.references, group.prompt)
+    kept = run.kept(group.references, group.prompt, 10)
     assert torch.equal(kept.txt, seen["txt_in"])
     assert_close(kept.references[0], seen["img_in"][:, 6:], CLOSE[dtype])
     turn = run.turn(group.grids, 7, img.device)
@@ -324,22 +324,27 @@ def test_a_loras_scale_counts_from_the_next_step_on():
 
 @torch.no_grad()
 def test_what_is_kept_is_made_once_and_again_when_an_input_changes():
-    model, whole = network(), conditioning()
+    model, whole = network(), conditioning((ONE, ONE), padded=True)
     (group,) = whole.groups()
     run = FastRun(model)
-    first = run.kept(group.references, group.prompt)
-    assert run.kept(group.references, group.prompt) is first
+    first = run.kept(group.references, group.prompt, 10)
+    assert run.kept(group.references, group.prompt, 10) is first
     group.prompt.embeds.add_(1)
-    second = run.kept(group.references, group.prompt)
+    second = run.kept(group.references, group.prompt, 10)
     assert second is not first and not torch.equal(second.txt, first.txt)
     group.references.add_(1)
-    third = run.kept(group.references, group.prompt)
+    third = run.kept(group.references, group.prompt, 10)
     assert third is not second and not torch.equal(third.references[0], second.references[0])
-    assert run.kept(group.references, group.prompt) is third
+    assert run.kept(group.references, group.prompt, 10) is third
+    assert torch.equal(third.key_mask, mmdit.joint_key_mask(group.prompt.mask, 10))
+    group.prompt.mask[0, -1] = False
+    fourth = run.kept(group.references, group.prompt, 10)
+    assert torch.equal(fourth.key_mask, mmdit.joint_key_mask(group.prompt.mask, 10))
+    assert run.kept(group.references, group.prompt, 11).key_mask.shape[-1] == 18
     assert run.turn(group.grids, 7, torch.device("cpu")) is run.turn(group.grids, 7, torch.device("cpu"))
     with torch.inference_mode():  # tensors of this mode do not say when they change
         prompt = Prompt(group.prompt.embeds.clone())
-    assert run.kept(group.references, prompt) is not run.kept(group.references, prompt)
+    assert run.kept(group.references, prompt, 10) is not run.kept(group.references, prompt, 10)
 
 
 @torch.no_grad()
