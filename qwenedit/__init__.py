@@ -10,12 +10,12 @@ result.images[0].save("out.png")
 __version__ = "0.1.0"
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
     # torch says so where numpy is not installed, and nothing here needs numpy
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
-    from qwenedit.ablation.sweep import ablate
     from qwenedit.assembly import load
     from qwenedit.attention_maps import AttentionMaps, attention_map
     from qwenedit.conditioning import Conditioning
@@ -26,9 +26,21 @@ with warnings.catch_warnings():
     from qwenedit.taps import scope, swapped, tap_names, taps, trace_ops
     from qwenedit.training import TrainingBatch, flow_matching_loss
 
+if TYPE_CHECKING:
+    from qwenedit.ablation.sweep import ablate
+
 __all__ = [
     "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder", "References", "Result", "Seen",
     "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
     "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope", "share_from", "swapped",
     "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`ablate` brings the report and the embedded model's world: only who asks for it pays for them."""
+    if name == "ablate":
+        from qwenedit.ablation.sweep import ablate
+
+        return ablate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

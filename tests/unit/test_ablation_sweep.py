@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,18 @@ def swept(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe():
     return qwenedit.load(device="cpu", progress=False)
+
+
+def test_only_who_asks_for_sweeps_imports_them():
+    code = """
+import sys, qwenedit
+assert not [name for name in sys.modules if name.startswith(("qwenedit.ablation.sweep", "qwenedit.mini."))]
+assert qwenedit.ablate is sys.modules["qwenedit.ablation.sweep"].ablate
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert qwenedit.ablate is ablate
+    with pytest.raises(AttributeError, match="has no attribute 'ablte'"):
+        _ = qwenedit.ablte
 
 
 def test_every_picture_is_that_of_a_single_edit(swept, pipe):
