@@ -300,15 +300,14 @@ def _load(
     from qwenedit.checkpoints import read_areas, read_variant, resolve
     from qwenedit.inputs import guidance_of, rows_of
     from qwenedit.loading import load_scheduler, network_config
-    from qwenedit.presets import PRESET, PRESETS, preset_of
+    from qwenedit.presets import PRESETS, preset_of
 
     folder = mini.CHECKPOINT
     if options.model is not None:
         folder = resolve(options.model, options.revision, progress=not options.quiet)
     variant = read_variant(folder)
     preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
-    negative = PRESET if options.negative_prompt is None else options.negative_prompt
-    run = preset.sampling(options.steps, options.true_cfg_scale, negative, switches)
+    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
     areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns

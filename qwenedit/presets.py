@@ -1,7 +1,5 @@
-"""How each member of the family is meant to be sampled: what a run takes where its caller says nothing.
-
-    pipe.preset                                  # the checkpoint's own, recognised on loading
-    pipe.preset = PRESETS["lightning-4"]         # for a distilled LoRA
+"""How each member of the family is meant to be sampled: what the command line takes where its user says
+nothing, and `qwenedit info` shows. In Python the defaults are those of the reference pipelines.
 
 Sources: the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
 defaults of the reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in
@@ -10,12 +8,9 @@ ModelTC/Qwen-Image-Lightning.
 
 from __future__ import annotations
 
-import enum
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from qwenedit import mini
 from qwenedit.ablation.switches import Switches, Time
@@ -23,21 +18,8 @@ from qwenedit.checkpoints import find_local, is_local
 from qwenedit.files import read_json
 
 __all__ = [
-    "LIGHTNING", "PRESET", "PRESETS", "Given", "Negative", "Preset", "Sampling", "find_preset", "preset_of",
+    "LIGHTNING", "PRESETS", "Preset", "Sampling", "find_preset", "preset_of",
 ]  # fmt: skip
-
-
-class Given(enum.Enum):
-    """What stands for a negative prompt that nobody gave; None is an answer: no guidance."""
-
-    PRESET = "the preset's"
-
-    def __repr__(self) -> str:
-        return "PRESET"
-
-
-PRESET = Given.PRESET
-Negative = str | Sequence[str] | Literal[Given.PRESET] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +28,7 @@ class Sampling:
 
     num_inference_steps: int
     true_cfg_scale: float
-    negative_prompt: str | Sequence[str] | None
-    switches: Switches
+    negative_prompt: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +37,10 @@ class Preset:
 
     Attributes:
         name: of the checkpoint, as on the hub, or "lightning-4", "lightning-8".
-        num_inference_steps, true_cfg_scale, negative_prompt: what `edit` and `generate` take by default.
+        num_inference_steps, true_cfg_scale, negative_prompt: of `edit` and `generate`.
         sizes: (width, height) that the model card names for text to picture; of edits the size follows from
             the picture.
-        switches: those that a run takes if it is given none.
+        switches: those that a run takes, beneath those that it is given.
     """
 
     name: str
@@ -73,21 +54,18 @@ class Preset:
         self,
         num_inference_steps: int | None = None,
         true_cfg_scale: float | None = None,
-        negative_prompt: Negative = PRESET,
-        switches: Switches | None = None,
+        negative_prompt: str | None = None,
     ) -> Sampling:
         """What is given, completed by what is recommended; an unguided run needs no negative prompt."""
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
-        if negative_prompt is PRESET:
-            guided = not isinstance(scale, (int, float)) or not scale <= 1  # what is no number fails later
-            negative_prompt = self.negative_prompt if guided else None
+        if negative_prompt is None and scale > 1:
+            negative_prompt = self.negative_prompt
         return Sampling(
             num_inference_steps=(
                 self.num_inference_steps if num_inference_steps is None else num_inference_steps
             ),
             true_cfg_scale=scale,
             negative_prompt=negative_prompt,
-            switches=self.switches if switches is None else switches,
         )
 
     def __str__(self) -> str:
