@@ -33,28 +33,7 @@ from qwenedit.training import velocity_error, weighted_mean
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
-__all__ = ["Grounding", "flow_matching_loss", "train_edit"]
-
-
-def flow_matching_loss(
-    mmdit: MMDiT,
-    clean: Tensor,
-    references: Tensor | None,
-    txt: Tensor,
-    txt_mask: Tensor | None,
-    sigma: Tensor,
-    noise: Tensor,
-    grids: tuple[Grid, ...],
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Mean squared error of the predicted velocity over the target's tokens, which `weight` (B, S) weighs.
-
-    The other arguments are those of `velocity_error`. The reference latents are detached: no gradient reaches
-    them or what encoded them.
-    """
-    references = None if references is None else references.detach()
-    error = velocity_error(mmdit, clean, references, txt, txt_mask, sigma, noise, grids)
-    return weighted_mean(error, weight)
+__all__ = ["Grounding", "Student", "train_edit"]
 
 
 class Grounding(nn.Module):
@@ -118,18 +97,19 @@ class Student(nn.Module):
         last = txt[torch.arange(count), real.sum(dim=1) - 1]
         grounding = self.grounding(txt[:, 1 : 1 + CELLS**2], last, pairs)
         grid: Grid = (1, CELLS, CELLS)
-        flow = flow_matching_loss(
+        # Detached: no gradient reaches the reference latents or what encoded them.
+        references = pairs["before"].detach().to(txt.dtype).repeat(DRAWS, 1, 1)
+        error = velocity_error(
             self.mmdit,
             pairs["after"].to(txt.dtype).repeat(DRAWS, 1, 1),
-            pairs["before"].to(txt.dtype).repeat(DRAWS, 1, 1) if batch.with_reference else None,
+            references if batch.with_reference else None,
             txt.repeat(DRAWS, 1, 1),
             real.repeat(DRAWS, 1),
             batch.sigma,
             batch.noise.to(txt.dtype),
             (grid, grid) if batch.with_reference else (grid,),
-            pairs["weight"].repeat(DRAWS, 1),
         )
-        return flow, grounding
+        return weighted_mean(error, pairs["weight"].repeat(DRAWS, 1)), grounding
 
 
 def networks(tokens: Processor, transformer: MMDiTConfig = TRANSFORMER) -> tuple[VisionLanguage, MMDiT]:

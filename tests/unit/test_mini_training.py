@@ -16,10 +16,10 @@ from qwenedit.mini import train, train_tower
 from qwenedit.mini.build import TRANSFORMER, write_network, write_shared
 from qwenedit.mini.pairs import BLOCK, Pool, World, patches
 from qwenedit.mini.scenes import EXAMPLE, draw
-from qwenedit.mini.train_edit import flow_matching_loss, networks, train_edit
+from qwenedit.mini.train_edit import Student, networks, train_edit
 from qwenedit.mini.train_vae import initialise, measured, pictures, train_vae
 from qwenedit.mini.training import learning_rate
-from qwenedit.mmdit import MMDiT, MMDiTConfig
+from qwenedit.mmdit import MMDiTConfig
 from qwenedit.processor import EDIT, picture_patches
 from qwenedit.vae import VAE, VAEConfig
 from qwenedit.vae_pictures import PictureConv, for_pictures
@@ -192,36 +192,25 @@ def test_the_initialised_vae_takes_a_video_for_pictures_in_a_row():
     assert_close(frames[:, :, 1], frames[:, :, 4], 1e-5)
 
 
-def test_no_gradient_reaches_the_reference_latents():
+def test_no_gradient_reaches_the_reference_latents(model):
+    """They are detached, not ignored."""
+    tokens = train.tokens_of(model)
+    pool = Pool(World(tokens, train.frozen_vae(model), 0), 1)
+    pool.slide(0)
     torch.manual_seed(0)
-    mmdit = MMDiT(SMALL_TRANSFORMER)
-    clean, noise, references = (torch.randn((2, 4, 64), requires_grad=True) for _ in range(3))
-    txt = torch.randn((2, 5, TRANSFORMER.joint_attention_dim), requires_grad=True)
-    grids = ((1, 2, 2), (1, 2, 2))
-    loss = flow_matching_loss(mmdit, clean, references, txt, None, torch.tensor([0.3, 0.9]), noise, grids)
-    loss.backward()
-    assert references.grad is None and txt.grad is not None and txt.grad.abs().max() > 0
-    other = flow_matching_loss(
-        mmdit, clean, references + 1, txt, None, torch.tensor([0.3, 0.9]), noise, grids
-    )
-    assert not torch.equal(loss, other)  # they are detached, not ignored
-
-
-def test_the_loss_of_the_true_velocity_is_zero_and_its_weights_count():
-    clean, noise = torch.randn((2, 4, 64)), torch.randn((2, 4, 64))
-
-    def oracle(*_inputs):
-        return noise - clean
-
-    sigma = torch.tensor([0.2, 0.7])
-    grids = ((1, 2, 2),)
-    assert flow_matching_loss(oracle, clean, None, noise, None, sigma, noise, grids) == 0
-
-    def off(*_inputs):
-        return noise - clean + torch.tensor([1.0, 0.0, 0.0, 0.0])[:, None]
-
-    weight = torch.tensor([[3.0, 1.0, 1.0, 1.0]]).expand(2, -1)
-    assert flow_matching_loss(off, clean, None, noise, None, sigma, noise, grids, weight) == 0.5
+    student = Student(*networks(tokens, SMALL_TRANSFORMER))
+    randomise_(student)
+    losses = []
+    for shift in (0.0, 1.0):
+        batch = next(one for one in (pool.batch(4, seed) for seed in range(9)) if one.with_reference)
+        before = (batch.pairs["before"] + shift).requires_grad_()
+        batch.pairs["before"] = before
+        flow, grounding = student(batch, tokens.drop_index(EDIT))
+        (flow + grounding).backward()
+        assert before.grad is None
+        losses.append(float(flow.detach()))
+    assert losses[0] != losses[1]
+    assert student.vision_language.embed_tokens.weight.grad.abs().max() > 0
 
 
 def test_batches_are_functions_of_their_seed_and_the_pool(model):

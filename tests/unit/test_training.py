@@ -14,10 +14,9 @@ from qwenedit.encoding import encode_pictures
 from qwenedit.inputs import Row
 from qwenedit.inversion import picture_latents
 from qwenedit.latents import Layout
-from qwenedit.mini import train_edit
 from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.taps import taps
-from qwenedit.training import TrainingBatch, flow_matching_loss
+from qwenedit.training import TrainingBatch, flow_matching_loss, velocity_error, weighted_mean
 from tests.support import randomise_
 
 CONFIG = MMDiTConfig(
@@ -81,16 +80,20 @@ def test_the_loss_is_the_mean_over_the_targets_tokens(weighted):
     assert float(flow_matching_loss(pipe, data)) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_the_embedded_models_training_has_the_same_loss():
-    pipe = Pipe()
-    weight = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
-    data = batch(grids=((SMALL,), (SMALL,), (SMALL,)), weight=weight)
-    group = next(data.conditioning.groups())
-    wanted = train_edit.flow_matching_loss(
-        pipe.mmdit, data.latents, group.references, group.prompt.embeds, group.prompt.mask, data.sigma,
-        data.noise, group.grids, weight,
-    )  # fmt: skip
-    assert torch.equal(flow_matching_loss(pipe, data), wanted)
+def test_the_loss_of_the_true_velocity_is_zero_and_its_weights_count():
+    clean, noise = torch.randn((2, 4, 64)), torch.randn((2, 4, 64))
+    wrong = torch.zeros(4)
+
+    def oracle(*_inputs):
+        return noise - clean + wrong[:, None]
+
+    def error():
+        sigma = torch.tensor([0.2, 0.7])
+        return velocity_error(oracle, clean, None, noise, None, sigma, noise, ((1, 2, 2),))
+
+    assert weighted_mean(error(), None) == 0
+    wrong[0] = 1
+    assert weighted_mean(error(), torch.tensor([[3.0, 1.0, 1.0, 1.0]]).expand(2, -1)) == 0.5
 
 
 def test_gradients_reach_the_transformer_and_the_prompt_and_nothing_else():
