@@ -280,10 +280,15 @@ def _ablate(options: argparse.Namespace) -> None:
 
 def _switches(options: argparse.Namespace) -> Switches:
     from qwenedit.ablation import Switches
+    from qwenedit.inputs import open_picture
     from qwenedit.presets import PRESETS
 
     preset = {} if options.preset is None else PRESETS[options.preset].switches.flat()
-    return Switches.from_flat({**preset, **options.switch})
+    flat = {**preset, **options.switch}
+    for name in ("references.picture", "seen.other"):  # read now, before any weight is
+        if isinstance(flat.get(name), str):
+            flat[name] = open_picture(flat[name])
+    return Switches.from_flat(flat)
 
 
 def _load(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwenedit import __version__
 from qwenedit.ablation.pictures import reference_rows, seen_rows
-from qwenedit.ablation.switches import Seen, Switches, VAEPath, own_generator
+from qwenedit.ablation.switches import Switches, VAEPath, own_generator
 from qwenedit.checkpoints import Variant
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.geometry import Size
@@ -57,14 +57,18 @@ def encode_rows(
     """
     prompts = [row.prompt for row in rows]
     negatives = [row.negative for row in rows if row.negative is not None] if guided else None
-    encoder = PromptEncoder(variant, processor, vision_language, max_tokens, share_prefix)
-    at_once = micro_batch or len(rows)
-    prompt, negative = encoder(rows, prompts, negatives, switches.seen, at_once)
+    pictured = reference_rows(rows, switches.references)  # first, so that no network has run if it fails
+    encoder = PromptEncoder(
+        variant, processor, vision_language, max_tokens, share_prefix, negative_sees=switches.seen.negative
+    )
+    prompt, negative = encoder(
+        seen_rows(rows, switches.seen), prompts, negatives, at_once=micro_batch or len(rows)
+    )
     return Conditioning(
         prompt=prompt,
         negative=negative,
         target_grid=rows[0].geometry.grid,
-        reference_latents=encode_pictures(reference_rows(rows, switches.references), vae, switches.vae),
+        reference_latents=encode_pictures(pictured, vae, switches.vae),
         reference_grids=tuple(tuple(plan.grid for plan in row.geometry.pictures) for row in rows),
         provenance={
             "qwenedit": __version__,
@@ -80,7 +84,8 @@ def encode_rows(
 class PromptEncoder:
     """Prompts with their rows' pictures -> embeddings without the template's system part.
 
-    The vision tower runs once for the prompts and the negative prompts, under the label branch="cond".
+    Pictures are prepared and the vision tower runs once for the prompts and the negative prompts, under the
+    label branch="cond"; without `negative_sees` the negative prompts are encoded as in text-to-image.
     """
 
     variant: Variant
@@ -88,14 +93,10 @@ class PromptEncoder:
     vision_language: VisionLanguage
     max_tokens: int
     share_prefix: bool
+    negative_sees: bool
 
     def __call__(
-        self,
-        rows: Sequence[Row],
-        prompts: list[str],
-        negatives: list[str] | None,
-        seen: Seen,
-        at_once: int,
+        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, *, at_once: int
     ) -> tuple[Prompt, Prompt | None]:
         """Encode `at_once` rows at a time."""
         kept: list[Tensor] = []
@@ -103,26 +104,28 @@ class PromptEncoder:
         for start in range(0, len(rows), at_once):
             part = slice(start, start + at_once)
             ours = None if negatives is None else negatives[part]
-            embeds, negative_embeds = self._encode(rows[part], prompts[part], ours, seen)
+            embeds, negative_embeds = self._encode(rows[part], prompts[part], ours)
             kept += embeds
             others += negative_embeds
         return self._prompt(kept, "cond"), self._prompt(others, "uncond") if others else None
 
     def _encode(
-        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, seen: Seen
+        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(T, D) of each prompt, and of each negative prompt."""
-        batch = self._tokens(prompts, seen_rows(rows, seen))
+        resized = None
+        if rows[0].pictures:
+            resized = [[resize_rgb(picture, *plan.vl) for picture, plan in row.planned] for row in rows]
+        batch = self._tokens(prompts, resized)
         with scope(branch="cond"):
             pictures = self._look(batch)
         if negatives is None:
             return self._kept(batch, self._run(batch, pictures, "cond")), []
-        other = self._tokens(negatives, seen_rows(rows, seen, negative=True))
-        if seen.negative and self.share_prefix and not is_tapped(self.vision_language):
+        other = self._tokens(negatives, resized if self.negative_sees else None)
+        if self.negative_sees and self.share_prefix and not is_tapped(self.vision_language):
             hidden = encode_together(self.vision_language, batch, other, pictures)
         else:
-            with scope(branch="uncond"):
-                others = pictures if seen.negative else self._look(other)
+            others = pictures if self.negative_sees else None
             hidden = self._run(batch, pictures, "cond"), self._run(other, others, "uncond")
         return self._kept(batch, hidden[0]), self._kept(other, hidden[1])
 
@@ -130,11 +133,8 @@ class PromptEncoder:
     def device(self) -> torch.device:
         return next(self.vision_language.parameters()).device
 
-    def _tokens(self, prompts: list[str], rows: Sequence[Row]) -> ProcessorOutput:
-        if not rows[0].pictures:
-            return self.processor(prompts, None, TEXT_TO_IMAGE)
-        pictures = [[resize_rgb(picture, *plan.vl) for picture, plan in row.planned] for row in rows]
-        return self.processor(prompts, pictures, self.variant.template)
+    def _tokens(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> ProcessorOutput:
+        return self.processor(prompts, pictures, self.variant.template if pictures else TEXT_TO_IMAGE)
 
     def _look(self, batch: ProcessorOutput) -> Tensor | None:
         if batch.pixel_values is None or batch.image_grid_thw is None:

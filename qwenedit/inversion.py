@@ -21,19 +21,18 @@ in the loop, since what is written into a step is what is used:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from PIL import Image
 from torch import Tensor
 
 from qwenedit import geometry
-from qwenedit.ablation.running import require_encoded, require_fitting, schedule, switched_predictor
+from qwenedit.ablation.running import require_encoded, switched_predictor
 from qwenedit.ablation.switches import Switches
 from qwenedit.conditioning import Conditioning
 from qwenedit.encoding import encode_pictures
 from qwenedit.guidance import TrueCFG
-from qwenedit.inputs import Row, check_count, guidance_of
+from qwenedit.inputs import Row, guidance_of
 from qwenedit.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampler import Predict, Step, predict_at, require_interval
@@ -79,19 +78,14 @@ def invert(
     Raises:
         ValueError: bad input, before any network runs.
     """
-    grid = conditioning.target_grid
-    wanted = (conditioning.batch, math.prod(grid), pipe.mmdit.config.in_channels)
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
-        got = f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
-        raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+    if latents is None:  # of which sampling makes noise
+        raise ValueError("latents are None, wanted a tensor: picture_latents makes those of a picture")
     switches = switches or Switches()
-    check_count("num_inference_steps", num_inference_steps)
     pictures = [len(row) for row in conditioning.reference_grids]
-    require_fitting(
-        switches, pictures=pictures, blocks=pipe.mmdit.config.num_layers, steps=num_inference_steps
+    start, visited = pipe.prepare(
+        conditioning.target_grid, pictures, num_inference_steps, sigmas, None, latents, switches
     )
     require_encoded(switches, conditioning)
-    visited = schedule(pipe.scheduler, switches.time, num_inference_steps, wanted[1], sigmas)
     negative = None if conditioning.negative is None else " "
     guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
     _require_invertible(guidance, iterations, num_inference_steps)
@@ -99,7 +93,7 @@ def invert(
     predict = switched_predictor(
         pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch
     )
-    return inverse_euler(predict, latents.to(pipe.device, pipe.dtype), visited, guidance, iterations)
+    return inverse_euler(predict, start, visited, guidance, iterations)
 
 
 def inverse_euler(

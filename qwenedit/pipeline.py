@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from tqdm import tqdm
 
 from qwenedit import processor
 from qwenedit.ablation import running
-from qwenedit.ablation.running import require_fitting, schedule, switched_predictor
 from qwenedit.ablation.switches import Switches
 from qwenedit.checkpoints import Variant, find_local
 from qwenedit.conditioning import Conditioning
@@ -301,7 +301,7 @@ class QwenImageEdit(Loras):
         """
         switches = switches or Switches()
         pictures = [len(row) for row in conditioning.reference_grids]
-        run = self._prepare(
+        run = self.prepare(
             conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
         )
         running.require_encoded(switches, conditioning)
@@ -370,13 +370,13 @@ class QwenImageEdit(Loras):
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
         switches = switches or Switches()
         grid, pictures = rows[0].geometry.grid, [len(row.pictures) for row in rows] * num_images_per_prompt
-        run = self._prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
+        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
         guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
         conditioning = self._condition(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
         steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
         return self._finish(steps, num_inference_steps, grid, output_type)
 
-    def _prepare(
+    def prepare(
         self,
         grid: Grid,
         pictures: list[int],
@@ -386,15 +386,15 @@ class QwenImageEdit(Loras):
         latents: Tensor | None,
         switches: Switches,
     ) -> tuple[Tensor, list[float]]:
-        """Noise and sigmas for a row each of `pictures` (how many pictures it has): cheap, so bad input shows
-        before any network runs.
+        """Latents to start from and sigmas, for a row each of `pictures` (how many pictures it has): cheap,
+        so that bad input shows before any network runs.
         """
         batch, tokens = len(pictures), grid[1] * grid[2]
         check_count("num_inference_steps", steps)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
-        require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
-        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        running.require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
+        visited = running.schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         channels = self.mmdit.config.out_channels
         if latents is None:
             noise = initial_noise(
@@ -437,15 +437,16 @@ class QwenImageEdit(Loras):
         switches: Switches,
     ) -> Iterator[Step]:
         conditioning = conditioning.to(self.device, self.dtype)
-        predict = switched_predictor(
+        predict = running.switched_predictor(
             self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch
         )
         return euler(predict, *run, guidance)
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
         """Take all steps, under a progress bar, and make the result."""
-        for step in tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True):
-            latents = step.after
+        bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
+        (last,) = deque(bar, maxlen=1)
+        latents = last.after
         require_finite(latents, "sampler: the final latents")
         if output_type == "latent":
             return Result(latents)

@@ -103,17 +103,16 @@ def curves(steps: Iterable[Step]) -> tuple[Tensor, dict[str, Any]]:
     """
     sigma, velocity = [], []
     ratio: dict[str, list[float | None]] = {"mean": [], "min": [], "max": []}
-    after = None
+    step = None
     for step in steps:
         sigma.append(_short(step.sigma))
         velocity.append(_short(step.velocity.float().norm(dim=-1).mean()))
         of_tokens = None if step.norm_ratio is None else step.norm_ratio.float()
         for name, values in ratio.items():
             values.append(None if of_tokens is None else _short(getattr(of_tokens, name)()))
-        after = step.after
-    if after is None:
+    if step is None:
         raise ValueError("there are no steps, wanted at least one")
-    return after, {"sigma": sigma, "velocity": velocity, "norm_ratio": ratio}
+    return step.after, {"sigma": sigma, "velocity": velocity, "norm_ratio": ratio}
 
 
 def _short(value: float | Tensor) -> float:

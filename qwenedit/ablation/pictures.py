@@ -10,22 +10,22 @@ from PIL import Image
 from qwenedit.ablation.switches import AnyPicture, References, Seen
 from qwenedit.inputs import Row, open_picture
 
-__all__ = ["opened", "reference_rows", "seen_rows"]
+__all__ = ["reference_rows", "seen_rows"]
 
 GREY = (128, 128, 128)  # of a blank picture
 
 
-def seen_rows(rows: Sequence[Row], seen: Seen, *, negative: bool = False) -> list[Row]:
-    """The rows as the text encoder is to see them, for the prompts or for the negative prompts.
+def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
+    """The rows as the text encoder is to see them.
 
     Raises:
         ValueError: the other picture cannot be read.
     """
-    if seen.picture == "unseen" or (negative and not seen.negative):
+    if seen.picture == "unseen":
         return [dataclasses.replace(row, pictures=[]) for row in rows]
     if seen.picture == "other":
         assert seen.other is not None
-        rows = _replaced(rows, opened(seen.other))
+        rows = _replaced(rows, _opened(seen.other))
     elif seen.picture == "blank":
         blanks = [[Image.new("RGB", picture.size, GREY) for picture in row.pictures] for row in rows]
         rows = [dataclasses.replace(row, pictures=of_row) for row, of_row in zip(rows, blanks, strict=True)]
@@ -47,7 +47,7 @@ def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
     if references.latents != "other":
         return list(rows)
     assert references.picture is not None
-    return _replaced(rows, opened(references.picture))
+    return _replaced(rows, _opened(references.picture))
 
 
 def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
@@ -55,10 +55,5 @@ def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
     return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
 
 
-def opened(picture: AnyPicture) -> Image.Image:
-    """The picture that a switch names.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+def _opened(picture: AnyPicture) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else open_picture(picture)

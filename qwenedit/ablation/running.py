@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from qwenedit.ablation.pictures import opened
 from qwenedit.ablation.switches import Interval, References, Switches, Time, own_generator
 from qwenedit.conditioning import Conditioning
 from qwenedit.mmdit import Block, MMDiT, Rope, joint_key_mask, picture_positions, rope_table, sinusoids
@@ -32,7 +31,7 @@ LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, whatever 
 
 
 def require_pictures(switches: object, pictures: bool) -> None:
-    """Are they switches, with pictures to act on where they are about pictures; and can theirs be read?
+    """Are they switches, with pictures to act on where they are about pictures?
 
     Raises:
         ValueError: no.
@@ -44,9 +43,6 @@ def require_pictures(switches: object, pictures: bool) -> None:
     for name in ("references", "seen", "vae"):
         if not pictures and getattr(switches, name) != getattr(plain, name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
-    for picture in (switches.references.picture, switches.seen.other):
-        if picture is not None:
-            opened(picture)
 
 
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:

@@ -199,6 +199,7 @@ def test_gradients_flow_where_they_are_wanted():
     [
         ({"latents": torch.zeros(1, 9, 64)}, r"latents are shape \(1, 9, 64\), wanted .* \(1, 16, 64\)"),
         ({"latents": [0.0]}, "latents are list"),
+        ({"latents": None}, "latents are None, wanted a tensor"),
         ({"iterations": -1}, "iterations is -1, wanted a whole number of at least 0"),
         ({"iterations": 1.0}, r"iterations is 1\.0"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
