@@ -37,4 +37,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) edited.png before-after.png
+	rm -rf $(VENV) edited.png before-after.png concat_and_cfg

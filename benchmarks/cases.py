@@ -168,10 +168,30 @@ def text_ours(setting: Setting) -> At:
     import torch
 
     network = loaded(setting, "text_encoder")
-    prompts = [text_inputs(setting, negative) for negative in (False, True)]
+    (ids, mask, patches), (other_ids, other_mask, _) = (text_inputs(setting, one) for one in (False, True))
+
+    def run() -> Tensor:  # as the pipeline does: the tower once
+        picture = network.vision(patches, [GRID])
+        cond = network(ids, mask, None, [GRID], picture)
+        return torch.cat([cond, network(other_ids, other_mask, None, [GRID], picture)], dim=1)
+
+    return lambda _point: run
+
+
+def text_shared(setting: Setting) -> At:
+    """With `share_prefix`."""
+    import torch
+
+    from qwenedit.prefix import encode_together
+    from qwenedit.processor import ProcessorOutput
+
+    network = loaded(setting, "text_encoder")
+    inputs = [text_inputs(setting, negative) for negative in (False, True)]
+    batches = [ProcessorOutput(ids, mask, patches, [GRID], 0) for ids, mask, patches in inputs]
 
     def run() -> Tensor:
-        return torch.cat([network(ids, mask, patches, [GRID]) for ids, mask, patches in prompts], dim=1)
+        picture = network.vision(inputs[0][2], [GRID])
+        return torch.cat(encode_together(network, *batches, picture), dim=1)
 
     return lambda _point: run
 
@@ -381,6 +401,10 @@ CASES = {
         ),
         Case(
             "text", f"text encoder, 2 prompts with a picture ({CUT})", text_ours, text_reference,
+            files=("text_encoder",),
+        ),
+        Case(
+            "text-shared", f"the same, the common beginning once ({CUT})", text_shared, text_reference,
             files=("text_encoder",),
         ),
         Case(

@@ -4,12 +4,8 @@ by step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
-from torch import Tensor
 
 from qwenedit.attention_maps import AttentionMaps
 from qwenedit.conditioning import Conditioning
@@ -33,15 +29,14 @@ def target_attention(mmdit: MMDiT, conditioning: Conditioning) -> Iterator[Share
     """
     if conditioning.batch != 1:
         raise ValueError(f"the conditioning is of {conditioning.batch} rows, wanted 1")
-    text, target = conditioning.prompt.embeds.shape[1], math.prod(conditioning.target_grid)
-    maps = AttentionMaps(rows=["target"], columns="all", branch="cond", mean_heads=True)
+    pictures = [f"reference {k + 1}" for k in range(len(conditioning.reference_grids[0]))]
+    maps = AttentionMaps(["target"], ["text", "target", *pictures], branch="cond", mean_heads=True)
     shares: Shares = {}
     with maps.attached(mmdit):
         yield shares
-    rows: dict[str, list[Tensor]] = {}
-    for key, of_tokens in maps.items():
-        parts = of_tokens[0, 0].tensor_split([text, text + target])
-        rows.setdefault(key.name, []).append(torch.stack([part.sum() for part in parts]))
-    table = torch.stack([torch.stack(steps) for steps in rows.values()]) if rows else torch.zeros(0, 0, 3)
-    for name, values in zip(GROUPS, table.unbind(-1), strict=True):
-        shares[name] = [[float(f"{x:.4g}") for x in row] for row in values.tolist()]
+    rows: dict[str, list[list[float]]] = {}
+    for key, of_groups in maps.items():
+        text, target, *references = of_groups[0, 0].tolist()
+        rows.setdefault(key.name, []).append([text, target, sum(references)])
+    for k, name in enumerate(GROUPS):
+        shares[name] = [[float(f"{step[k]:.4g}") for step in steps] for steps in rows.values()]

@@ -133,7 +133,9 @@ class Spec:
 
     @property
     def edits(self) -> int:
-        return len(self.cases) * len(self.seeds) * len(self.cells)
+        """How many are run: cells that come to the same share theirs."""
+        different = {json.dumps(cell.settings, sort_keys=True) for cell in self.cells}
+        return len(self.cases) * len(self.seeds) * len(different)
 
 
 def read_spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
