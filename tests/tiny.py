@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from qwenedit import mini
 from qwenedit.mini import vocabulary
 from qwenedit.mini.build import PREPROCESSOR, SCHEDULER, text_encoder_config
 from tests.support import randomise_
@@ -55,6 +57,16 @@ def _split(text):
 
 def _expanded(part, counts):
     return "<|image_pad|>" * next(counts) if part is None else part
+
+
+@functools.cache
+def embedded_plus() -> Path:
+    """The embedded model's weights as a multi-picture checkpoint."""
+    folder = shutil.copytree(mini.CHECKPOINT, Path(tempfile.mkdtemp(prefix="qwenedit-plus-")) / "checkpoint")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "QwenImageEditPlusPipeline"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import to_pil
 from qwenedit.taps import taps
+from tests.tiny import embedded_plus
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "make the circle red"
@@ -377,13 +378,9 @@ def test_unguided_runs_that_differ_in_guidance_alone_are_run_once(tmp_path, monk
 
 
 def test_an_edit_of_several_pictures(tmp_path):
-    folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "plus")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "QwenImageEditPlusPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index))
     Image.open(mini.EXAMPLE).rotate(90).save(tmp_path / "turned.png")
     spec = {
-        "model": str(folder),
+        "model": str(embedded_plus()),
         "pictures": [[str(mini.EXAMPLE), str(tmp_path / "turned.png")]],
         "prompts": [PROMPT],
         "steps": 1,

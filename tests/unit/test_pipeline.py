@@ -1,8 +1,6 @@
 """The pipeline beyond the reference: batches row by row, saved conditionings, forms of input, refusals."""
 
 import dataclasses
-import json
-import shutil
 import warnings
 
 import pytest
@@ -13,6 +11,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.taps import taps
+from tests.tiny import embedded_plus
 
 PROMPTS = ["make the circle red", "把左边的蓝色圆形变成红色 🔴", ""]
 TOLERANCE = 1e-4  # on pixels in [0, 1]
@@ -24,13 +23,8 @@ def edit():
 
 
 @pytest.fixture(scope="module")
-def plus(tmp_path_factory):
-    """The embedded weights as a multi-picture checkpoint."""
-    folder = shutil.copytree(mini.CHECKPOINT, tmp_path_factory.mktemp("plus") / "checkpoint")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "QwenImageEditPlusPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return qwenedit.load(folder, device="cpu", progress=False)
+def plus():
+    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
 
 
 def picture(width, height, hue):

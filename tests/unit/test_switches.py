@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -24,6 +23,7 @@ from qwenedit.mmdit import picture_positions, rope_table
 from qwenedit.processor import resize_rgb, vae_pixels
 from qwenedit.sampler import euler, predictor
 from qwenedit.taps import taps
+from tests.tiny import embedded_plus
 
 PROMPT = "make the circle red"
 STEPS = 3
@@ -35,13 +35,8 @@ def edit():
 
 
 @pytest.fixture(scope="module")
-def plus(tmp_path_factory):
-    """The embedded weights as a multi-picture checkpoint."""
-    folder = shutil.copytree(mini.CHECKPOINT, tmp_path_factory.mktemp("plus") / "checkpoint")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["_class_name"] = "QwenImageEditPlusPipeline"
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return qwenedit.load(folder, device="cpu", progress=False)
+def plus():
+    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
