@@ -10,23 +10,22 @@ import argparse
 import io
 import json
 import math
-import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwenedit import __version__
+from qwenedit.outputs import check_outputs, save_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from qwenedit.ablation import Switches
     from qwenedit.mmdit import MMDiTConfig
-    from qwenedit.pipeline import QwenImageEdit
+    from qwenedit.pipeline import QwenImageEdit, Result
 
 __all__ = ["main"]
 
@@ -216,16 +215,21 @@ def _seed(text: str) -> int:
 def _edit(options: argparse.Namespace) -> None:
     from qwenedit.inputs import open_picture
 
-    outputs, switches = _outputs(options), _switches(options)
+    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
     pictures = [open_picture(path) for path in options.pictures]
     pipe, sampling = _load(options, pictures, switches)
-    _save(pipe.edit(pictures, options.prompt, **sampling).images, outputs)
+    _finish(pipe.edit(pictures, options.prompt, **sampling), outputs)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    outputs, switches = _outputs(options), _switches(options)
+    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
     pipe, sampling = _load(options, None, switches)
-    _save(pipe.generate(options.prompt, **sampling).images, outputs)
+    _finish(pipe.generate(options.prompt, **sampling), outputs)
+
+
+def _finish(result: Result, outputs: list[Path]) -> None:
+    save_pictures(result.images, outputs)
+    print(*outputs, sep="\n")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -370,61 +374,6 @@ def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path,
         for file, _ in found:
             read_lora(file, transformer)
     return found
-
-
-def _outputs(options: argparse.Namespace) -> list[Path]:
-    """The files to write, checked before any work: they can be written, in the format of their suffix."""
-    output: Path = options.output
-    if not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-    outputs = [output]
-    if options.num_images > 1:
-        outputs = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(options.num_images)]
-    try:
-        for path in outputs:
-            if _is_folder(path):
-                raise InputError(f"cannot write {path}: it is a folder, wanted a file name like out.png")
-        _check_format(output)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error}") from error
-    return outputs
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def _check_format(output: Path) -> None:
-    """Pillow also knows suffixes of formats that it only reads, or that hold no colours: so try."""
-    from PIL import Image
-
-    Image.init()
-    name = Image.registered_extensions().get(output.suffix.lower())
-    try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=name or "none")
-    except Exception:
-        what = output.suffix or "no suffix"
-        raise InputError(
-            f"cannot write {output}: {what!r} is no format for a picture in colour (try .png)"
-        ) from None
-
-
-def _save(images: Any, outputs: list[Path]) -> None:
-    """Write all files, then give all of them their names: they appear together or not at all."""
-    from qwenedit.conditioning import replacing_file
-
-    try:
-        with ExitStack() as files:
-            for image, path in zip(images, outputs, strict=True):
-                image.save(files.enter_context(replacing_file(path)))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
-    print(*outputs, sep="\n")
 
 
 if __name__ == "__main__":
