@@ -11,8 +11,11 @@ text encoder does not see that, only the VAE does. The VAE has four channels, an
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -140,7 +143,7 @@ def layer_rows(
     check_count("resolution", resolution)
     if image is None:
         raise ValueError("image is None, wanted a PIL picture, or a list with one for each prompt")
-    prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
     if any(one is None or (isinstance(one, str) and not one.strip()) for one in prompts):
         raise ValueError(
             "the prompt is empty, wanted a description of the picture: nothing captions it here, unlike in "
@@ -207,6 +210,17 @@ def rgba_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
     rgba = picture.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
     x = torch.frombuffer(bytearray(rgba.tobytes()), dtype=torch.uint8).view(height, width, 4).float() / 255.0
     return rearrange(2.0 * x - 1.0, "y x c -> 1 c y x").contiguous()
+
+
+def check_alpha(output: Path) -> None:
+    """Raise a ValueError where a file's format refuses an alpha channel, drops it, or makes it one bit."""
+    file, suffix = io.BytesIO(), output.suffix.lower()
+    with suppress(OSError, KeyError):
+        Image.new("RGBA", (1, 1)).save(file, format=Image.registered_extensions()[suffix])
+        with Image.open(file) as picture:
+            if picture.mode == "RGBA":
+                return
+    raise ValueError(f"cannot write {output}: {suffix!r} has no alpha channel (try .png)")
 
 
 def layers_of(pixels: Tensor, output_type: str) -> list[Any] | Tensor:
