@@ -1,4 +1,4 @@
-"""The command line: `qwenedit edit | generate | info | verify | ablate`.
+"""The command line: `qwenedit edit | generate | decompose | info | verify | ablate`.
 
 Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug`
 shows it). Pictures are written whole or not at all.
@@ -22,10 +22,12 @@ from qwenedit.outputs import check_outputs, save_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Generator
 
     from qwenedit.ablation import Switches
     from qwenedit.mmdit import MMDiTConfig
     from qwenedit.pipeline import QwenImageEdit, Result
+    from qwenedit.presets import Sampling
 
 __all__ = ["main"]
 
@@ -89,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     _sampling_options(generate)
     generate.set_defaults(run=_generate)
 
+    decompose = commands.add_parser("decompose", help="take a picture apart into layers with alpha")
+    add = decompose.add_argument
+    add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
+    add("prompt", metavar="PROMPT", help="what the picture shows")
+    _run_options(decompose)
+    add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, ..., from the back on")
+    add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
+    decompose.set_defaults(run=_decompose)
+
     info = commands.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
     verify = commands.add_parser(
         "verify", help="every tensor of a checkpoint against the model, from headers"
@@ -113,17 +124,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling_options(command: argparse.ArgumentParser) -> None:
+def _run_options(command: argparse.ArgumentParser) -> None:
+    """Of every command that samples."""
     add = command.add_argument
     add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     add("--steps", type=_positive, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for the transformer, in any trainer's layout; repeatable",
+    )
+    _machine_options(command)
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    _run_options(command)
+    add = command.add_argument
+    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     add(
         "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
     )
@@ -136,20 +161,12 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         help="how many; OUT-1.png, OUT-2.png, ... if several",
     )
     add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="a LoRA for the transformer, in any trainer's layout; repeatable",
-    )
-    add(
         "--switch",
         action=_Switch,
         default={},
         metavar="NAME=VALUE",
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
-    _machine_options(command)
 
 
 def _file_options(command: argparse.ArgumentParser) -> None:
@@ -227,6 +244,42 @@ def _generate(options: argparse.Namespace) -> None:
     _finish(pipe.generate(options.prompt, **sampling), outputs)
 
 
+def _decompose(options: argparse.Namespace) -> None:
+    """As for `_edit`, all that can be wrong shows before weights are read."""
+    from qwenedit.checkpoints import read_variant
+    from qwenedit.inputs import open_picture
+    from qwenedit.layered import check_alpha, layer_rows
+    from qwenedit.loading import load_scheduler, network_config
+    from qwenedit.presets import PRESETS
+
+    preset = PRESETS["Qwen-Image-Layered"]
+    assert preset.layering is not None
+    layers = options.layers or preset.layering.layers
+    resolution = options.resolution or preset.layering.resolution
+    outputs = check_outputs(options.output, layers)
+    check_alpha(options.output)
+    picture = open_picture(options.picture)
+    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
+    _check_guidance(run)
+    folder = _folder(options)
+    variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
+    (row,) = layer_rows(picture, *prompts, variant, layers, resolution)
+    load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
+    pipe = _pipe(options, folder, network_config(folder, "transformer"))
+    result = pipe.decompose(
+        picture,
+        options.prompt,
+        negative_prompt=run.negative_prompt,
+        true_cfg_scale=run.true_cfg_scale,
+        num_inference_steps=run.num_inference_steps,
+        layers=layers,
+        resolution=resolution,
+        cfg_normalize=preset.layering.cfg_normalize,
+        generator=_generator(options),
+    )
+    _finish(result, outputs)
+
+
 def _finish(result: Result, outputs: list[Path]) -> None:
     save_pictures(result.images, outputs)
     print(*outputs, sep="\n")
@@ -301,31 +354,66 @@ def _load(
     """The pipeline and what to call it with, once it is clear that it can do what is asked: weights may be
     many gigabytes.
     """
-    import torch
-
-    from qwenedit import mini
     from qwenedit.ablation.running import require_fitting, schedule
-    from qwenedit.assembly import load
-    from qwenedit.checkpoints import read_areas, read_variant, resolve
-    from qwenedit.inputs import guidance_of, rows_of
+    from qwenedit.checkpoints import read_areas, read_variant
+    from qwenedit.inputs import rows_of
+    from qwenedit.layered import require_flat
     from qwenedit.loading import load_scheduler, network_config
     from qwenedit.presets import PRESETS, preset_of
 
-    folder = mini.CHECKPOINT
-    if options.model is not None:
-        folder = resolve(options.model, options.revision, progress=not options.quiet)
+    folder = _folder(options)
     variant = read_variant(folder)
+    require_flat(variant)
     preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
     areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
         (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
-        guidance_of(run.true_cfg_scale, run.negative_prompt)
+    _check_guidance(run)
     steps = run.num_inference_steps
     schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
     config = network_config(folder, "transformer")
     require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=steps)
+    return _pipe(options, folder, config), {
+        "negative_prompt": run.negative_prompt,
+        "true_cfg_scale": run.true_cfg_scale,
+        "num_inference_steps": steps,
+        "height": options.height,
+        "width": options.width,
+        "num_images_per_prompt": options.num_images,
+        "generator": _generator(options),
+        "switches": switches,
+    }
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    from qwenedit import mini
+    from qwenedit.checkpoints import resolve
+
+    if options.model is None:
+        return mini.CHECKPOINT
+    return resolve(options.model, options.revision, progress=not options.quiet)
+
+
+def _check_guidance(run: Sampling) -> None:
+    from qwenedit.inputs import guidance_of
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns
+        guidance_of(run.true_cfg_scale, run.negative_prompt)
+
+
+def _generator(options: argparse.Namespace) -> Generator | None:
+    import torch
+
+    return None if options.seed is None else torch.Generator().manual_seed(options.seed)
+
+
+def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> QwenImageEdit:
+    """The pipeline of a folder and of files of their own, with its LoRAs, which are checked first."""
+    from qwenedit.assembly import load
+
     loras = _loras(options, config)
     pipe = load(
         folder,
@@ -340,16 +428,7 @@ def _load(
         pipe.load_lora_weights(path, scale=scale)
     if options.model is None:
         print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
-    return pipe, {
-        "negative_prompt": run.negative_prompt,
-        "true_cfg_scale": run.true_cfg_scale,
-        "num_inference_steps": steps,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.num_images,
-        "generator": None if options.seed is None else torch.Generator().manual_seed(options.seed),
-        "switches": switches,
-    }
+    return pipe
 
 
 def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:

@@ -58,7 +58,7 @@ _KNOWN: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
         AdaLayerNormOut, Block, JointAttention, MLP, MMDiT, Modulation, RMSNorm, Rope, TimeEmbedding,
-        nn.LayerNorm, nn.Linear, nn.ModuleList, LowRank, LowRankLinear,
+        nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, LowRank, LowRankLinear,
     )
 }  # fmt: skip
 
@@ -217,8 +217,12 @@ class FastStep:
         references: Tensor | None,
         prompt: Prompt,
         grids: Sequence[Grid],
+        addition_t: Tensor | None = None,
     ) -> Tensor:
-        """The velocity (B, S, C) of the target's tokens (B, S, C); `references` are (B, R, C)."""
+        """The velocity (B, S, C) of the target's tokens (B, S, C); `references` are (B, R, C).
+
+        `addition_t` (B,) is `MMDiT.forward`'s, the same in all calls of a step.
+        """
         run, mmdit = self._run, self._run.mmdit
         length = target.shape[1]
         tokens = length if references is None else length + references.shape[1]
@@ -230,7 +234,8 @@ class FastStep:
         turn = run.turn(grids, txt.shape[1], img.device)
         mods = self._mods.get(target.shape[0])
         if mods is None:
-            mods = self._mods[target.shape[0]] = modulation(mmdit, self._timestep.expand(len(target)), img)
+            timestep = self._timestep.expand(len(target))
+            mods = self._mods[target.shape[0]] = modulation(mmdit, timestep, img, addition_t)
 
         *blocks, last = mmdit.blocks
         for block, of_block in zip(blocks, mods.blocks, strict=False):
@@ -239,13 +244,14 @@ class FastStep:
         return mmdit.proj_out(mmdit.norm_out.norm(img) * mods.out_scale + mods.out_shift)
 
 
-def modulation(mmdit: MMDiT, timestep: Tensor, img: Tensor) -> Mods:
+def modulation(mmdit: MMDiT, timestep: Tensor, img: Tensor, addition_t: Tensor | None = None) -> Mods:
     """As `MMDiT.forward` and its blocks make it, at the same shapes."""
     batch = len(timestep)
     timestep = timestep.to(img.dtype)
     if mmdit.config.zero_cond_t:
         timestep = torch.cat([timestep, timestep * 0])
-    temb = mmdit.time_embed(timestep, img.dtype)
+        addition_t = None if addition_t is None else addition_t.repeat(2)
+    temb = mmdit.time_embed(timestep, img.dtype, addition_t)
 
     def mod(x: Tensor) -> Mod:
         shift1, scale1, gate1, shift2, scale2, gate2 = x.unflatten(-1, (6, 1, -1)).unbind(1)

@@ -121,12 +121,18 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
     text_encoder, transformer, vae_config = (network_config(folder, name) for name in COMPONENTS)
     text, vision = text_encoder.text_config, text_encoder.vision_config
     tokens = processor.tokenizer.get_vocab_size()
+    layered = read_variant(folder).layered
     agree = [
         ("transformer's joint_attention_dim", transformer.joint_attention_dim,
          "text_encoder's hidden_size", text.hidden_size),
         ("transformer's out_channels", transformer.out_channels, "vae's z_dim", vae_config.z_dim),
         ("text_encoder's image_token_id", text_encoder.image_token_id,
          "tokenizer's", processor.image_token_id),
+        ("transformer's use_additional_t_cond", transformer.use_additional_t_cond, "pipeline's", layered),
+        ("transformer's use_layer3d_rope", transformer.use_layer3d_rope, "pipeline's", layered),
+        ("vae's input_channels", vae_config.input_channels, "pipeline's", 4 if layered else 3),
+        ("scheduler's time_shift_type", load_scheduler(folder).time_shift_type,
+         "pipeline's", "linear" if layered else "exponential"),
     ]  # fmt: skip
     if pictures:
         config = processor.config

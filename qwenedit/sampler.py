@@ -264,12 +264,17 @@ def _velocity(
     assert prompt is not None
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     layout = Layout(prompt.embeds.shape[1], group.grids)
+    addition_t = None
+    if mmdit.config.use_additional_t_cond:  # Layered has been asked for RGBA only: 0
+        addition_t = torch.zeros(len(own), dtype=torch.int64, device=own.device)
     with scope(branch=branch, layout=layout, rows=group.rows):
         if fast is not None:
-            return fast.velocity(own, group.references, prompt, group.grids)
+            return fast.velocity(own, group.references, prompt, group.grids, addition_t)
         img = own if group.references is None else torch.cat([own, group.references], dim=1)
         with uncompiled_if_changed(mmdit):
-            velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
+            velocity = mmdit(
+                img, prompt.embeds, timestep.expand(len(own)), group.grids, prompt.mask, addition_t
+            )
     return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
 
 
