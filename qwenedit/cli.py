@@ -149,6 +149,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
+    _memory_options(command)
     _machine_options(command)
 
 
@@ -160,6 +161,28 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _memory_options(command: argparse.ArgumentParser) -> None:
+    """None in the options stands for `load`'s own default. The choices are residency.py's, which help must
+    not import torch for.
+    """
+    add = command.add_argument
+    add(
+        "--residency",
+        choices=("auto", "resident", "stage", "stream"),
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading)",
+    )
+    add(
+        "--modulation",
+        choices=("live", "precomputed"),
+        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
+    )
+    add(
+        "--storage",
+        choices=("float8",),
+        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
+    )
 
 
 def _machine_options(command: argparse.ArgumentParser) -> None:
@@ -310,7 +333,11 @@ def _load(
     from qwenedit.inputs import guidance_of, rows_of
     from qwenedit.loading import load_scheduler, network_config
     from qwenedit.presets import PRESETS, preset_of
+    from qwenedit.residency import Modes
 
+    names = ("residency", "modulation", "storage")
+    memory = {name: value for name in names if (value := getattr(options, name)) is not None}
+    Modes(**memory)  # do they go together?
     folder = mini.CHECKPOINT
     if options.model is not None:
         folder = resolve(options.model, options.revision, progress=not options.quiet)
@@ -335,6 +362,7 @@ def _load(
         mmdit=options.mmdit,
         vae=options.vae,
         text_encoder=options.text_encoder or True,
+        **memory,
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
