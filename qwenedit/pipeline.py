@@ -141,9 +141,8 @@ class QwenImageEdit(Loras):
 
     def to(self, *args: Any, **kwargs: Any) -> QwenImageEdit:
         """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        for network in (self.vision_language, self.vae, self.mmdit):
-            if network is not None:
-                residency.move(network, *args, **kwargs)
+        networks = (self.vision_language, self.vae, self.mmdit)
+        residency.move([network for network in networks if network is not None], *args, **kwargs)
         warn_of_float16(self.dtype)
         return self
 

@@ -152,23 +152,27 @@ def home(module: nn.Module) -> torch.device:
     return next(module.parameters()).device if network is None else network.source.device
 
 
-def move(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """`module.to(...)`, also of a network whose weights come and go.
+def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
+    """`module.to(...)` of each, also where weights come and go.
 
     Raises:
-        ValueError: for such a network, another dtype: its weights are read as `load` was asked to.
+        ValueError: for a network whose weights do, another dtype: they are read as `load` was asked to.
+            Nothing has moved then.
     """
-    network = _network(module)
-    if network is None:
-        module.to(*args, **kwargs)
-        return
     device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    if dtype is not None and any(one.dtype != dtype for one in network.absent):
-        raise ValueError(
-            f"weights of the {network.component} are read from its files again and again, in the dtype that "
-            f"load was given: to have them in {dtype} pass it there"
-        )
-    if device is not None:
+    for network in map(_network, modules):
+        if network and dtype is not None and any(one.dtype != dtype for one in network.absent):
+            raise ValueError(
+                f"weights of the {network.component} are read from its files again and again, in the dtype "
+                f"that load was given: to have them in {dtype} pass it there"
+            )
+    for module in modules:
+        network = _network(module)
+        if network is None:
+            module.to(*args, **kwargs)
+            continue
+        if device is None:
+            continue
         network.source.device = device
         module._apply(lambda x: x if x.is_meta else x.to(device))
         for part in network.blocks:

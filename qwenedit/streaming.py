@@ -220,8 +220,8 @@ class Streamed(nn.ModuleList):
                         part.drop()
                 done = _mark(own)
 
-    def __repr__(self) -> str:  # the list's own loops over the blocks
-        return nn.Module.__repr__(self)
+    def __repr__(self) -> str:  # the plain list's loops over itself
+        return repr(nn.ModuleList(self.children())).replace("ModuleList", "Streamed", 1)
 
 
 @dataclass(frozen=True, eq=False)
