@@ -142,6 +142,7 @@ def _run_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="a LoRA for the transformer, in any trainer's layout; repeatable",
     )
+    _memory_options(command)
     _machine_options(command)
 
 
@@ -177,6 +178,28 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _memory_options(command: argparse.ArgumentParser) -> None:
+    """None in the options stands for `load`'s own default. The choices are residency.py's, which help must
+    not import torch for.
+    """
+    add = command.add_argument
+    add(
+        "--residency",
+        choices=("auto", "resident", "stage", "stream"),
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading)",
+    )
+    add(
+        "--modulation",
+        choices=("live", "precomputed"),
+        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
+    )
+    add(
+        "--storage",
+        choices=("float8",),
+        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
+    )
 
 
 def _machine_options(command: argparse.ArgumentParser) -> None:
@@ -388,12 +411,20 @@ def _load(
 
 
 def _folder(options: argparse.Namespace) -> Path:
+    """The checkpoint's, downloaded if need be, once it is clear that the memory modes go together."""
     from qwenedit import mini
     from qwenedit.checkpoints import resolve
+    from qwenedit.residency import Modes
 
+    Modes(**_memory(options))
     if options.model is None:
         return mini.CHECKPOINT
     return resolve(options.model, options.revision, progress=not options.quiet)
+
+
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("residency", "modulation", "storage")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _check_guidance(run: Sampling) -> None:
@@ -423,6 +454,7 @@ def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> Qwe
         mmdit=options.mmdit,
         vae=options.vae,
         text_encoder=options.text_encoder or True,
+        **_memory(options),
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)

@@ -35,6 +35,7 @@ from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import Row, guidance_of
 from qwenedit.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.residency import while_present
 from qwenedit.sampler import Predict, Step, predict_at, require_interval
 from qwenedit.taps import scope
 
@@ -91,9 +92,10 @@ def invert(
     _require_invertible(guidance, iterations, num_inference_steps)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
     predict = switched_predictor(
-        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch
-    )
-    return inverse_euler(predict, start, visited, guidance, iterations)
+        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch,
+        sigmas=visited,
+    )  # fmt: skip
+    return while_present(pipe.mmdit, inverse_euler(predict, start, visited, guidance, iterations))
 
 
 def inverse_euler(

@@ -33,6 +33,7 @@ from qwenedit.guidance import Guidance, TrueCFG
 from qwenedit.inputs import Row, check_count, check_output_type, guidance_of, rows_of
 from qwenedit.latents import normalise, pack
 from qwenedit.mmdit import Grid
+from qwenedit.residency import home, present
 from qwenedit.sampler import require_finite
 from qwenedit.vae import VAE
 
@@ -171,12 +172,14 @@ def _condition(
         pipe.variant, pipe.processor, pipe.vision_language, most, pipe.share_prefix, negative_sees=True
     )
     unseen = [dataclasses.replace(row, pictures=[]) for row in rows]
-    prompt, negative = encoder(unseen, prompts, negatives, at_once=pipe.micro_batch or len(rows))
+    with present(pipe.vision_language):
+        prompt, negative = encoder(unseen, prompts, negatives, at_once=pipe.micro_batch or len(rows))
     encoded: dict[int, Tensor] = {}  # a picture that rows share is encoded once
-    for row in rows:
-        ((picture, plan),) = row.planned
-        if id(picture) not in encoded:
-            encoded[id(picture)] = _encode(rgba_pixels(picture, *plan.vae), pipe.vae)
+    with present(pipe.vae):
+        for row in rows:
+            ((picture, plan),) = row.planned
+            if id(picture) not in encoded:
+                encoded[id(picture)] = _encode(rgba_pixels(picture, *plan.vae), pipe.vae)
     return Conditioning(
         prompt=prompt,
         negative=negative,
@@ -195,7 +198,7 @@ def _condition(
 def _encode(pixels: Tensor, vae: VAE) -> Tensor:
     """(1, 4, H, W) pixels -> normalised packed latents (S, 64)."""
     like = next(vae.parameters())
-    raw = vae.encode(pixels[:, :, None].to(like.device, like.dtype)).mode()
+    raw = vae.encode(pixels[:, :, None].to(home(vae), like.dtype)).mode()
     require_finite(raw, "VAE encoder: the latents of the picture")
     return pack(normalise(raw, vae.config.latents_mean, vae.config.latents_std))[0]
 

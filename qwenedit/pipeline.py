@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import processor
+from qwenedit import processor, residency
 from qwenedit.ablation import running
 from qwenedit.ablation.switches import Switches
 from qwenedit.checkpoints import Variant, find_local
@@ -135,7 +135,7 @@ class QwenImageEdit(Loras, Layers):
 
     @property
     def device(self) -> torch.device:
-        return next(self.mmdit.parameters()).device
+        return residency.home(self.mmdit)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,9 +143,8 @@ class QwenImageEdit(Loras, Layers):
 
     def to(self, *args: Any, **kwargs: Any) -> QwenImageEdit:
         """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        for network in (self.vision_language, self.vae, self.mmdit):
-            if network is not None:
-                network.to(*args, **kwargs)
+        networks = (self.vision_language, self.vae, self.mmdit)
+        residency.move([network for network in networks if network is not None], *args, **kwargs)
         warn_of_float16(self.dtype)
         return self
 
@@ -351,7 +350,8 @@ class QwenImageEdit(Loras, Layers):
         raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
         config = self.vae.config
         parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
-        pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
+        with residency.present(self.vae):
+            pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
         require_finite(pixels, "VAE decoder: the picture")
         return processor.denormalise_pixels(pixels)
 
@@ -451,9 +451,10 @@ class QwenImageEdit(Loras, Layers):
     ) -> Iterator[Step]:
         conditioning = conditioning.to(self.device, self.dtype)
         predict = running.switched_predictor(
-            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch
-        )
-        return euler(predict, *run, guidance)
+            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
+            sigmas=run[1][:-1],
+        )  # fmt: skip
+        return residency.while_present(self.mmdit, euler(predict, *run, guidance))
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
         """Take all steps, under a progress bar, and make the result."""

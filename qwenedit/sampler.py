@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.conditioning import Conditioning, Prompt, RowGroup
-from qwenedit.fast import FastRun, FastStep, uncompiled_if_changed
+from qwenedit.fast import FastRun, FastStep, timestep_of, uncompiled_if_changed
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
@@ -171,7 +171,12 @@ def predict_at(
 
 
 def predictor(
-    mmdit: MMDiT, conditioning: Conditioning, *, guided: bool, micro_batch: int | None = None
+    mmdit: MMDiT,
+    conditioning: Conditioning,
+    *,
+    guided: bool,
+    micro_batch: int | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
@@ -182,6 +187,9 @@ def predictor(
     `micro_batch` is the most rows that run at a time, their texts cut to the longest among them; None: all. A
     matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
     run, and at 1 it is that run, bit by bit.
+
+    `sigmas` are those that are going to be asked for, as far as is known: for who computes ahead what depends
+    on them alone.
 
     Where nobody looks inside, the transformer runs in the form of `fast`, which may differ from
     `MMDiT.forward` in last bits.
@@ -199,15 +207,14 @@ def predictor(
     groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
-    fast_run = FastRun(mmdit)
+    fast_run = FastRun(mmdit, sigmas)
 
     def branch(name: str, latents: Tensor, timestep: Tensor, fast: FastStep | None) -> Tensor:
         parts = [_velocity(mmdit, fast, group, name, latents, timestep) for group in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
 
     def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
-        # The reference scales to 1000 and back around the cast to the latents' dtype, where bfloat16 rounds.
-        timestep = (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
+        timestep = timestep_of(sigma, latents)
         fast = fast_run.step(timestep)
         cond = branch("cond", latents, timestep, fast)
         uncond = branch("uncond", latents, timestep, fast) if guided else None
