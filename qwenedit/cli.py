@@ -149,6 +149,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
+    add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
     _machine_options(command)
 
 
@@ -307,10 +308,13 @@ def _load(
     from qwenedit.ablation.running import require_fitting, schedule
     from qwenedit.assembly import load
     from qwenedit.checkpoints import read_areas, read_variant, resolve
+    from qwenedit.fast import require_compiler
     from qwenedit.inputs import guidance_of, rows_of
     from qwenedit.loading import load_scheduler, network_config
     from qwenedit.presets import PRESETS, preset_of
 
+    if options.compile:
+        require_compiler()
     folder = mini.CHECKPOINT
     if options.model is not None:
         folder = resolve(options.model, options.revision, progress=not options.quiet)
@@ -335,6 +339,7 @@ def _load(
         mmdit=options.mmdit,
         vae=options.vae,
         text_encoder=options.text_encoder or True,
+        compile=options.compile,
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
