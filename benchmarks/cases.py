@@ -316,7 +316,6 @@ CASES = {
         Case(
             "block-forward", "the same as it is written to read, `Block.forward`", transformer.forward_ours,
             transformer.block_reference, points=(1024,), unit=TOKENS_OF_TARGET, files=("transformer",),
-            products=True,
         ),
         Case(
             "last-block", "last transformer block, of which ours leaves out what nobody reads",
