@@ -143,6 +143,7 @@ def _run_options(command: argparse.ArgumentParser) -> None:
         help="a LoRA for the transformer, in any trainer's layout; repeatable",
     )
     _memory_options(command)
+    add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
     _machine_options(command)
 
 
@@ -411,12 +412,15 @@ def _load(
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    """The checkpoint's, downloaded if need be, once it is clear that the memory modes go together."""
+    """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
     from qwenedit import mini
     from qwenedit.checkpoints import resolve
+    from qwenedit.fast import require_compiler
     from qwenedit.residency import Modes
 
     Modes(**_memory(options))
+    if options.compile:
+        require_compiler()
     if options.model is None:
         return mini.CHECKPOINT
     return resolve(options.model, options.revision, progress=not options.quiet)
@@ -454,6 +458,7 @@ def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> Qwe
         mmdit=options.mmdit,
         vae=options.vae,
         text_encoder=options.text_encoder or True,
+        compile=options.compile,
         **_memory(options),
     )
     for path, scale in loras:
