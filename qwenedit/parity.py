@@ -252,7 +252,7 @@ class _Run:
         key = row.module, row.dtype
         if self.rows.get(key) != row:
             self.rows[key] = row
-            self.files.addcompared(row)
+            self.files.add_row(row)
 
     def exact(self, module: str, equal: bool) -> None:
         self.keys.append((module, "exact"))
