@@ -187,7 +187,7 @@ class _Networks:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
         if isinstance(ours, VAE):
             for_pictures(ours)
-        return cls(component, ours.eval(), reference_network(folder, component), found, device)
+        return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
 
     @contextmanager
     def loaded(self, stage: Stage, dtype: torch.dtype) -> Iterator[None]:
@@ -208,14 +208,15 @@ class _Networks:
             placed += [(self.ours, name) for name in part]
             loading._read(self.ours, part, self.device, wanted, tqdm(disable=True))
             for name, stored in part.items():
-                if not torch.isfinite(self.ours.get_parameter(name)).all():
+                smallest, largest = torch.aminmax(self.ours.get_parameter(name))
+                if not torch.isfinite(smallest + largest):  # without a map of a large tensor
                     raise NotFiniteError(f"{stored.key} in {stored.path.name} has NaN or infinity")
             for stored in part.values():
                 official = loading.NETWORKS[self.component].hub_key(stored.name)
                 name = reference_path(self.component, official)
                 with safe_open(stored.path, framework="pt") as file:
                     value = stored.read(file)
-                _place(self.reference, name, value.to(self.device, wanted or value.dtype, copy=True))
+                _place(self.reference, name, value.to(self.device, wanted or value.dtype))
                 placed.append((self.reference, name))
             yield
         finally:

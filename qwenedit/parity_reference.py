@@ -109,7 +109,7 @@ def prepare(
         ("mask", ours.attention_mask, fed["attention_mask"]),
         ("tokens dropped", ours.drop_index, drop_index),
     ]
-    network = reference_network(folder, "text_encoder")
+    network = reference_network(folder, "text_encoder", torch.device("cpu"))
     positions, _ = network.get_rope_index(ids, thw, attention_mask=fed["attention_mask"])
     merge = config.vision_config.spatial_merge_size
     own = mrope_positions(ids, None, seen, image_token_id=config.image_token_id, spatial_merge_size=merge)
@@ -124,20 +124,8 @@ def prepare(
         ]
 
     grid = (1, size[1] // 16, size[0] // 16)
-    tokens = grid[1] * grid[2]
-    sigmas = _sigmas(folder, tokens)
-    exact.append(("sigmas", torch.tensor(load_scheduler(folder).sigmas(STEPS, tokens)), sigmas))
-    cpu = torch.device("cpu")
-    drawn: dict[str, Any] = {"device": cpu, "dtype": torch.float32}
-    ours_noise = initial_noise(
-        1, vae_config.z_dim, grid, generator=torch.Generator().manual_seed(SEED), **drawn
-    )
-    shape = (1, 1, vae_config.z_dim, size[1] // 8, size[0] // 8)
-    noise = import_module("diffusers.utils.torch_utils").randn_tensor(
-        shape, torch.Generator().manual_seed(SEED), **drawn
-    )
-    noise = official_pack(noise)
-    exact.append(("noise", ours_noise, noise))
+    sigmas, noise, equal = _start(folder, vae_config.z_dim, grid)
+    exact += equal
     streams = {"pixels": pixels[:, :, None], "noise": noise, "timestep": sigmas[1:2].clone()}
     if patches is not None:
         streams["patches"] = patches
@@ -150,6 +138,24 @@ def prepare(
         streams={name: x.to(device) for name, x in streams.items()},
     )
     return case, exact
+
+
+def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, list[Exact]]:
+    """The schedule and the noise that a run starts from, the reference's, and both beside ours."""
+    official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
+    schedulers = import_module("diffusers").FlowMatchEulerDiscreteScheduler
+    scheduler = schedulers.from_pretrained(folder / "scheduler")
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    _, rows, columns = grid
+    mu = official.calculate_shift(rows * columns, *(scheduler.config[key] for key in keys))
+    scheduler.set_timesteps(sigmas=official.np.linspace(1.0, 1 / STEPS, STEPS), mu=mu)
+    drawn: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    shape, seed = (1, 1, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
+    noise = official_pack(official.randn_tensor(shape, seed, **drawn))
+    own_noise = initial_noise(1, channels, grid, generator=torch.Generator().manual_seed(SEED), **drawn)
+    own_sigmas = torch.tensor(load_scheduler(folder).sigmas(STEPS, rows * columns))
+    both: list[Exact] = [("sigmas", own_sigmas, scheduler.sigmas), ("noise", own_noise, noise)]
+    return scheduler.sigmas, noise, both
 
 
 def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], int]:
@@ -193,17 +199,6 @@ def _processor(folder: Path, tokenizer: Any) -> Any:
     return processor
 
 
-def _sigmas(folder: Path, tokens: int) -> Tensor:
-    official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
-    scheduler = import_module("diffusers").FlowMatchEulerDiscreteScheduler.from_pretrained(
-        folder / "scheduler"
-    )
-    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    mu = official.calculate_shift(tokens, *(scheduler.config[key] for key in keys))
-    scheduler.set_timesteps(sigmas=official.np.linspace(1.0, 1 / STEPS, STEPS), mu=mu)
-    return scheduler.sigmas
-
-
 def official_pack(latents: Tensor) -> Tensor:
     """(1, 1, C, Y, X) or (1, C, 1, Y, X) as the reference's pipelines pack it."""
     pipeline = import_module("diffusers").QwenImagePipeline
@@ -216,7 +211,7 @@ def _lengths(seams: Any) -> list[int]:
     return torch.as_tensor(seams).unique_consecutive().diff().tolist()
 
 
-def reference_network(folder: Path, component: str) -> Any:
+def reference_network(folder: Path, component: str, device: torch.device) -> Any:
     """The reference's whole network on the meta device; what it computes without weights is real."""
     if component == "text_encoder":
         transformers = import_module("transformers")
@@ -224,9 +219,10 @@ def reference_network(folder: Path, component: str) -> Any:
         with torch.device("meta"):
             network = transformers.Qwen2_5_VLForConditionalGeneration(config).model
         vision, text = config.vision_config, config.text_config
+        width = vision.hidden_size // vision.num_heads // 2
         rope, tower_rope = network.language_model.rotary_emb, network.visual.rotary_pos_emb
-        network.language_model.rotary_emb = type(rope)(config=text)
-        network.visual.rotary_pos_emb = type(tower_rope)(vision.hidden_size // vision.num_heads // 2)
+        network.language_model.rotary_emb = type(rope)(config=text).to(device)
+        network.visual.rotary_pos_emb = type(tower_rope)(width).to(device)
         return network.eval()
     diffusers = import_module("diffusers")
     official = (

@@ -105,7 +105,8 @@ def _tower(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]:
         def block(net: Any, s: Streams, i: int = i, lengths: list[int] = lengths) -> Streams:
             return {"x": net.vision.blocks[i](s["x"], net.vision.rope(grids, order), lengths)}
 
-        def official(net: Any, s: Streams, i: int = i, lengths: list[int] = lengths) -> Streams:
+        def official(net: Any, s: Streams, i: int = i) -> Streams:
+            lengths = pictures if i in net.visual.fullatt_block_indexes else windows
             seams = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
             rope = _halves(angles(net))
             return {"x": net.visual.blocks[i](s["x"], cu_seqlens=seams, position_embeddings=rope)}

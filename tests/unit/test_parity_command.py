@@ -257,6 +257,16 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch, at):
     assert run(folder, "--prompt", "another one")[0] == 0 and len(ran) == len(order)
 
 
+def test_an_interrupted_run_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity._Run, "step", interrupted)
+    status = cli.main(["parity", str(tiny("edit")), "-o", str(tmp_path / "x.json"), "--device", "cpu"])
+    assert status == 130 and "run it again to go on" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl"}
+
+
 def one_line(run, *arguments):
     status, printed, _ = run(*arguments)
     assert status == 2 and printed.out == ""
