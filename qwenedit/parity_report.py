@@ -87,30 +87,31 @@ class Parity:
         for row in self.rows:
             by_module.setdefault(row.module, {})[row.dtype] = row
         wide = max(map(len, by_module))
+        heads = ("max |Δ|", "relative", "max |Δ|", "relative", "  error", "reference's")
         lines = [
             f"{self.folder}: {self.about['variant']}",
-            f"{'':<{wide}}  {'float32':^17}  {'bfloat16':^37}",
-            f"{'':<{wide}}  max |Δ|  relative  max |Δ|  relative  error  reference's",
+            f"{'':<{wide}}  {'float32':<17}  bfloat16",
+            f"{'':<{wide}}  {'  '.join(heads)}",
         ]
         for module, rows in by_module.items():
             single, half = (rows.get(dtype) for dtype in DTYPES)
-            cells = f"{_cell(single, 'max_abs')}  {_cell(single, 'relative')} "
-            cells += f" {_cell(half, 'max_abs')}  {_cell(half, 'relative')}  "
-            cells += f"{_cell(half, 'ours')}  {_cell(half, 'reference')}"
+            cells = [_cell(single, name) for name in ("max_abs", "relative")]
+            cells += [_cell(half, name) for name in ("max_abs", "relative", "ours", "reference")]
+            line = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
             if "exact" in rows:
-                cells = "equal" if rows["exact"].ok else ""
+                line = f"{'equal' if rows['exact'].ok else '':<{len(line)}}"
             first = next((row.first or "" for row in rows.values() if not row.ok), None)
-            lines.append(
-                f"{module:<{wide}}  {cells:<56}{'' if first is None else f'  DIFFERS {first}'}".rstrip()
-            )
+            if first is not None:
+                line += f"  DIFFERS {first}"
+            lines.append(f"{module:<{wide}}  {line}".rstrip())
         return "\n".join([*lines, self.verdict()])
 
 
 def _cell(row: Row | None, name: str) -> str:
     if row is None:
-        return " " * 7
+        return ""
     value = getattr(row, name)
-    return "not fin" if value is None else "      0" if value == 0 else f"{value:.1e}"
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
 def compared(module: str, dtype: str, got: Streams, wanted: Streams, truth: Streams, tolerance: float) -> Row:
@@ -191,9 +192,9 @@ class Files:
         return rows
 
     def add_row(self, row: Row) -> None:
-        from qwenedit.ablation.results import append
-
-        append(self.lines, {"fingerprint": self.fingerprint, **asdict(row)})
+        line = json.dumps({"fingerprint": self.fingerprint, **asdict(row)}, ensure_ascii=False)
+        with self.lines.open("ab") as file:
+            file.write(line.encode() + b"\n")
 
     def read_streams(self, device: torch.device) -> tuple[int, dict[str, Streams]]:
         """How many stages are done, and the streams behind them; 0 if this run has left none."""

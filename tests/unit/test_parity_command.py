@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from qwenedit import cli, loading, mini, mmdit, parity, parity_reference, vision_language
+from qwenedit import cli, loading, mini, mmdit, parity, parity_reference, parity_taps, vision_language
 from qwenedit.checkpoints import COMPONENTS
 from qwenedit.parity_stages import stages
+from qwenedit.taps import tap_names
 from tests.tiny import checkpoint, picture
 
 VARIANTS = {
@@ -84,23 +85,38 @@ def test_no_difference_in_a_full_table(run, name):
             assert row["reference"] > 1e-4, module  # bfloat16 is really run
 
 
-def test_every_weight_is_in_a_stage():
-    """But those that pictures never meet."""
+def all_stages(folder):
+    variant = parity.read_variant(folder)
+    areas, cpu = parity.read_areas(folder, variant), torch.device("cpu")
+    return list(stages(folder, parity.prepare(folder, variant, areas, picture(96, 64), "x", cpu)[0]))
+
+
+def test_every_weight_is_in_one_stage():
     folder = tiny("2511")
-    case = parity.prepare(
-        folder,
-        parity.read_variant(folder),
-        parity.read_areas(folder, parity.read_variant(folder)),
-        picture(96, 64),
-        "x",
-        torch.device("cpu"),
-    )[0]
-    todo = list(stages(folder, case))
+    todo = all_stages(folder)
     for component in COMPONENTS:
         _, found, _ = loading._compare(folder, component)
         paths = [path for stage in todo if stage.component == component for path in stage.paths]
         for name in found:
             assert sum(name.startswith(f"{path}.") for path in paths) == 1, name
+
+
+def test_every_place_of_a_tap_exists_on_both_sides():
+    folder = tiny("2511")
+    networks = {name: parity._Networks.of(folder, name, torch.device("cpu")) for name in COMPONENTS}
+    for stage in all_stages(folder):
+        both = networks[stage.component]
+        places = dict(parity_taps._places(stage, both.ours))
+        assert places.keys() <= set(tap_names(both.ours))
+        for path, _, _ in places.values():
+            both.reference.get_submodule(path)
+        if "blocks." in stage.name:
+            wanted = {name for name in tap_names(both.ours) if name.startswith(f"{stage.name}.")}
+            by_hand = {name.rpartition(".")[2] for name in wanted - places.keys()}
+            assert by_hand <= {
+                "in", "out", "img_out", "txt_out", "scores", "probs",
+                "img_attn_add", "txt_attn_add", "img_mlp_add", "txt_mlp_add",
+            }, by_hand  # fmt: skip
 
 
 def test_the_users_own_picture_and_prompt_in_one_dtype(run, tmp_path):
