@@ -1,7 +1,7 @@
-"""The command line: `qwenedit edit | generate | decompose | info | verify | ablate`.
+"""The command line: `qwenedit edit | generate | decompose | plan | info | verify | parity | ablate`.
 
-Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug`
-shows it). Pictures are written whole or not at all.
+Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
+stderr and no traceback (`--debug` shows it). Pictures are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            options.run(options)
+            return options.run(options) or 0  # a command with another way to end well returns its status
     except KeyboardInterrupt:
         print("qwenedit: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
@@ -113,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
 
+    parity = commands.add_parser(
+        "parity",
+        help="a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
+    )
+    _parity_options(parity)
+    parity.set_defaults(run=_parity)
+
     ablate = commands.add_parser("ablate", help="run a grid of settings over pictures and seeds, and report")
     ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
     ablate.add_argument(
@@ -122,6 +128,28 @@ def _parser() -> argparse.ArgumentParser:
     _machine_options(ablate)
     ablate.set_defaults(run=_ablate)
     return parser
+
+
+def _parity_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("parity.json"),
+        metavar="OUT.json",
+        help="for the results (default: parity.json); a run that was stopped goes on",
+    )
+    add(
+        "--picture", type=Path, metavar="PICTURE", help="what to edit, at a small size (default: a drawn one)"
+    )
+    add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
+    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--debug", action="store_true", help="show tracebacks")
 
 
 def _run_options(command: argparse.ArgumentParser) -> None:
@@ -333,6 +361,28 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
     from qwenedit.assembly import other_files
 
     return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from qwenedit.inputs import open_picture
+    from qwenedit.parity import DTYPES, PROMPT, parity
+
+    try:
+        result = parity(
+            options.model,
+            options.output,
+            revision=options.revision,
+            picture=None if options.picture is None else open_picture(options.picture),
+            prompt=PROMPT if options.prompt is None else options.prompt,
+            dtypes=DTYPES if options.dtype is None else [options.dtype],
+            device=options.device,
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt:
+        print("qwenedit: interrupted; rows that are done are kept: run it again to go on", file=sys.stderr)
+        return 130
+    print(result, options.output, sep="\n")
+    return 0 if result.ok else 1
 
 
 def _ablate(options: argparse.Namespace) -> None:
