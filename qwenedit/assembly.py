@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwenedit import mini
-from qwenedit.checkpoints import read_areas, read_variant, resolve
+from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
 from qwenedit.fast import compile_blocks, require_compiler
 from qwenedit.inputs import device_of, dtype_of, warn_of_float16
 from qwenedit.loading import check_together, load_networks, load_scheduler
@@ -57,7 +57,12 @@ def load(
     dtype = dtype_of(dtype, device)
     if compile:
         require_compiler()
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
+    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
+    folder = mini.CHECKPOINT
+    if source is not None:
+        own = set(names) - set(files)  # the others' weights are not downloaded
+        folder = resolve(source, revision, progress=progress, without=set(COMPONENTS) - own)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
@@ -65,8 +70,6 @@ def load(
     if dtype is not None:
         warn_of_float16(dtype)
 
-    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
     loaded = load_networks(folder, names, device=device, dtype=dtype, progress=progress, files=files)
     networks: Any = dict(zip(names, loaded, strict=True))
     pipe = QwenImageEdit(

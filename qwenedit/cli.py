@@ -313,7 +313,7 @@ def _load(
 
     folder = mini.CHECKPOINT
     if options.model is not None:
-        folder = resolve(options.model, options.revision, progress=not options.quiet)
+        folder = resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
     variant = read_variant(folder)
     preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
