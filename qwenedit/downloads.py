@@ -173,7 +173,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
 
 
 def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:
-    wanted = sum(file.to_come() for file in missing)
+    wanted = sum({file.blob or file.pointer: file.to_come() for file in missing}.values())
     there = next(path for path in (listing.folder, *listing.folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if wanted > free:
