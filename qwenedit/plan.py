@@ -28,21 +28,14 @@ from qwenedit.vae import VAEConfig
 from qwenedit.vision_language import VisionLanguageConfig
 
 __all__ = [
-    "RESIDENCIES",
-    "STAGES",
-    "Mode",
-    "Plan",
-    "choose",
-    "device_free",
-    "host_free",
-    "parse_bytes",
-    "plan",
-]
+    "RESIDENCIES", "STAGES", "Mode", "Plan", "activations", "choose", "device_free", "host_free",
+    "parse_bytes", "plan", "weights_of",
+]  # fmt: skip
 
 RESIDENCIES = ("resident", "stage", "stream")  # from the fastest to the smallest
 STAGES = ("text encoding", "VAE encode", "sampling", "VAE decode")
 SPARE = 0.95  # of the memory there is, what a run is planned to take
-_LIBRARIES = 40 << 20  # bytes that the libraries' kernels take for themselves in a stage
+_LIBRARIES = 72 << 20  # bytes that libraries take for their code and their buffers
 _SMALL = 1 << 30  # bytes of weights up to which everything is resident without asking
 _PROMPT = 100  # tokens of a prompt, and
 _TEMPLATE = 70  # of the template around it
@@ -197,10 +190,10 @@ def plan(
     side = round(areas.vae**0.5)
     sizes = [(width or side, height or side)] * pictures
     sketch = geometry.plan(sizes, areas=areas, height=height, width=width)
-    weights = _weights(folder, files, run_dtype, text_encoder=text_encoder)
-    activations = _activations(folder, sketch, run_dtype)
+    weights = weights_of(folder, files, run_dtype, text_encoder=text_encoder)
+    computed = activations(folder, sketch, run_dtype)
     table = _table(folder, run_dtype, steps)
-    peaks = {mode: _peaks(mode, weights, activations, table) for mode in _MODES}
+    peaks = {mode: _peaks(mode, weights, computed, table) for mode in _MODES}
     made = Plan(
         str(source or "the embedded model"),
         None,
@@ -233,17 +226,17 @@ def choose(
     Never fails: what cannot be planned is for loading to complain about, and is "resident".
     """
     try:
-        weights = _weights(folder, files, dtype, text_encoder=text_encoder)
+        weights = weights_of(folder, files, dtype, text_encoder=text_encoder)
         if sum(network.all for network in weights.values()) <= _SMALL:
             return "resident"
         variant = read_variant(folder)
         areas = read_areas(folder, variant)
         side = round(areas.vae**0.5)
         sketch = geometry.plan([(side, side)] * min(1, variant.max_pictures), areas=areas)
-        activations = _activations(folder, sketch, dtype)
+        computed = activations(folder, sketch, dtype)
         memory = host_free() if device.type == "cpu" else device_free(device)
         for residency in RESIDENCIES:
-            peaks = _peaks(Mode(residency), weights, activations, 0)
+            peaks = _peaks(Mode(residency), weights, computed, 0)
             if max(peaks.values()) <= SPARE * memory:
                 return residency
     except Exception:
@@ -252,7 +245,7 @@ def choose(
 
 
 def _peaks(
-    mode: Mode, weights: Mapping[str, Weights], activations: Mapping[str, int], table: int
+    mode: Mode, weights: Mapping[str, Weights], computed: Mapping[str, int], table: int
 ) -> dict[str, int]:
     """Bytes on the device at each stage; `table` is what precomputed modulation takes."""
     plain = Mode(mode.residency)  # of what is not the transformer
@@ -267,12 +260,13 @@ def _peaks(
         kept = [text + vae, text + vae, transformer, vae]
         if mode.residency == "stream":
             kept[1] = vae
-    return {stage: here + activations[stage] for stage, here in zip(STAGES, kept, strict=True)}
+    return {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
 
 
-def _weights(
-    folder: Path, files: Mapping[str, Path], dtype: torch.dtype | None, *, text_encoder: bool
+def weights_of(
+    folder: Path, files: Mapping[str, Path], dtype: torch.dtype | None, *, text_encoder: bool = True
 ) -> dict[str, Weights]:
+    """Bytes of the weights of each network, from headers; `dtype` None is what they are stored in."""
     weights = {}
     for component in COMPONENTS:
         if text_encoder or component != "text_encoder":
@@ -317,7 +311,7 @@ def _itemsize(dtype: torch.dtype | None) -> int:
     return 2 if dtype is None else dtype.itemsize
 
 
-def _activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None) -> dict[str, int]:
+def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None) -> dict[str, int]:
     """Bytes that each stage computes at its worst moment, for one row of a batch.
 
     +-- in values of the run's dtype ----------------------------------------------------------------------+

@@ -1,11 +1,11 @@
-"""One place for what every test shares: two threads, reproducible hypothesis runs."""
+"""One place for what every test shares: at most two threads, reproducible hypothesis runs."""
 
 import os
 
 import hypothesis
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the network fails at once
 
 # Deadlines measure the machine, not the code. `derandomize` makes a red run repeatable anywhere.
