@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwenedit import mini
-from qwenedit.checkpoints import read_areas, read_variant, resolve
+from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
 from qwenedit.fast import compile_blocks, require_compiler
 from qwenedit.inputs import device_of, dtype_of, warn_of_float16
 from qwenedit.loading import check_together, load_networks, load_scheduler
@@ -31,7 +32,7 @@ def load(
     text_encoder: bool | str | os.PathLike[str] = True,
     progress: bool = True,
     compile: bool = False,
-    residency: str = "resident",
+    residency: str = "auto",
     modulation: str = "live",
     storage: str | None = None,
 ) -> QwenImageEdit:
@@ -70,7 +71,9 @@ def load(
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    modes = Modes(residency, modulation, storage)
+    if source is None and residency == "auto":
+        residency = "resident"
+    modes = Modes("resident" if compile and residency == "auto" else residency, modulation, storage)
     if compile:
         if not modes.plain:
             raise ValueError(
@@ -78,7 +81,12 @@ def load(
                 f"storage=None, got {residency!r}, {modulation!r} and {storage!r}"
             )
         require_compiler()
-    folder = mini.CHECKPOINT if source is None else resolve(source, revision, progress=progress)
+    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
+    folder = mini.CHECKPOINT
+    if source is not None:
+        own = set(names) - set(files)  # the others' weights are not downloaded
+        folder = resolve(source, revision, progress=progress, without=set(COMPONENTS) - own)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
@@ -86,14 +94,13 @@ def load(
     if dtype is not None:
         warn_of_float16(dtype)
 
-    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
-    if residency == "auto":
+    if modes.residency == "auto":
         from qwenedit.plan import choose
 
         with_text = "text_encoder" in names
-        residency = choose(folder, files, device=device, dtype=dtype, text_encoder=with_text)
-        modes = Modes(residency, modulation, storage)
+        modes = replace(
+            modes, residency=choose(folder, files, device=device, dtype=dtype, text_encoder=with_text)
+        )
     loaded = load_networks(
         folder, names, device=device, dtype=dtype, progress=progress, files=files, elsewhere=modes.manage
     )

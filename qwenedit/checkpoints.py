@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenedit.downloads import HubError, HubFile, cached_snapshot, download, list_files
 from qwenedit.files import component_headers, read_json
 from qwenedit.geometry import Areas
 from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
@@ -29,11 +29,6 @@ _CLASSES = {
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
-# Only what a run reads: no pickles, no sample pictures, no other formats of the same weights.
-_NEEDED = (
-    "model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*",
-    *(f"{name}/{pattern}" for name in COMPONENTS for pattern in ("*.json", "*.safetensors")),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,49 +58,45 @@ _REFUSED = {
 }
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None = None, *, progress: bool = True) -> Path:
+def resolve(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    progress: bool = True,
+    without: Collection[str] = (),
+) -> Path:
     """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache.
 
-    Only the files that a run reads are downloaded; offline, a complete cached snapshot is used.
+    Only the files that a run reads are downloaded, and of the components in `without`, whose weights are not
+    needed, the config alone. Where the hub does not answer, a complete cached snapshot is used.
 
     Raises:
         ValueError: no such folder, no checkpoint, or whatever keeps the hub from giving it, in one line.
     """
     if (path := _path(source)) is not None:
         return _local(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f"{source}" if revision is None else f"{source} at revision {revision}"
     try:
-        with _hub_bars(progress):
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_NEEDED)))
-    except GatedRepoError as error:
-        raise ValueError(f"{at} is gated: accept its terms on the hub, then run `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{at} is not on the hub, or is private and you are not logged in: check the id"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{source} has no revision {revision} on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise ValueError(
-            f"{at} is neither a local folder nor in the hub's cache, and the hub cannot be reached: check "
-            "the id and the network, or give a folder"
-        ) from error
-    except OSError as error:  # the disk's, not the network's
-        raise ValueError(f"{at} cannot be downloaded: {error}") from error
-    if lacking := _lacking(folder):  # which it can only do where the hub was not reached
-        raise ValueError(
-            f"{at} is in the hub's cache only in part, and the hub cannot be reached for the rest: {lacking}"
-        )
-    return _local(folder)
+        return _local(download(str(source), revision, _needed(without), progress=progress))
+    except HubError as error:
+        at = f"{source}" if revision is None else f"{source} at revision {revision}"
+        folder = cached_snapshot(str(source), revision)
+        lacking = None if folder is None else _lacking(folder, without)
+        if folder is not None and lacking is None:
+            return _local(folder)
+        if not error.unreached:
+            raise
+        if folder is None:
+            raise ValueError(
+                f"{at} is neither a local folder nor in the hub's cache, and {error}, or give a folder"
+            ) from error
+        raise ValueError(f"{at} is in the hub's cache only in part, and {error}: {lacking}") from error
+
+
+def _needed(without: Collection[str] = ()) -> list[str]:
+    """Patterns of what a run reads: no pickles, no sample pictures, no other formats of the same weights."""
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
+    configs = [f"{name}/*.json" for name in COMPONENTS]
+    return ["model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*", *configs, *weights]
 
 
 def find_local(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -116,85 +107,66 @@ def find_local(source: str | os.PathLike[str], revision: str | None = None) -> P
     """
     if (path := _path(source)) is not None:
         return _local(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return _local(Path(snapshot_download(str(source), revision=revision, local_files_only=True)))
-    except LocalEntryNotFoundError:
+    if (folder := cached_snapshot(str(source), revision)) is None:
         at = "" if revision is None else f" --revision {revision}"
         raise ValueError(
             f"{source} is not on this machine{at and f' at revision {revision}'}: load it once, or run "
             f"`hf download {source}{at}`"
-        ) from None
+        )
+    return _local(folder)
 
 
-def is_local(source: str | os.PathLike[str], revision: str | None = None) -> bool:
-    """Is the checkpoint a folder, or a hub id whose files are all in the cache?"""
+def is_local(
+    source: str | os.PathLike[str], revision: str | None = None, without: Collection[str] = ()
+) -> bool:
+    """Is the checkpoint a folder, or a hub id whose files are all in the cache?
+
+    The weights of the components in `without` need not be there.
+    """
     if _path(source) is not None:
         return True
     try:
-        return _lacking(find_local(source, revision)) is None
+        return _lacking(find_local(source, revision), without) is None
     except ValueError:
         return False
 
 
-def _lacking(folder: Path) -> str | None:
+def _lacking(folder: Path, without: Collection[str] = ()) -> str | None:
     """What a cached snapshot of this family lacks; None where nothing is, or where it is another family's."""
     try:
         if read_json(folder / "model_index.json", optional=True).get("_class_name") in VARIANTS:
             for component in COMPONENTS:
                 read_json(folder / component / "config.json")
-                component_headers(folder / component)
+                if component not in without:
+                    component_headers(folder / component)
     except ValueError as error:
         return str(error)
     return None
 
 
-@contextmanager
-def _hub_bars(shown: bool) -> Iterator[None]:
-    """The hub's own progress bars, for the length of a block, unless the user has disabled them anyway."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def download_plan(source: str, revision: str | None = None) -> str:
+def download_plan(source: str, revision: str | None = None, without: Collection[str] = ()) -> str:
     """The files of a hub id that a run would download, with their sizes.
 
     Raises:
         ValueError: the hub cannot be asked, or does not have it.
     """
-    from fnmatch import fnmatch
-
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
-        files = HfApi().model_info(source, revision=revision, files_metadata=True).siblings or []
-    except (HfHubHTTPError, OSError) as error:
+        files = list_files(source, revision, _needed(without)).files
+    except HubError as error:
         raise ValueError(
             f"{source} is not on this machine, and the hub cannot be asked about it: {error}"
         ) from error
-    needed = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _NEEDED)]
-    lines = [f"{source}: not on this machine; loading it downloads {len(needed)} files"]
-    for component in (*COMPONENTS, "the rest"):
-        of_it = [f for f in needed if f.rfilename.split("/")[0] == component]
-        if component == "the rest":
-            of_it = [f for f in needed if f.rfilename.split("/")[0] not in COMPONENTS]
-        lines.append(f"  {component:<13} {len(of_it)} files, {sum(f.size or 0 for f in of_it):,} bytes")
-    return "\n".join([*lines, f"  {'together':<13} {sum(f.size or 0 for f in needed):,} bytes"])
+    missing = [file for file in files if not file.cached()]
+    lines = [f"{source}: not on this machine; loading it downloads {len(missing)} files"]
+    parts: dict[str, list[HubFile]] = {part: [] for part in (*COMPONENTS, "the rest")}
+    for file in missing:
+        parts.get(file.name.split("/")[0], parts["the rest"]).append(file)
+    for part, of_it in {**parts, "together": missing}.items():
+        counted = "" if part == "together" else f"{len(of_it)} files, "
+        lines.append(f"  {part:<13} {counted}{sum(file.to_come() for file in of_it):,} bytes")
+    if len(missing) < len(files):
+        lines.append(f"  {'in the cache':<13} {len(files) - len(missing)} files already")
+    return "\n".join(lines)
 
 
 def _path(source: str | os.PathLike[str]) -> Path | None:

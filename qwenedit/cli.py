@@ -1,4 +1,4 @@
-"""The command line: `qwenedit edit | generate | decompose | plan | info | verify | parity | ablate`.
+"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate`.
 
 Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
 stderr and no traceback (`--debug` shows it). Pictures are written whole or not at all.
@@ -111,6 +111,22 @@ def _parser() -> argparse.ArgumentParser:
         _file_options(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
+
+    plan = commands.add_parser("plan", help="what memory a run takes, and how it would fit")
+    plan.add_argument(
+        "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
+    )
+    plan.add_argument("--revision", help="branch, tag or commit on the hub")
+    for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
+        plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
+    for option in ("--height", "--width"):
+        plan.add_argument(option, type=_positive, metavar="N", help="of the output (default: the model's)")
+    plan.add_argument("--pictures", type=_whole, metavar="N", help="how many are given (default: 1)")
+    plan.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the accelerator, if any)")
+    plan.add_argument("--dtype", metavar="T", help="(default: as stored; float32 on the CPU)")
+    _file_options(plan)
+    plan.add_argument("--debug", action="store_true", help="show tracebacks")
+    plan.set_defaults(run=_plan)
 
     parity = commands.add_parser(
         "parity",
@@ -357,6 +373,25 @@ def _verify(options: argparse.Namespace) -> None:
         )
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from qwenedit.plan import plan
+
+    print(
+        plan(
+            options.model,
+            device_memory=options.device_memory,
+            host_memory=options.host_memory,
+            device=options.device,
+            dtype=options.dtype,
+            height=options.height,
+            width=options.width,
+            pictures=options.pictures,
+            revision=options.revision,
+            files=_files(options),
+        )
+    )
+
+
 def _files(options: argparse.Namespace) -> dict[str, Path]:
     from qwenedit.assembly import other_files
 
@@ -473,7 +508,7 @@ def _folder(options: argparse.Namespace) -> Path:
         require_compiler()
     if options.model is None:
         return mini.CHECKPOINT
-    return resolve(options.model, options.revision, progress=not options.quiet)
+    return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
 
 
 def _memory(options: argparse.Namespace) -> dict[str, Any]:

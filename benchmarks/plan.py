@@ -1,0 +1,200 @@
+"""Planned and measured peaks of memory on the CPU: `python -m benchmarks.plan [--stream]`.
+
+Each case runs in its own process: the embedded model whole, and of the official model, in true size and
+with random weights, what fits on a small machine: the VAE, two blocks of the transformer, a text encoder cut
+in depth. Measured is the highest resident set (VmHWM)
+over what the process had before. With --stream also a
+whole edit of the official size, from a sparse file of zeros, block by block. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.files import write_text_encoder
+from benchmarks.load_memory import OFFICIAL, anonymous_bytes
+from qwenedit import geometry
+from qwenedit.checkpoints import read_areas, read_variant
+from qwenedit.loading import load_network, network_config
+from qwenedit.plan import Mode, activations, plan
+from tests.sparse import write_sparse
+
+SIDES = (256, 512)
+STAGES = {
+    "vae-encode": "VAE encode",
+    "vae-decode": "VAE decode",
+    "transformer": "sampling",
+    "text-encoder": "text encoding",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__.split(":")[0])
+    parser.add_argument("--stream", action="store_true", help="also a whole edit at 256x256, streamed")
+    parser.add_argument("--only", choices=["embedded", *STAGES], help="one case")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--measure", nargs=3, metavar=("CASE", "FOLDER", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        case, folder, dtype = options.measure
+        print(json.dumps(measure(case, Path(folder), getattr(torch, dtype))))
+        return
+    print(f"torch {torch.__version__}, CPU, {options.dtype}; MiB; weights and what is computed")
+    cases = [options.only] if options.only else ["embedded", *STAGES]
+    for case in [*cases, *["stream"] * options.stream]:
+        for side in SIDES if case in STAGES else SIDES[:1]:
+            with tempfile.TemporaryDirectory() as name:
+                write_sparse(name, areas={"vae_area": side**2, "vl_area": side**2})
+                command = [sys.executable, "-m", "benchmarks.plan", "--measure", case, name, options.dtype]
+                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                seen = json.loads(out.splitlines()[-1])
+                planned = seen["planned"]
+                print(
+                    f"{case:13} {'' if case == 'embedded' else side:4} planned {planned >> 20:6}, measured "
+                    f"{seen['measured'] >> 20:6}: {planned / seen['measured'] - 1:+.0%}",
+                    flush=True,
+                )
+
+
+def measure(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes planned and measured, in this process."""
+    if case in ("embedded", "stream"):
+        return whole(case, folder, dtype)
+    torch.manual_seed(0)
+    network, run = PARTS[case](folder, dtype)
+    weights = sum(x.nbytes for x in network.parameters())
+    before = fresh_peak()
+    with torch.no_grad():
+        run()
+    computed = activations(folder, sketch_of(folder), dtype)[STAGES[case]]
+    return {"planned": weights + computed, "measured": weights + resident("VmHWM") - before}
+
+
+def fresh_peak() -> int:
+    """Forget the highest resident set so far (files that were read are part of it); returns the present."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key} in /proc/self/status: this benchmark needs Linux")
+
+
+def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
+    """A whole edit. Streamed blocks are read from mapped files, whose pages the kernel drops at will: of that
+    run the memory is measured that the process owns.
+    """
+    import qwenedit
+
+    source: Path | None = None
+    options: dict[str, Any] = {}
+    residency = "resident"
+    if case == "stream":
+        source, residency = folder, "stream"
+        options["residency"] = residency
+    planned = plan(source, device="cpu", dtype=dtype).peaks[Mode(residency)]
+    picture = Image.new("RGB", (256, 256))
+    done, owned = threading.Event(), [anonymous_bytes()]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            owned.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, **options)
+    pipe.edit(picture, "x", num_inference_steps=1, true_cfg_scale=1.0, output_type="pt")
+    done.set()
+    watcher.join()
+    return {"planned": max(planned.values()), "measured": max(owned) - owned[0]}
+
+
+def sketch_of(folder: Path) -> geometry.Geometry:
+    areas = read_areas(folder, read_variant(folder))
+    side = round(areas.vae**0.5)
+    return geometry.plan([(side, side)], areas=areas)
+
+
+Part = tuple[nn.Module, Callable[[], Any]]
+
+
+def vae_encode(folder: Path, dtype: torch.dtype) -> Part:
+    vae = load_network(folder, "vae", device=torch.device("cpu"), dtype=dtype, progress=False)
+    randomise(vae)
+    width, height = sketch_of(folder).pictures[0].vae
+    return vae, lambda: vae.encode(torch.rand(1, 3, 1, height, width, dtype=dtype))
+
+
+def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
+    vae = load_network(folder, "vae", device=torch.device("cpu"), dtype=dtype, progress=False)
+    randomise(vae)
+    width, height = sketch_of(folder).size
+    return vae, lambda: vae.decode(torch.rand(1, 16, 1, height // 8, width // 8, dtype=dtype))
+
+
+def transformer(folder: Path, dtype: torch.dtype) -> Part:
+    from qwenedit.conditioning import Prompt
+    from qwenedit.fast import FastRun
+    from qwenedit.mmdit import MMDiT, MMDiTConfig
+
+    config = network_config(folder, "transformer")
+    cut = {"num_layers": 2, "zero_cond_t": config.zero_cond_t}
+    with torch.device("meta"):
+        mmdit = MMDiT(MMDiTConfig(**{**OFFICIAL, **cut})).to(dtype)
+    mmdit = mmdit.to_empty(device="cpu").requires_grad_(False).eval()
+    randomise(mmdit)
+    sketch = sketch_of(folder)
+    grids = [sketch.grid, *(picture.grid for picture in sketch.pictures)]
+    target, reference = (torch.randn(1, rows * columns, 64).to(dtype) for _, rows, columns in grids)
+    seen = (round(read_areas(folder, read_variant(folder)).vae ** 0.5) // 28) ** 2
+    prompt = Prompt(torch.randn(1, seen + 100, config.joint_attention_dim).to(dtype), None)
+    step = FastRun(mmdit).step
+    with torch.no_grad():
+        made = step(torch.tensor(0.5, dtype=dtype))
+    assert made is not None
+    return mmdit, lambda: made.velocity(target, reference, prompt, grids)
+
+
+def text_encoder(folder: Path, dtype: torch.dtype) -> Part:
+    with tempfile.TemporaryDirectory() as name:
+        write_text_encoder(Path(name))
+        cpu = torch.device("cpu")
+        network = load_network(Path(name), "text_encoder", device=cpu, dtype=dtype, progress=False)
+    encoder: Any = network
+    side = 2 * round(sketch_of(folder).pictures[0].vl[0] / 28)
+    tokens = side * side // 4
+    picture = encoder.config.image_token_id
+    ids = torch.tensor([[*range(70), *[picture] * tokens, *range(100)]])
+    pixels, grids = torch.randn(side * side, 1176), [(1, side, side)]
+    return encoder, lambda: encoder(ids, None, None, grids, encoder.vision(pixels, grids))
+
+
+def randomise(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.data.normal_().mul_(0.02)
+
+
+PARTS: dict[str, Callable[[Path, torch.dtype], Part]] = {
+    "vae-encode": vae_encode,
+    "vae-decode": vae_decode,
+    "transformer": transformer,
+    "text-encoder": text_encoder,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Files from the hub into its cache: only those that are missing, and checked when they have arrived.
+
+huggingface_hub does the transfer: files that broke off go on where they stopped, in the next run too. What is
+added is what it leaves open: whether there is room, before the first byte; whether size and hash are those
+that the hub names (a wrong file is fetched once more); and, in one line, why it fails and what helps.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tqdm import tqdm
+
+__all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "list_files"]
+
+_CHUNK = 1 << 20  # bytes hashed at a time
+
+
+class HubError(ValueError):
+    """The hub does not say what a repository holds; what is in the cache may still do.
+
+    `unreached` where the fault is not known to be the repository's or the user's.
+    """
+
+    def __init__(self, message: str, *, unreached: bool = False) -> None:
+        super().__init__(message)
+        self.unreached = unreached
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file on the hub, and where the cache has it.
+
+    Attributes:
+        size: in bytes; None where the hub does not say.
+        sha256: of large files (LFS); None for others.
+        git_sha1: of the others: of their content behind git's header.
+        pointer, blob: the file by its name and, where the file system has links, by its hash.
+    """
+
+    name: str
+    size: int | None
+    sha256: str | None
+    git_sha1: str | None
+    pointer: Path
+    blob: Path | None
+
+    def cached(self) -> bool:
+        """Is it in the cache, whole by its size?"""
+        found = self.pointer if self.pointer.exists() or self.blob is None else self.blob
+        return found.exists() and self.size in (None, found.stat().st_size)
+
+    def to_come(self) -> int:
+        """Bytes that a download has to fetch of it, if it is not cached."""
+        started = self.blob and self.blob.with_name(f"{self.blob.name}.incomplete")
+        arrived = started.stat().st_size if started and started.exists() else 0
+        return max(0, (self.size or 0) - arrived)
+
+    def remove(self) -> None:
+        for path in (self.pointer.resolve(), self.pointer, self.blob):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+    def fault(self) -> str | None:
+        """What is wrong with the file in the cache, all of it read; None where nothing is."""
+        size = self.pointer.stat().st_size
+        if self.size is not None and size != self.size:
+            return f"{self.name} has {size:,} bytes, wanted {self.size:,}"
+        wanted = self.sha256 or self.git_sha1
+        if wanted is None:
+            return None
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with self.pointer.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        got = digest.hexdigest()
+        return None if got == wanted else f"{self.name} has the hash {got[:12]}..., wanted {wanted[:12]}..."
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a repository that are wanted, and the folder of the cache that they belong in."""
+
+    repo: str
+    revision: str | None
+    files: list[HubFile]
+    folder: Path
+
+    @property
+    def at(self) -> str:
+        return _at(self.repo, self.revision)
+
+
+def _at(repo: str, revision: str | None) -> str:
+    return repo if revision is None else f"{repo} at revision {revision}"
+
+
+def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
+    """Ask the hub for the files whose names fit the patterns.
+
+    Raises:
+        HubError: why it does not say.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:
+        raise _explained(repo, revision, error) from error
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = root / "snapshots" / str(info.sha)
+    files = []
+    for one in info.siblings or []:
+        if any(fnmatch(one.rfilename, pattern) for pattern in patterns):
+            sha256 = None if one.lfs is None else one.lfs.sha256
+            git_sha1 = one.blob_id if one.lfs is None else None
+            etag = sha256 or git_sha1
+            blob = None if etag is None else root / "blobs" / etag
+            files.append(HubFile(one.rfilename, one.size, sha256, git_sha1, folder / one.rfilename, blob))
+    return Listing(repo, revision, files, folder)
+
+
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """The folder of the cache for a repository, whatever is in it, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def download(repo: str, revision: str | None, patterns: Sequence[str], *, progress: bool) -> Path:
+    """Fetch what the cache lacks of the files whose names fit the patterns; returns their folder.
+
+    Raises:
+        HubError: the hub does not say what there is.
+        ValueError: there is no room, the download broke off, or a file is wrong even after a second attempt.
+    """
+    with _hub_bars(progress):
+        listing = list_files(repo, revision, patterns)
+        try:
+            missing = [file for file in listing.files if not file.cached()]
+            _require_room(listing, missing)
+            for file in missing:
+                file.remove()  # what has another size, or is a link to nothing
+            unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
+            names = {file.name for file in missing}
+            if unchecked.exists():  # an earlier run fetched them and was killed before it had read them
+                names |= set(unchecked.read_text(encoding="utf-8").splitlines())
+            fresh = [file for file in listing.files if file.name in names]
+            if fresh:
+                unchecked.parent.mkdir(parents=True, exist_ok=True)
+                unchecked.write_text("".join(f"{file.name}\n" for file in fresh), encoding="utf-8")
+            _fetch(listing, listing.files)
+            if faults := _faults(fresh, progress):
+                _fetch(listing, list(faults))
+                if faults := _faults(list(faults), progress):
+                    raise _Damaged("; ".join(faults.values()))
+            unchecked.unlink(missing_ok=True)
+        except Exception as error:
+            raise _broken_off(repo, revision, error) from error
+    return listing.folder
+
+
+def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:
+    wanted = sum({file.blob or file.pointer: file.to_come() for file in missing}.values())
+    there = next(path for path in (listing.folder, *listing.folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if wanted > free:
+        raise _NoRoom(
+            f"needs {wanted / 1e9:,.1f} GB more on the disk of {there}, which has {free / 1e9:,.1f} GB free: "
+            "make room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
+    """Everything that is there already is left alone; of the others, what has arrived is kept."""
+    from huggingface_hub import snapshot_download
+
+    names = [glob.escape(file.name) for file in files]
+    snapshot_download(listing.repo, revision=listing.revision, allow_patterns=names)
+
+
+def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
+    """Read all of the files; what is wrong with those that are, which are removed."""
+    faults = {}
+    for file in tqdm(files, desc="checking files", disable=None if progress else True):
+        if fault := file.fault():
+            faults[file] = fault
+            file.remove()
+    return faults
+
+
+class _NoRoom(ValueError):
+    pass
+
+
+class _Damaged(ValueError):
+    pass
+
+
+def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
+    """Why the hub does not say what there is, and what helps."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at, status = _at(repo, revision), _status(error)
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repo}"
+        return HubError(f"{at} is gated: accept its terms at {page}, then run `hf auth login`")
+    if isinstance(error, RepositoryNotFoundError):
+        return HubError(f"{at} is not on the hub, or is private and you are not logged in: check the id")
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"{repo} has no revision {revision} on the hub")
+    if status in (401, 403):
+        return HubError(
+            f"{at} may not be read with your token ({status}): run `hf auth login` with one that may"
+        )
+    if status is not None:
+        return HubError(f"the hub answers with an error ({status}): try again later", unreached=True)
+    if _of_the_network(error):
+        return HubError("the hub cannot be reached: check the id and the network", unreached=True)
+    return HubError(f"{at} cannot be downloaded: {error}")
+
+
+def _broken_off(repo: str, revision: str | None, error: Exception) -> ValueError:
+    """Why a download that the hub was ready for did not end well, and what helps."""
+    at = _at(repo, revision)
+    if isinstance(error, _NoRoom):
+        return ValueError(f"{at} {error}")
+    if isinstance(error, _Damaged):
+        return ValueError(
+            f"{at} arrived damaged twice, and what is damaged was removed: {error}; check the disk and the "
+            "network, then run it again"
+        )
+    if _status(error) is None and _of_the_network(error):
+        return ValueError(
+            f"the download of {at} broke off: run it again, it goes on where it stopped ({_line(error)})"
+        )
+    if isinstance(error, OSError) and error.errno is not None and not _of_the_network(error):
+        return ValueError(f"{at} cannot be downloaded: {error}")  # the disk's fault
+    return _explained(repo, revision, error)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error is about, its own or that of what it came from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        error = error.__cause__
+    return None
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Of connections: huggingface_hub's own, those of requests (until 0.36) and of httpx (from 1.0)."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    own = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
+    library = type(error).__module__.split(".")[0]
+    cut = isinstance(error, OSError) and "Consistency check failed" in str(error)  # fewer bytes than promised
+    return isinstance(error, own) or library in ("requests", "urllib3", "httpx", "httpcore") or cut
+
+
+@contextmanager
+def _hub_bars(shown: bool) -> Iterator[None]:
+    """The hub's own progress bars, for the length of a block, unless the user has disabled them anyway."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
