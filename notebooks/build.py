@@ -6,6 +6,8 @@ a rebuilt notebook differs where its results do.
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 300  # seconds a cell, on a machine that does other things as well
@@ -29,7 +32,7 @@ def notebooks() -> list[Path]:
 
 
 def executed(path: Path) -> NotebookNode:
-    """The notebook with the outputs of a fresh kernel of this Python, on two threads.
+    """The notebook with the outputs of a fresh kernel of this Python, on two threads (or OMP_NUM_THREADS).
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -43,7 +46,23 @@ def executed(path: Path) -> NotebookNode:
     }
     client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", coalesce_streams=True)
     client.execute(cwd=str(path.parent), env=environment)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                figure = data.get("text/plain", "").startswith("<Figure")
+                data["image/png"] = smaller(data["image/png"], figure)
     return stripped(notebook)
+
+
+def smaller(png: str, figure: bool) -> str:
+    """A PNG in base64, well compressed; a figure with a palette of 256 colours, which pictures have not."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    if figure:
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def stripped(notebook: NotebookNode) -> NotebookNode:
