@@ -60,6 +60,11 @@ def test_committed_as_built(path: Path) -> None:
 
 
 @every
+def test_listed(path: Path) -> None:
+    assert f"({path.name})" in (path.parent / "README.md").read_text()
+
+
+@every
 def test_nothing_of_the_machine(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     texts = [str(text) for _, name, text in outputs(notebook) if not name.startswith("image/")]
