@@ -44,7 +44,13 @@ def executed(path: Path) -> NotebookNode:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
-    client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", coalesce_streams=True)
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # it warns of its sockets, which are this machine's alone
+    )
     client.execute(cwd=str(path.parent), env=environment)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
