@@ -290,7 +290,7 @@ def share_from(row: int = 0) -> TapFunction:
     >>> mlp = MLP(4)
     >>> with taps(mlp, {"mlp_hidden": share_from(row=1)}):
     ...     y = mlp(torch.randn(3, 5, 4))
-    >>> torch.equal(y[0], y[1]) and torch.equal(y[2], y[1])
+    >>> torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[1])
     True
     """
 

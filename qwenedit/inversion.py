@@ -130,7 +130,7 @@ def inverse_euler(
     Raises:
         ValueError: guidance on clean latents, which velocities say nothing of at sigma 0.
 
-    There and back, in a field of which the explicit step knows nothing and iterations find the inverse:
+    There and back, in a field that the explicit step inverts only about, and iterations exactly:
 
     >>> import torch
     >>> from qwenedit.sampler import euler
