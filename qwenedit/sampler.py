@@ -32,6 +32,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
+    """Raise NonFiniteError where `x` holds NaN or infinity, saying what it is and where to look."""
     if not torch.isfinite(x).all():
         raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
@@ -145,6 +146,18 @@ def euler(
         ValueError: guidance whose interval starts after the last step.
     Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
         them.
+
+    A velocity that knows the way, and a caller who changes where it leads to:
+
+    >>> clean, noise = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    >>> for step in euler(lambda latents, sigma: (noise - clean, None), noise, [1.0, 0.5, 0.0]):
+    ...     print(step.index, step.sigma, step.latents.tolist(), step.x0.tolist())
+    ...     if step.index == 1:
+    ...         step.x0 = torch.tensor([[[0.0, 7.0]]])
+    0 1.0 [[[1.0, 1.0]]] [[[0.0, 0.0]]]
+    1 0.5 [[[0.5, 0.5]]] [[[0.0, 0.0]]]
+    >>> step.after.tolist()
+    [[[0.0, 7.0]]]
     """
     require_interval(guidance, len(sigmas) - 1)
     average = None
