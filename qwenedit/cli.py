@@ -9,33 +9,18 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from qwenedit import __version__
-from qwenedit.outputs import check_outputs, save_pictures
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Generator
-
-    from qwenedit.ablation import Switches
-    from qwenedit.mmdit import MMDiTConfig
-    from qwenedit.pipeline import QwenImageEdit, Result
-    from qwenedit.presets import Sampling
+from qwenedit import __version__, commands
 
 __all__ = ["main"]
 
 _LIGHTNING = ("lightning-4", "lightning-8")  # presets.LIGHTNING, which help must not import torch for
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is the one line that the user sees."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,33 +62,33 @@ def _one_line(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qwenedit", description="Qwen-Image-Edit in plain PyTorch.")
     parser.add_argument("--version", action="version", version=f"qwenedit {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    edit = commands.add_parser("edit", help="change a picture as a prompt says")
+    edit = subparsers.add_parser("edit", help="change a picture as a prompt says")
     edit.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="the picture(s) to edit")
     edit.add_argument("prompt", metavar="PROMPT", help="what to change")
     _sampling_options(edit)
-    edit.set_defaults(run=_edit)
+    edit.set_defaults(run=commands.edit)
 
-    generate = commands.add_parser("generate", help="make a picture from a prompt alone")
+    generate = subparsers.add_parser("generate", help="make a picture from a prompt alone")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
     _sampling_options(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=commands.generate)
 
-    decompose = commands.add_parser("decompose", help="take a picture apart into layers with alpha")
+    decompose = subparsers.add_parser("decompose", help="take a picture apart into layers with alpha")
     add = decompose.add_argument
     add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
     add("prompt", metavar="PROMPT", help="what the picture shows")
     _run_options(decompose)
     add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, ..., from the back on")
     add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
-    decompose.set_defaults(run=_decompose)
+    decompose.set_defaults(run=commands.decompose)
 
-    info = commands.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
-    verify = commands.add_parser(
+    info = subparsers.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
+    verify = subparsers.add_parser(
         "verify", help="every tensor of a checkpoint against the model, from headers"
     )
-    for command, run in ((info, _info), (verify, _verify)):
+    for command, run in ((info, commands.info), (verify, commands.verify)):
         command.add_argument(
             "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
         )
@@ -112,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
 
-    plan = commands.add_parser("plan", help="what memory a run takes, and how it would fit")
+    plan = subparsers.add_parser("plan", help="what memory a run takes, and how it would fit")
     plan.add_argument(
         "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
     )
@@ -126,23 +111,25 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", metavar="T", help="(default: as stored; float32 on the CPU)")
     _file_options(plan)
     plan.add_argument("--debug", action="store_true", help="show tracebacks")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=commands.plan)
 
-    parity = commands.add_parser(
+    parity = subparsers.add_parser(
         "parity",
         help="a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
     )
     _parity_options(parity)
-    parity.set_defaults(run=_parity)
+    parity.set_defaults(run=commands.parity)
 
-    ablate = commands.add_parser("ablate", help="run a grid of settings over pictures and seeds, and report")
+    ablate = subparsers.add_parser(
+        "ablate", help="run a grid of settings over pictures and seeds, and report"
+    )
     ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
     ablate.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
     )
     ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
     _machine_options(ablate)
-    ablate.set_defaults(run=_ablate)
+    ablate.set_defaults(run=commands.ablate)
     return parser
 
 
@@ -295,286 +282,6 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**64 - 1")
     return value
-
-
-def _edit(options: argparse.Namespace) -> None:
-    from qwenedit.inputs import open_picture
-
-    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
-    pictures = [open_picture(path) for path in options.pictures]
-    pipe, sampling = _load(options, pictures, switches)
-    _finish(pipe.edit(pictures, options.prompt, **sampling), outputs)
-
-
-def _generate(options: argparse.Namespace) -> None:
-    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
-    pipe, sampling = _load(options, None, switches)
-    _finish(pipe.generate(options.prompt, **sampling), outputs)
-
-
-def _decompose(options: argparse.Namespace) -> None:
-    """As for `_edit`, all that can be wrong shows before weights are read."""
-    from qwenedit.checkpoints import read_variant
-    from qwenedit.inputs import open_picture
-    from qwenedit.layered import check_alpha, layer_rows
-    from qwenedit.loading import load_scheduler, network_config
-    from qwenedit.presets import PRESETS
-
-    preset = PRESETS["Qwen-Image-Layered"]
-    assert preset.layering is not None
-    layers = options.layers or preset.layering.layers
-    resolution = options.resolution or preset.layering.resolution
-    outputs = check_outputs(options.output, layers)
-    check_alpha(options.output)
-    picture = open_picture(options.picture)
-    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    _check_guidance(run)
-    folder = _folder(options)
-    variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
-    (row,) = layer_rows(picture, *prompts, variant, layers, resolution)
-    load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
-    pipe = _pipe(options, folder, network_config(folder, "transformer"))
-    result = pipe.decompose(
-        picture,
-        options.prompt,
-        negative_prompt=run.negative_prompt,
-        true_cfg_scale=run.true_cfg_scale,
-        num_inference_steps=run.num_inference_steps,
-        layers=layers,
-        resolution=resolution,
-        cfg_normalize=preset.layering.cfg_normalize,
-        generator=_generator(options),
-    )
-    _finish(result, outputs)
-
-
-def _finish(result: Result, outputs: list[Path]) -> None:
-    save_pictures(result.images, outputs)
-    print(*outputs, sep="\n")
-
-
-def _info(options: argparse.Namespace) -> None:
-    from qwenedit.loading import describe
-    from qwenedit.presets import find_preset
-
-    print(describe(options.model, revision=options.revision, files=_files(options)))
-    if preset := find_preset(options.model, revision=options.revision):
-        print(f"  {preset}")
-
-
-def _verify(options: argparse.Namespace) -> None:
-    from qwenedit.loading import verify
-
-    report = verify(options.model, revision=options.revision, files=_files(options))
-    print(report)
-    if not report.ok:
-        raise InputError(
-            f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
-        )
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from qwenedit.plan import plan
-
-    print(
-        plan(
-            options.model,
-            device_memory=options.device_memory,
-            host_memory=options.host_memory,
-            device=options.device,
-            dtype=options.dtype,
-            height=options.height,
-            width=options.width,
-            pictures=options.pictures,
-            revision=options.revision,
-            files=_files(options),
-        )
-    )
-
-
-def _files(options: argparse.Namespace) -> dict[str, Path]:
-    from qwenedit.assembly import other_files
-
-    return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
-
-
-def _parity(options: argparse.Namespace) -> int:
-    from qwenedit.inputs import open_picture
-    from qwenedit.parity import DTYPES, PROMPT, parity
-
-    try:
-        result = parity(
-            options.model,
-            options.output,
-            revision=options.revision,
-            picture=None if options.picture is None else open_picture(options.picture),
-            prompt=PROMPT if options.prompt is None else options.prompt,
-            dtypes=DTYPES if options.dtype is None else [options.dtype],
-            device=options.device,
-            progress=not options.quiet,
-        )
-    except KeyboardInterrupt:
-        print("qwenedit: interrupted; rows that are done are kept: run it again to go on", file=sys.stderr)
-        return 130
-    print(result, options.output, sep="\n")
-    return 0 if result.ok else 1
-
-
-def _ablate(options: argparse.Namespace) -> None:
-    from qwenedit.ablation.sweep import ablate
-
-    folder = options.output or Path(options.spec.stem)
-    try:
-        sweep = ablate(
-            options.spec,
-            folder,
-            device=options.device,
-            dtype=options.dtype,
-            yes=options.yes,
-            progress=not options.quiet,
-        )
-    except KeyboardInterrupt:
-        print("qwenedit: interrupted; edits that are done are kept: run it again to go on", file=sys.stderr)
-        sys.exit(130)
-    print(folder / "report.html")
-    if sweep.failed:
-        raise InputError(
-            f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{sweep.failed[0]['error']}: see the report"
-        )
-
-
-def _switches(options: argparse.Namespace) -> Switches:
-    from qwenedit.ablation import Switches
-    from qwenedit.inputs import open_picture
-    from qwenedit.presets import PRESETS
-
-    preset = {} if options.preset is None else PRESETS[options.preset].switches.flat()
-    flat = {**preset, **options.switch}
-    for name in ("references.picture", "seen.other"):  # read now, before any weight is
-        if isinstance(flat.get(name), str):
-            flat[name] = open_picture(flat[name])
-    return Switches.from_flat(flat)
-
-
-def _load(
-    options: argparse.Namespace, pictures: list[Image.Image] | None, switches: Switches
-) -> tuple[QwenImageEdit, dict[str, Any]]:
-    """The pipeline and what to call it with, once it is clear that it can do what is asked: weights may be
-    many gigabytes.
-    """
-    from qwenedit.ablation.running import require_fitting, schedule
-    from qwenedit.checkpoints import read_areas, read_variant
-    from qwenedit.inputs import rows_of
-    from qwenedit.layered import require_flat
-    from qwenedit.loading import load_scheduler, network_config
-    from qwenedit.presets import PRESETS, preset_of
-
-    folder = _folder(options)
-    variant = read_variant(folder)
-    require_flat(variant)
-    preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
-    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warns
-        (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
-    _check_guidance(run)
-    steps = run.num_inference_steps
-    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
-    config = network_config(folder, "transformer")
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=steps)
-    return _pipe(options, folder, config), {
-        "negative_prompt": run.negative_prompt,
-        "true_cfg_scale": run.true_cfg_scale,
-        "num_inference_steps": steps,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.num_images,
-        "generator": _generator(options),
-        "switches": switches,
-    }
-
-
-def _folder(options: argparse.Namespace) -> Path:
-    """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
-    from qwenedit import mini
-    from qwenedit.checkpoints import resolve
-    from qwenedit.fast import require_compiler
-    from qwenedit.residency import Modes
-
-    Modes(**_memory(options))
-    if options.compile:
-        require_compiler()
-    if options.model is None:
-        return mini.CHECKPOINT
-    return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
-
-
-def _memory(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("residency", "modulation", "storage")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def _check_guidance(run: Sampling) -> None:
-    from qwenedit.inputs import guidance_of
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warns
-        guidance_of(run.true_cfg_scale, run.negative_prompt)
-
-
-def _generator(options: argparse.Namespace) -> Generator | None:
-    import torch
-
-    return None if options.seed is None else torch.Generator().manual_seed(options.seed)
-
-
-def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> QwenImageEdit:
-    """The pipeline of a folder and of files of their own, with its LoRAs, which are checked first."""
-    from qwenedit.assembly import load
-
-    loras = _loras(options, config)
-    pipe = load(
-        folder,
-        device=options.device,
-        dtype=options.dtype,
-        progress=not options.quiet,
-        mmdit=options.mmdit,
-        vae=options.vae,
-        text_encoder=options.text_encoder or True,
-        compile=options.compile,
-        **_memory(options),
-    )
-    for path, scale in loras:
-        pipe.load_lora_weights(path, scale=scale)
-    if options.model is None:
-        print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
-    return pipe
-
-
-def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:
-    """The files and scales of --lora, each file compared with the transformer that is to be loaded."""
-    import torch
-
-    from qwenedit.lora import read_lora
-    from qwenedit.mmdit import MMDiT
-
-    found = []
-    for text in options.lora:
-        path, colon, scale = text.rpartition(":")
-        if not colon or Path(text).is_file():  # a file's name may have a colon
-            path, scale = text, "1"
-        try:
-            found.append((Path(path), float(scale)))
-        except ValueError:
-            raise InputError(f"--lora is {text!r}, wanted FILE or FILE:SCALE") from None
-    if found:
-        with torch.device("meta"):
-            transformer = MMDiT(config)
-        for file, _ in found:
-            read_lora(file, transformer)
-    return found
 
 
 if __name__ == "__main__":
