@@ -89,15 +89,15 @@ def initial_noise(
 ) -> Tensor:
     """Packed noise (B, S, 4 C) for a target grid, the reference pipelines' for the same generator state.
 
-    Drawn as (B, 1, C, 2 rows, 2 columns) in `dtype` on the generator's device. One generator draws all rows
-    in order; a list gives each row its own, so that a row does not depend on the batch it is in.
+    Drawn as (B, frames, C, 2 rows, 2 columns) in `dtype` on the generator's device. One generator draws all
+    rows in order; a list gives each row its own, so that a row does not depend on the batch it is in.
 
     Raises:
         ValueError: a list of generators that are not one a row, or a generator on another accelerator.
     Source: `prepare_latents` of the pipelines with diffusers' `randn_tensor`.
     """
-    _, rows, columns = grid
-    shape = (1, channels, 2 * rows, 2 * columns)
+    frames, rows, columns = grid
+    shape = (frames, channels, 2 * rows, 2 * columns)
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     for one in generators:
         if one is not None and not isinstance(one, Generator):

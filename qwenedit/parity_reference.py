@@ -21,6 +21,7 @@ from qwenedit.checkpoints import Variant
 from qwenedit.files import read_json
 from qwenedit.geometry import Areas, fit_area, plan
 from qwenedit.latents import initial_noise
+from qwenedit.layered import rgba_pixels
 from qwenedit.loading import load_scheduler, network_config
 from qwenedit.processor import Processor, resize_rgb, vae_pixels
 from qwenedit.tokenizer import has_tokenizer
@@ -34,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.6"}
+FRAMES = 3  # of a target of Layered: the whole picture and two layers
 STEPS, SEED = 8, 0  # of the schedule and of the noise; the transformer runs at the schedule's second sigma
 
 Streams = dict[str, Tensor]
@@ -81,9 +83,9 @@ def prepare(
 ) -> tuple[Case, list[Exact]]:
     """The input of a run, and all of it that must be equal on both sides.
 
-    In text-to-image the picture is for the VAE only, and the target has its size.
+    In text-to-image and Layered the picture is for the VAE only, and the target has its size.
     """
-    edits = variant.max_pictures > 0
+    edits = variant.max_pictures > 0 and not variant.layered
     config: VisionLanguageConfig = network_config(folder, "text_encoder")
     vae_config: VAEConfig = network_config(folder, "vae")
     size = seen_size = fit_area(areas.vae, picture.width / picture.height)
@@ -96,8 +98,9 @@ def prepare(
             wanted = official_size.calculate_dimensions(area, picture.width / picture.height)
             exact.append((name, got, tuple(wanted[:2])))
     images = import_module("diffusers.image_processor").VaeImageProcessor(vae_scale_factor=16)
+    picture = picture.convert("RGBA" if variant.layered else "RGB")
     pixels = images.preprocess(images.resize(picture, size[1], size[0]), size[1], size[0])
-    exact.append(("pixels", vae_pixels(picture, *size), pixels))
+    exact.append(("pixels", (rgba_pixels if variant.layered else vae_pixels)(picture, *size), pixels))
 
     processor = Processor.from_folder(folder)
     ours = processor([prompt], [[resize_rgb(picture, *seen_size)]] if edits else None, variant.template)
@@ -124,7 +127,8 @@ def prepare(
         ]
 
     grid = (1, size[1] // 16, size[0] // 16)
-    sigmas, noise, equal = _start(folder, vae_config.z_dim, grid)
+    target = (FRAMES if variant.layered else 1, *grid[1:])
+    sigmas, noise, equal = _start(folder, vae_config.z_dim, target)
     exact += equal
     streams = {"pixels": pixels[:, :, None], "noise": noise, "timestep": sigmas[1:2].clone()}
     if patches is not None:
@@ -134,7 +138,7 @@ def prepare(
         positions=positions.to(device),
         drop_index=drop_index,
         seen=seen,
-        grids=(grid, grid) if edits else (grid,),
+        grids=(target, grid) if variant.max_pictures > 0 else (target,),
         streams={name: x.to(device) for name, x in streams.items()},
     )
     return case, exact
@@ -145,13 +149,18 @@ def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Ten
     official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
     schedulers = import_module("diffusers").FlowMatchEulerDiscreteScheduler
     scheduler = schedulers.from_pretrained(folder / "scheduler")
-    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    _, rows, columns = grid
-    mu = official.calculate_shift(rows * columns, *(scheduler.config[key] for key in keys))
-    scheduler.set_timesteps(sigmas=official.np.linspace(1.0, 1 / STEPS, STEPS), mu=mu)
+    frames, rows, columns = grid
+    if scheduler.config["time_shift_type"] == "linear":  # as Layered's pipeline has it
+        even, mu = official.np.linspace(1.0, 0, STEPS + 1)[:-1], (rows * columns / 256) ** 0.5
+    else:
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        even = official.np.linspace(1.0, 1 / STEPS, STEPS)
+        mu = official.calculate_shift(rows * columns, *(scheduler.config[key] for key in keys))
+    scheduler.set_timesteps(sigmas=even, mu=mu)
     drawn: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
-    shape, seed = (1, 1, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
-    noise = official_pack(official.randn_tensor(shape, seed, **drawn))
+    shape, seed = (1, frames, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
+    drawn_frames = official.randn_tensor(shape, seed, **drawn).split(1, dim=1)
+    noise = torch.cat([official_pack(frame) for frame in drawn_frames], dim=1)
     own_noise = initial_noise(1, channels, grid, generator=torch.Generator().manual_seed(SEED), **drawn)
     own_sigmas = torch.tensor(load_scheduler(folder).sigmas(STEPS, rows * columns))
     both: list[Exact] = [("sigmas", own_sigmas, scheduler.sigmas), ("noise", own_noise, noise)]
@@ -172,8 +181,11 @@ def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[s
         return SimpleNamespace(hidden_states=[inputs["input_ids"].float()[..., None]])
 
     text_encoder.dtype = torch.float32  # type: ignore[attr-defined]
-    parts: dict[str, Any] = {} if picture is None else {"processor": _processor(folder, tokenizer)}
-    official = getattr(import_module("diffusers"), read_json(folder / "model_index.json")["_class_name"])
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, Any] = {}
+    if "processor" in index:
+        parts["processor"] = None if picture is None else _processor(folder, tokenizer)
+    official = getattr(import_module("diffusers"), index["_class_name"])
     pipeline = official(
         scheduler=None, vae=None, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None, **parts
     )

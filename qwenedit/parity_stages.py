@@ -254,6 +254,11 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
         timestep = s["timestep"]
         return torch.cat([timestep, timestep * 0]) if net.config.zero_cond_t else timestep
 
+    def addition(net: Any, s: Streams) -> list[Tensor]:
+        """Layered's second time: 0, as its pipeline has it."""
+        zeros = torch.zeros_like(times(net, s), dtype=torch.long)
+        return [zeros] if net.config.use_additional_t_cond else []
+
     def official_rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
         return net.pos_embed([list(grids)], device=device, max_txt_seq_len=s["txt"].shape[1])
 
@@ -269,8 +274,8 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
         part,
         "time_embed",
         ("time_embed",),
-        lambda net, s: {"temb": net.time_embed(times(net, s), s["img"].dtype)},
-        lambda net, s: {"temb": net.time_text_embed(times(net, s), s["img"])},
+        lambda net, s: {"temb": net.time_embed(times(net, s), s["img"].dtype, *addition(net, s))},
+        lambda net, s: {"temb": net.time_text_embed(times(net, s), s["img"], *addition(net, s))},
     )
     yield Stage(
         part,

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
@@ -411,11 +410,9 @@ class QwenImageEdit(Loras, Layers):
         visited = running.schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         channels = self.mmdit.config.out_channels
         if latents is None:
-            of_one, device, dtype = (1, rows, columns), self.device, self.dtype
             noise = initial_noise(
-                batch, frames * channels, of_one, generator=generator, device=device, dtype=dtype
+                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
             )
-            noise = rearrange(noise, "b s (f d) -> b (f s) d", f=frames)  # drawn one frame after another
         else:
             wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
             if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
