@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: edit test check format clean
+.PHONY: edit test check format notebooks clean
 
 # pip gets every requirement of a rule in one call, with -c, so that each rule installs the same known set.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -35,6 +35,9 @@ check: $(VENV)/.dev  ## what CI runs: format, lint, types, tests
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebooks: $(VENV)/.test  ## execute the notebooks in place, as they are committed
+	$(BIN)/python -m notebooks.build
 
 clean:
 	rm -rf $(VENV) edited.png before-after.png concat_and_cfg

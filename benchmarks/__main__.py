@@ -1,7 +1,8 @@
 """Ours and the reference side by side: `python -m benchmarks [--only NAME] [--rounds N] [--out FOLDER]`.
 
 The same weights and inputs, each side in its own process, in turn; outputs that disagree are an error. Prints
-a table of ratios with device, versions and threads; --out also writes speed.md, speed.json and speed.png.
+a table of ratios with device, versions and threads; --out also writes speed.md, speed.json, speed.png and
+growth.png.
 Needs the test extras.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.frame import Comparison, Setting, compare
-from benchmarks.report import document, machine_of, markdown, plot
+from benchmarks.report import document, growth_plot, machine_of, markdown, plot
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for speed.md, speed.json, speed.png")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table as files, and plots")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.threads) < 1:
         parser.error("--rounds and --threads: wanted at least 1")
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         setting = setting_of(options.threads, Path(folder))
         written: set[str] = set()
         for name in options.only or CASES:
+            if not setting.device.startswith(CASES[name].needs):
+                print(f"{name}: skipped, it needs {CASES[name].needs}", file=sys.stderr, flush=True)
+                continue
             start = time.perf_counter()
             write_files(name, setting.folder, written)
             comparisons += compare(CASES[name], setting, options.rounds)
@@ -49,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = document(comparisons, machine, options.rounds)
         (options.out / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
         plot(comparisons).save(options.out / "speed.png")
+        if growth := growth_plot(CASES, comparisons):
+            growth.save(options.out / "growth.png")
 
 
 def setting_of(threads: int, folder: Path) -> Setting:

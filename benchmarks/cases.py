@@ -5,56 +5,23 @@ The reference is used as its own pipelines use it.
 
 from __future__ import annotations
 
-import importlib
+import math
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.frame import At, Call, Case, Peak, Setting
+from benchmarks import transformer
+from benchmarks.frame import At, Call, Case, Goal, Peak, Setting
+from benchmarks.networks import loaded, loaded_reference, seeded
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 STEPS, SCALE = 8, 4.0  # of the edits, but where they are what varies
 AREA = 64 * 64  # of the embedded model's pictures
 PROMPT = "make the circle red"
-
-
-def seeded(setting: Setting, *shape: int, seed: int = 0) -> Tensor:
-    import torch
-
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return x.to(setting.device, getattr(torch, setting.dtype))
-
-
-def loaded(setting: Setting, component: str) -> Any:
-    """Our network of the files."""
-    import torch
-
-    from qwenedit.loading import load_network
-
-    return load_network(
-        setting.folder,
-        component,
-        device=torch.device(setting.device),
-        dtype=getattr(torch, setting.dtype),
-        progress=False,
-    )
-
-
-def loaded_reference(setting: Setting, component: str, name: str, package: str = "diffusers") -> Any:
-    """The reference's network of the files."""
-    import torch
-
-    kind = getattr(importlib.import_module(package), name)
-    network = kind.from_pretrained(
-        setting.folder / component,
-        **{"torch_dtype" if package == "diffusers" else "dtype": getattr(torch, setting.dtype)},
-    )
-    return network.to(setting.device).eval()
 
 
 # --- import ------------------------------------------------------------------------------------------------
@@ -218,76 +185,6 @@ def text_reference(setting: Setting) -> At:
     return lambda _point: lambda: torch.cat([one(*prompt) for prompt in prompts], dim=1)
 
 
-# --- transformer block -------------------------------------------------------------------------------------
-
-TEXT_LENGTH = 240  # tokens of a prompt with its picture
-
-
-class Reached(Exception):
-    """The block was about to run."""
-
-
-def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """The call that a block gets from the whole network, to be made by itself."""
-    seen: list[tuple[Any, Any]] = []
-
-    def keep(_module: nn.Module, arguments: Any, options: Any) -> None:
-        seen.append((arguments, options))
-        raise Reached
-
-    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-    with suppress(Reached):
-        whole()
-    handle.remove()
-    ((arguments, options),) = seen
-    return lambda: block(*arguments, **options)
-
-
-def block_inputs(
-    setting: Setting, tokens: float
-) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]:
-    """img, txt, timestep and the grids of the target and of a reference of its size."""
-    import torch
-
-    side = round(tokens**0.5)
-    timestep = torch.tensor([0.5], device=setting.device, dtype=getattr(torch, setting.dtype))
-    img, txt = seeded(setting, 1, 2 * side * side, 64), seeded(setting, 1, TEXT_LENGTH, 3584, seed=1)
-    return img, txt, timestep, [(1, side, side)] * 2
-
-
-def block_ours(setting: Setting) -> At:
-    network = loaded(setting, "transformer")
-
-    def at(tokens: float) -> Call:
-        img, txt, timestep, grids = block_inputs(setting, tokens)
-        call = call_of(network.blocks[0], lambda: network(img, txt, timestep, grids))
-        return lambda: call()[0]
-
-    return at
-
-
-def block_reference(setting: Setting) -> At:
-    network = loaded_reference(setting, "transformer", "QwenImageTransformer2DModel")
-
-    def at(tokens: float) -> Call:
-        img, txt, timestep, grids = block_inputs(setting, tokens)
-
-        def whole() -> Any:
-            return network(
-                hidden_states=img,
-                encoder_hidden_states=txt,
-                encoder_hidden_states_mask=None,
-                timestep=timestep,
-                img_shapes=[grids],
-                return_dict=False,
-            )
-
-        call = call_of(network.transformer_blocks[0], whole)
-        return lambda: call()[1]
-
-    return at
-
-
 # --- whole edits with the embedded model -------------------------------------------------------------------
 
 Edit = tuple[int, bool, Any, dict[str, Any]]  # area, several pictures?, the pictures, options
@@ -380,24 +277,27 @@ def edits(name: str, about: str, edit: Callable[[float], Edit], **options: Any) 
 # --- all of them -------------------------------------------------------------------------------------------
 
 CUT = "full width; 2 of 28 layers, 4 of the tower's 32, 4096 of 152064 words"
+TOKENS_OF_TARGET = "target tokens"
 CASES = {
     case.name: case
     for case in (
         Case(
             "import", "import", importing("import qwenedit"),
-            importing("from diffusers import QwenImageEditPipeline"),
+            importing("from diffusers import QwenImageEditPipeline"), goals={1: Goal(time=3)},
         ),
         Case(
             "load", "load a transformer of 2 blocks at full width", load_ours, load_reference,
-            files=("transformer",), tolerance={"float32": 0.0, "bfloat16": 0.0},
+            files=("transformer",), tolerance={"float32": 0.0, "bfloat16": 0.0}, host_memory=True,
+            goals={1: Goal(time=1, memory=1.5)},
         ),
         Case(
-            "encode", "VAE encode, full size", encode_ours, encode_reference,
+            "encode", "VAE encode, full size", encode_ours, encode_reference, goals={512: Goal(time=3)},
             points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
         ),
         Case(
             "decode", "VAE decode, full size", decode_ours, decode_reference,
             points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
+            goals={512: Goal(time=3, memory=2)},
         ),
         Case(
             "text", f"text encoder, 2 prompts with a picture ({CUT})", text_ours, text_reference,
@@ -405,16 +305,35 @@ CASES = {
         ),
         Case(
             "text-shared", f"the same, the common beginning once ({CUT})", text_shared, text_reference,
-            files=("text_encoder",),
+            files=("text_encoder",), goals={1: Goal(time=1.9)},
         ),
         Case(
-            "block", "inner transformer block, full width, a reference of the same size", block_ours,
-            block_reference, points=(256, 1024, 4096), unit="target tokens", files=("transformer",),
+            "block", "inner transformer block as a step runs it, full width, a reference of the same size",
+            transformer.block_ours, transformer.block_reference, points=(256, 1024),
+            accelerator_points=(4096,), unit=TOKENS_OF_TARGET, files=("transformer",), products=True,
+            goals=dict.fromkeys((256, 1024, 4096), Goal(time=1.05)),
         ),
-        edits("edit", f"whole edit with the embedded model, {STEPS} steps", whole),
+        Case(
+            "block-forward", "the same as it is written to read, `Block.forward`", transformer.forward_ours,
+            transformer.block_reference, points=(1024,), unit=TOKENS_OF_TARGET, files=("transformer",),
+        ),
+        Case(
+            "last-block", "last transformer block, of which ours leaves out what nobody reads",
+            transformer.last_ours, transformer.last_reference, points=(1024,), accelerator_points=(4096,),
+            unit=TOKENS_OF_TARGET, files=("transformer",), products=True,
+        ),
+        edits("edit", f"whole edit with the embedded model, {STEPS} steps", whole, goals={1: Goal(time=2)}),
         edits("guidance", "whole edit at guidance", of_scale, points=(1, SCALE), unit="(1 is off)"),
         edits("steps", "whole edit", of_steps, points=(4, 8, 16, 32), unit="steps", grows=True),
         edits("area", "whole edit", of_area, points=(64**2, 128**2, 256**2), unit="pixels", grows=True),
         edits("references", "whole edit", of_references, points=(1, 2, 3), unit="references", grows=True),
+        *(
+            Case(
+                name, f"guided step of all 60 blocks, {how}, random weights", transformer.step_ours(compiled),
+                transformer.step_reference(compiled), points=(4096,), unit=TOKENS_OF_TARGET, products=True,
+                needs="cuda", apart=True, tolerance={"bfloat16": math.inf},  # 60 blocks amplify its rounding
+            )
+            for name, how, compiled in (("full", "uncompiled", False), ("full-compiled", "compiled", True))
+        ),
     )
 }  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.load_memory import OFFICIAL
 from qwenedit import mini
 from qwenedit.loading import NETWORKS, network_config, ours_to_official
 
@@ -19,6 +18,10 @@ DATA = Path(__file__).parents[1] / "tests" / "data"
 BLOCKS = 2  # of the transformer's 60
 LAYERS, VISION_DEPTH, VOCABULARY = 2, 4, 4096  # of the text encoder's 28, 32, 152 064
 IMAGE_TOKEN = VOCABULARY - 1
+OFFICIAL = dict(
+    patch_size=2, in_channels=64, out_channels=16, attention_head_dim=128, num_attention_heads=24,
+    joint_attention_dim=3584, guidance_embeds=False, axes_dims_rope=(16, 56, 56),
+)  # fmt: skip
 
 
 def write_component(folder: Path, component: str, config: dict[str, Any]) -> None:

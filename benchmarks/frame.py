@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,6 +48,14 @@ At = Callable[[float], Call]
 
 
 @dataclass(frozen=True)
+class Goal:
+    """The least ratios of reference / ours that are wanted; None: any."""
+
+    time: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
 class Case:
     """One comparison, over one or several points.
 
@@ -61,6 +69,11 @@ class Case:
         files: which of `files.WRITERS` it reads.
         tolerance: of max |difference| / max |reference|, by dtype; outputs beyond it are an error.
         grows: whether the time's growth with the points is of interest.
+        products: whether the time of its matrix products alone is measured beside it.
+        goals: what is wanted at some of the points.
+        host_memory: whether the process's memory is watched, not the accelerator's.
+        needs: the kind of device without which it is skipped; "" for none.
+        apart: whether the second side starts when the first has ended: both at once are too large.
     """
 
     name: str
@@ -73,6 +86,11 @@ class Case:
     files: tuple[str, ...] = ()
     tolerance: dict[str, float] = field(default_factory=lambda: {"float32": 1e-4, "bfloat16": 0.1})
     grows: bool = False
+    products: bool = False
+    goals: dict[float, Goal] = field(default_factory=dict)
+    host_memory: bool = False
+    needs: str = ""
+    apart: bool = False
 
     def row(self, point: float) -> str:
         return f"{self.about}, {point:g} {self.unit}" if self.unit else self.about
@@ -80,10 +98,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Reading:
-    """One side's figures at one point: seconds of each round, and peak memory beyond what was held before."""
+    """One side's figures at one point: seconds of each round, and peak memory beyond what was held before;
+    `floors` are seconds of its matrix products alone, where they are of interest.
+    """
 
     seconds: tuple[float, ...]
     peak: int
+    floors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,9 +141,20 @@ class Side:
             raise RuntimeError(f"{self.name}:\n{value}")
         return value
 
-    def run(self, point: float, save: Path | None = None) -> tuple[float, int]:
-        """One call: its seconds, or, where the output is to be saved, its peak memory."""
-        self.pipe.send((point, save))
+    def time(self, point: float) -> float:
+        """Seconds of one call."""
+        return self._ask("time", point)
+
+    def floor(self, point: float) -> float:
+        """Seconds of its matrix products alone."""
+        return self._ask("floor", point)
+
+    def peak(self, point: float, save: Path) -> int:
+        """Peak memory of one call, in bytes; its output is saved."""
+        return self._ask("peak", point, save)
+
+    def _ask(self, *question: Any) -> Any:
+        self.pipe.send(question)
         return self.answer()
 
     def close(self) -> None:
@@ -134,17 +166,28 @@ class Side:
 def serve(pipe: Connection, case: str, side: str, setting: Setting) -> None:
     """The loop of a side's process."""
     try:
+        import torch
+
         from benchmarks.cases import CASES
+        from benchmarks.products import floor_of
 
         at = _prepared(getattr(CASES[case], side), setting)
+        memory_of = "cpu" if CASES[case].host_memory else setting.device
         pipe.send(("ready", None))
-        before, call = None, None
+        before, call, floor = None, None, None
         while True:
-            point, save = pipe.recv()
+            what, point, *save = pipe.recv()
             if call is None or point != before:
-                before, call = point, None  # what the last point holds goes first
+                before, call, floor = point, None, None  # what the last point holds goes first
                 call = at(point)
-            pipe.send(("ran", _measured(call, save, setting.device)))
+            if what == "floor":
+                floor = floor or floor_of(call, setting.device, getattr(torch, setting.dtype))
+                answer: float = floor()
+            elif what == "peak":
+                answer = _peak(call, *save, setting.device, memory_of)
+            else:
+                answer = _seconds(call, setting.device)
+            pipe.send(("ran", answer))
     except EOFError:
         return
     except BaseException:
@@ -159,23 +202,25 @@ def _prepared(factory: Callable[[Setting], At], setting: Setting) -> At:
     return factory(setting)
 
 
-def _measured(call: Call, save: Path | None, device: str) -> tuple[float, int]:
-    """Time is taken without the watch on memory, which costs some."""
+def _seconds(call: Call, device: str) -> float:
+    """Taken without the watch on memory, which costs some."""
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _peak(call: Call, save: Path, device: str, memory_of: str) -> int:
     import torch
 
-    if save is None:
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        return time.perf_counter() - start, 0
-    with _watched(device) as grown:
+    with watched(memory_of) as grown:
         output = call()
         _wait(device)
     if isinstance(output, Peak):
-        return 0.0, output.bytes
+        return output.bytes
     if output is not None:
         torch.save(output.float().cpu(), save)
-    return 0.0, grown()
+    return grown()
 
 
 def _wait(device: str) -> None:
@@ -185,12 +230,18 @@ def _wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
+def anonymous_bytes() -> int:
+    """Memory that this process owns: resident, without the pages of mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status: this benchmark needs Linux")
+
+
 @contextmanager
-def _watched(device: str) -> Iterator[Callable[[], int]]:
+def watched(device: str) -> Iterator[Callable[[], int]]:
     """Bytes by which the memory in use outgrew what it was: the device's, or this process's own."""
     import torch
-
-    from benchmarks.load_memory import anonymous_bytes
 
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -220,34 +271,56 @@ def compare(case: Case, setting: Setting, rounds: int) -> list[Comparison]:
     Raises:
         RuntimeError: a side failed, or the outputs differ by more than the case's tolerance.
     """
-    sides: dict[str, Side] = {}
-    try:
-        for side in SIDES:
-            sides[side] = Side(case.name, side, setting)
-        points = case.points + (() if setting.device == "cpu" else case.accelerator_points)
-        return [_compared(case, point, sides, setting, rounds) for point in points]
-    finally:
-        for one in sides.values():
-            one.close()
+    points = case.points + (() if setting.device == "cpu" else case.accelerator_points)
+    if case.apart:
+        return [_compared(case, point, setting, rounds) for point in points]
+    with ExitStack() as stack:
+        sides = {side: stack.enter_context(closing(Side(case.name, side, setting))) for side in SIDES}
+        return [_compared(case, point, setting, rounds, sides) for point in points]
 
 
-def _compared(case: Case, point: float, sides: dict[str, Side], setting: Setting, rounds: int) -> Comparison:
+def _compared(
+    case: Case, point: float, setting: Setting, rounds: int, sides: dict[str, Side] | None = None
+) -> Comparison:
+    """Without `sides`, each is started for itself."""
     saved = {side: setting.folder / f"{side}.pt" for side in SIDES}
     for path in saved.values():
         path.unlink(missing_ok=True)
-    peaks = {side: sides[side].run(point, saved[side])[1] for side in SIDES}
+    readings: dict[str, Reading] = {}
+    if sides is None:
+        for side in SIDES:
+            with closing(Side(case.name, side, setting)) as alone:
+                peaks = {side: alone.peak(point, saved[side])}
+                readings |= _rounds(case, point, {side: alone}, peaks, rounds)
+        difference = _checked_difference(case, point, setting, saved)
+    else:
+        peaks = {side: sides[side].peak(point, saved[side]) for side in SIDES}
+        difference = _checked_difference(case, point, setting, saved)
+        readings = _rounds(case, point, sides, peaks, rounds)
+    return Comparison(case.name, case.row(point), point, *(readings[side] for side in SIDES), difference)
+
+
+def _rounds(
+    case: Case, point: float, sides: dict[str, Side], peaks: dict[str, int], rounds: int
+) -> dict[str, Reading]:
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    floors: dict[str, list[float]] = {side: [] for side in sides}
+    for i in range(rounds):
+        for side in list(sides)[:: 1 if i % 2 else -1]:  # who goes first changes
+            seconds[side].append(sides[side].time(point))
+            if case.products:
+                floors[side].append(sides[side].floor(point))
+    return {side: Reading(tuple(seconds[side]), peaks[side], tuple(floors[side])) for side in sides}
+
+
+def _checked_difference(case: Case, point: float, setting: Setting, saved: dict[str, Path]) -> float | None:
     difference = _difference(*saved.values())
     if difference is not None and not difference <= case.tolerance[setting.dtype]:
         raise RuntimeError(
             f"{case.row(point)}: the outputs differ by {difference:.2g} of the largest value, wanted at most "
             f"{case.tolerance[setting.dtype]:g}"
         )
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for i in range(rounds):
-        for side in SIDES if i % 2 else SIDES[::-1]:  # who goes first changes
-            seconds[side].append(sides[side].run(point)[0])
-    ours, reference = (Reading(tuple(seconds[side]), peaks[side]) for side in SIDES)
-    return Comparison(case.name, case.row(point), point, ours, reference, difference)
+    return difference
 
 
 def _difference(ours: Path, reference: Path) -> float | None:

@@ -1,4 +1,4 @@
-"""Peak memory of loading: `python benchmarks/load_memory.py [--gigabytes 3]`.
+"""Peak memory of loading: `python -m benchmarks.load_memory [--gigabytes 3]`.
 
 Writes a synthetic transformer checkpoint in the official layout (a few blocks at the official width, random
 weights), loads it in a fresh process and compares the peak with what the design allows: the module's own
@@ -12,20 +12,16 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.files import OFFICIAL
+from benchmarks.frame import watched
 from qwenedit.loading import load_network, ours_to_official
 from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-
-OFFICIAL = dict(
-    patch_size=2, in_channels=64, out_channels=16, attention_head_dim=128, num_attention_heads=24,
-    joint_attention_dim=3584, guidance_embeds=False, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
 
 
 def write(folder: Path, blocks: int) -> None:
@@ -52,40 +48,16 @@ def write(folder: Path, blocks: int) -> None:
     path.write_text(json.dumps(index))
 
 
-def anonymous_bytes() -> int:
-    """Memory that this process owns: resident, without the pages of mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon in /proc/self/status: this benchmark needs Linux")
-
-
 def measure(folder: Path, dtype: str) -> dict[str, int | float]:
     """Load the transformer and watch this process's own memory meanwhile."""
-    before = peak = anonymous_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     start = time.perf_counter()
-    module = load_network(
-        folder, "transformer", device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=False
-    )
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    with watched("cpu") as grown:
+        module = load_network(
+            folder, "transformer", device=torch.device("cpu"), dtype=getattr(torch, dtype), progress=False
+        )
+        seconds = time.perf_counter() - start
     sizes = [x.nbytes for x in module.parameters()]
-    return {
-        "seconds": seconds,
-        "module": sum(sizes),
-        "largest": max(sizes),
-        "grown": max(peak, anonymous_bytes()) - before,
-    }
+    return {"seconds": seconds, "module": sum(sizes), "largest": max(sizes), "grown": grown()}
 
 
 def main() -> None:
@@ -100,7 +72,7 @@ def main() -> None:
         write(Path(name), max(1, round(options.gigabytes / 0.68)))
         print(f"torch {torch.__version__}, CPU; MiB; allowed is the module plus its largest tensor")
         for dtype in ("bfloat16", "float32"):
-            command = [sys.executable, __file__, "--measure", name, dtype]
+            command = [sys.executable, "-m", "benchmarks.load_memory", "--measure", name, dtype]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             seen = json.loads(out)
             allowed = seen["module"] + seen["largest"]

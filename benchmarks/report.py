@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from benchmarks.frame import Case, Comparison, Reading, Setting
+from benchmarks.frame import Case, Comparison, Goal, Reading, Setting
 
 MIB = 1 << 20
 LEAST = 16 * MIB  # less memory than this is noise, and has no ratio
@@ -80,8 +80,35 @@ def growth_lines(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> l
     return lines
 
 
+def share(reading: Reading) -> float | None:
+    """Of the time, what its matrix products take alone: at 1 nothing is left to gain around them."""
+    if not reading.floors:
+        return None
+    return median(floor / seconds for floor, seconds in zip(reading.floors, reading.seconds, strict=True))
+
+
+def goals_of(cases: dict[str, Case], one: Comparison) -> list[tuple[str, bool]]:
+    """What is wanted of a row, and whether it is reached."""
+    goal = cases[one.case].goals.get(one.point, Goal())
+    found = (("time", goal.time, time_ratio(one).middle), ("memory", goal.memory, memory_ratio(one)))
+    return [
+        (f"{what} ≥ {wanted:g}", got is not None and got >= wanted)
+        for what, wanted, got in found
+        if wanted is not None
+    ]
+
+
+def goal_text(goals: Sequence[tuple[str, bool]]) -> str:
+    return "; ".join(f"{text}: {'reached' if reached else '**not reached**'}" for text, reached in goals)
+
+
 def seconds_text(reading: Reading) -> str:
     return f"{median(reading.seconds):.3g}"
+
+
+def shares_text(comparison: Comparison) -> str:
+    shares = share(comparison.ours), share(comparison.reference)
+    return ", ".join(f"{one:.0%}" for one in shares if one is not None)
 
 
 def markdown(
@@ -92,20 +119,27 @@ def markdown(
         ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
         f"Ratios are reference / ours, above 1 is better: the median of {rounds} rounds in turn (min–max). "
-        "Memory is what the peak adds to what was held before.",
+        "Memory is what the peak adds to what was held before. Matrix products alone: the time that a "
+        "block's take by themselves, in the same run, as a share of its time: of ours, of the reference's.",
         "",
-        "| what | time ratio | ours, s | reference, s | memory ratio | ours, MiB | reference, MiB "
-        "| largest difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| what | time ratio | goal | ours, s | reference, s | memory ratio | ours, MiB | reference, MiB "
+        "| matrix products alone | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in comparisons:
         memory = memory_ratio(one)
         lines.append(
-            f"| {one.row} | {time_ratio(one)} | {seconds_text(one.ours)} | {seconds_text(one.reference)} "
+            f"| {one.row} | {time_ratio(one)} | {goal_text(goals_of(cases, one))} "
+            f"| {seconds_text(one.ours)} | {seconds_text(one.reference)} "
             f"| {'' if memory is None else f'{memory:.2f}'} | {one.ours.peak / MIB:.0f} "
-            f"| {one.reference.peak / MIB:.0f} "
+            f"| {one.reference.peak / MIB:.0f} | {shares_text(one)} "
             f"| {'' if one.difference is None else f'{one.difference:.1e}'} |"
         )
+    if goals := [(one.row, *goal) for one in comparisons for goal in goals_of(cases, one)]:
+        missed = [f"{row} ({text})" for row, text, reached in goals if not reached]
+        lines += ["", f"{len(goals) - len(missed)} of {len(goals)} goals are reached."]
+        if missed:
+            lines[-1] += f" Not reached: {'; '.join(missed)}."
     if growth := growth_lines(cases, comparisons):
         lines += ["", "| growth | ours | reference |", "|---|---|---|", *growth]
     return "\n".join(lines) + "\n"
@@ -181,3 +215,55 @@ def plot(comparisons: Sequence[Comparison]) -> Image.Image:
 
 def _bar(ink: ImageDraw.ImageDraw, start: float, end: float, top: float, bottom: float, colour: Any) -> None:
     ink.rectangle([min(start, end), top, max(start, end), bottom], fill=colour)
+
+
+PANEL, REFERENCE = (420, 320), (220, 150, 60)  # ours is drawn in `TIME`
+
+
+def growth_plot(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> Image.Image | None:
+    """Seconds against the points, both logarithmic, a panel for each case that grows; None without one.
+
+    A line is the power law that fits best, with its exponent.
+    """
+    grown: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        if cases[one.case].grows:
+            grown.setdefault(one.case, []).append(one)
+    if not grown:
+        return None
+    page = Image.new("RGB", (PANEL[0] * len(grown), PANEL[1]), "white")
+    for i, (name, rows) in enumerate(grown.items()):
+        _growth_panel(ImageDraw.Draw(page), i * PANEL[0], cases[name], rows)
+    return page
+
+
+def _growth_panel(ink: ImageDraw.ImageDraw, left: float, case: Case, rows: Sequence[Comparison]) -> None:
+    points = [one.point for one in rows]
+    sides = {side: medians(rows, side) for side in ("ours", "reference")}
+    seconds = [x for of_side in sides.values() for x in of_side]
+    low, high = min(seconds) / 1.5, max(seconds) * 1.5
+
+    def place(point: float, x: float) -> tuple[float, float]:
+        across = math.log(point / points[0]) / math.log(points[-1] / points[0])
+        up = math.log(x / low) / math.log(high / low)
+        return left + 70 + (PANEL[0] - 100) * across, PANEL[1] - 50 - (PANEL[1] - 100) * up
+
+    ink.text((left + 70, 8), f"{case.about}: seconds against {case.unit}", fill=INK)
+    for point in points:
+        x, bottom = place(point, low)
+        ink.line([(x, bottom), (x, place(point, high)[1])], fill=GREY)
+        ink.text((x, bottom + 6), f"{point:g}", fill=INK, anchor="ma")
+    for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1):
+        start, end = place(points[0], 2.0**power), place(points[-1], 2.0**power)
+        ink.line([start, end], fill=GREY)
+        ink.text((start[0] - 6, start[1]), f"{2.0**power:g}", fill=INK, anchor="rm")
+    for i, (side, colour) in enumerate((("ours", TIME), ("reference", REFERENCE))):
+        k = exponent(points, sides[side])
+        at_one = math.exp(
+            sum(math.log(y / x**k) for x, y in zip(points, sides[side], strict=True)) / len(points)
+        )
+        ink.line([place(x, at_one * x**k) for x in (points[0], points[-1])], fill=colour, width=2)
+        for point, x in zip(points, sides[side], strict=True):
+            across, down = place(point, x)
+            ink.ellipse([across - 4, down - 4, across + 4, down + 4], fill=colour)
+        ink.text((left + 70, 24 + 12 * i), f"{side}: time ~ {case.unit}^{k:.2f}", fill=colour)

@@ -28,7 +28,11 @@ CHUNK = 2**26  # elements of the attention scores that exist at once while a map
 
 
 def token_groups(layout: Layout) -> dict[str, slice]:
-    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ..."""
+    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ...
+
+    >>> token_groups(Layout(5, ((1, 2, 2), (1, 2, 3))))
+    {'text': slice(0, 5, None), 'target': slice(5, 9, None), 'reference 1': slice(9, 15, None)}
+    """
     groups = {"text": slice(0, layout.text), "target": layout.in_joint(layout.target)}
     for number, tokens in enumerate(layout.references, 1):
         groups[f"reference {number}"] = layout.in_joint(tokens)
@@ -58,6 +62,13 @@ def attention_map(
         in at least float32, without H where `mean_heads`; a list of n counts n.
     Differentiable. Queries are taken some at a time, so that no more than `CHUNK` scores exist at once, also
         for the backward pass, which computes them again.
+
+    How much tokens 0 to 3 attend to themselves, and to the rest:
+
+    >>> q, k = torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
+    >>> shares = attention_map(q, k, rows=[slice(0, 4)], columns=[slice(0, 4), slice(4, 10)])
+    >>> shares.shape, torch.allclose(shares.sum(-1), torch.ones(()))
+    (torch.Size([1, 2, 1, 2]), True)
     """
     batch, keys, heads, dim = k.shape
     mask = None if key_mask is None else key_mask.expand(batch, 1, -1, keys)

@@ -38,15 +38,18 @@ class Variant:
     name: str
     max_pictures: int  # 0 where it makes pictures from text only
     template: Template
+    layered: bool = False  # it takes a picture apart, into RGBA layers
 
 
 VARIANTS = {
     "QwenImagePipeline": Variant(name="Qwen-Image", max_pictures=0, template=TEXT_TO_IMAGE),
     "QwenImageEditPipeline": Variant(name="Qwen-Image-Edit", max_pictures=1, template=EDIT),
     "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=3, template=EDIT_PLUS),
+    "QwenImageLayeredPipeline": Variant(
+        name="Qwen-Image-Layered", max_pictures=1, template=TEXT_TO_IMAGE, layered=True
+    ),
 }
 _REFUSED = {
-    "Layered": "Qwen-Image-Layered, which makes RGBA layers",
     "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
     "Img2Img": "a Qwen-Image image-to-image pipeline",

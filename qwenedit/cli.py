@@ -1,7 +1,7 @@
-"""The command line: `qwenedit edit | generate | info | verify | plan | ablate`.
+"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate`.
 
-Exit status 0 on success; 2 on bad usage or bad input, with one line on stderr and no traceback (`--debug`
-shows it). Pictures are written whole or not at all.
+Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
+stderr and no traceback (`--debug` shows it). Pictures are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from qwenedit.outputs import check_outputs, save_pictures
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Generator
 
     from qwenedit.ablation import Switches
     from qwenedit.mmdit import MMDiTConfig
     from qwenedit.pipeline import QwenImageEdit, Result
+    from qwenedit.presets import Sampling
 
 __all__ = ["main"]
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            options.run(options)
+            return options.run(options) or 0  # a command with another way to end well returns its status
     except KeyboardInterrupt:
         print("qwenedit: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -59,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
@@ -88,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
     _sampling_options(generate)
     generate.set_defaults(run=_generate)
+
+    decompose = commands.add_parser("decompose", help="take a picture apart into layers with alpha")
+    add = decompose.add_argument
+    add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
+    add("prompt", metavar="PROMPT", help="what the picture shows")
+    _run_options(decompose)
+    add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, ..., from the back on")
+    add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
+    decompose.set_defaults(run=_decompose)
 
     info = commands.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
     verify = commands.add_parser(
@@ -118,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--debug", action="store_true", help="show tracebacks")
     plan.set_defaults(run=_plan)
 
+    parity = commands.add_parser(
+        "parity",
+        help="a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
+    )
+    _parity_options(parity)
+    parity.set_defaults(run=_parity)
+
     ablate = commands.add_parser("ablate", help="run a grid of settings over pictures and seeds, and report")
     ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
     ablate.add_argument(
@@ -129,17 +146,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling_options(command: argparse.ArgumentParser) -> None:
+def _parity_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("parity.json"),
+        metavar="OUT.json",
+        help="for the results (default: parity.json); a run that was stopped goes on",
+    )
+    add(
+        "--picture", type=Path, metavar="PICTURE", help="what to edit, at a small size (default: a drawn one)"
+    )
+    add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
+    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _run_options(command: argparse.ArgumentParser) -> None:
+    """Of every command that samples."""
     add = command.add_argument
     add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     add("--steps", type=_positive, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for the transformer, in any trainer's layout; repeatable",
+    )
+    _memory_options(command)
+    add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    _machine_options(command)
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    _run_options(command)
+    add = command.add_argument
+    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     add(
         "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
     )
@@ -152,20 +207,12 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         help="how many; OUT-1.png, OUT-2.png, ... if several",
     )
     add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="a LoRA for the transformer, in any trainer's layout; repeatable",
-    )
-    add(
         "--switch",
         action=_Switch,
         default={},
         metavar="NAME=VALUE",
         help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
     )
-    _machine_options(command)
 
 
 def _file_options(command: argparse.ArgumentParser) -> None:
@@ -176,6 +223,28 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _memory_options(command: argparse.ArgumentParser) -> None:
+    """None in the options stands for `load`'s own default. The choices are residency.py's, which help must
+    not import torch for.
+    """
+    add = command.add_argument
+    add(
+        "--residency",
+        choices=("auto", "resident", "stage", "stream"),
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading)",
+    )
+    add(
+        "--modulation",
+        choices=("live", "precomputed"),
+        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
+    )
+    add(
+        "--storage",
+        choices=("float8",),
+        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
+    )
 
 
 def _machine_options(command: argparse.ArgumentParser) -> None:
@@ -243,6 +312,42 @@ def _generate(options: argparse.Namespace) -> None:
     _finish(pipe.generate(options.prompt, **sampling), outputs)
 
 
+def _decompose(options: argparse.Namespace) -> None:
+    """As for `_edit`, all that can be wrong shows before weights are read."""
+    from qwenedit.checkpoints import read_variant
+    from qwenedit.inputs import open_picture
+    from qwenedit.layered import check_alpha, layer_rows
+    from qwenedit.loading import load_scheduler, network_config
+    from qwenedit.presets import PRESETS
+
+    preset = PRESETS["Qwen-Image-Layered"]
+    assert preset.layering is not None
+    layers = options.layers or preset.layering.layers
+    resolution = options.resolution or preset.layering.resolution
+    outputs = check_outputs(options.output, layers)
+    check_alpha(options.output)
+    picture = open_picture(options.picture)
+    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
+    _check_guidance(run)
+    folder = _folder(options)
+    variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
+    (row,) = layer_rows(picture, *prompts, variant, layers, resolution)
+    load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
+    pipe = _pipe(options, folder, network_config(folder, "transformer"))
+    result = pipe.decompose(
+        picture,
+        options.prompt,
+        negative_prompt=run.negative_prompt,
+        true_cfg_scale=run.true_cfg_scale,
+        num_inference_steps=run.num_inference_steps,
+        layers=layers,
+        resolution=resolution,
+        cfg_normalize=preset.layering.cfg_normalize,
+        generator=_generator(options),
+    )
+    _finish(result, outputs)
+
+
 def _finish(result: Result, outputs: list[Path]) -> None:
     save_pictures(result.images, outputs)
     print(*outputs, sep="\n")
@@ -293,6 +398,28 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
     return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
 
 
+def _parity(options: argparse.Namespace) -> int:
+    from qwenedit.inputs import open_picture
+    from qwenedit.parity import DTYPES, PROMPT, parity
+
+    try:
+        result = parity(
+            options.model,
+            options.output,
+            revision=options.revision,
+            picture=None if options.picture is None else open_picture(options.picture),
+            prompt=PROMPT if options.prompt is None else options.prompt,
+            dtypes=DTYPES if options.dtype is None else [options.dtype],
+            device=options.device,
+            progress=not options.quiet,
+        )
+    except KeyboardInterrupt:
+        print("qwenedit: interrupted; rows that are done are kept: run it again to go on", file=sys.stderr)
+        return 130
+    print(result, options.output, sep="\n")
+    return 0 if result.ok else 1
+
+
 def _ablate(options: argparse.Namespace) -> None:
     from qwenedit.ablation.sweep import ablate
 
@@ -336,31 +463,77 @@ def _load(
     """The pipeline and what to call it with, once it is clear that it can do what is asked: weights may be
     many gigabytes.
     """
-    import torch
-
-    from qwenedit import mini
     from qwenedit.ablation.running import require_fitting, schedule
-    from qwenedit.assembly import load
-    from qwenedit.checkpoints import read_areas, read_variant, resolve
-    from qwenedit.inputs import guidance_of, rows_of
+    from qwenedit.checkpoints import read_areas, read_variant
+    from qwenedit.inputs import rows_of
+    from qwenedit.layered import require_flat
     from qwenedit.loading import load_scheduler, network_config
     from qwenedit.presets import PRESETS, preset_of
 
-    folder = mini.CHECKPOINT
-    if options.model is not None:
-        folder = resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
+    folder = _folder(options)
     variant = read_variant(folder)
+    require_flat(variant)
     preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
     areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
         (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
-        guidance_of(run.true_cfg_scale, run.negative_prompt)
+    _check_guidance(run)
     steps = run.num_inference_steps
     schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
     config = network_config(folder, "transformer")
     require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=steps)
+    return _pipe(options, folder, config), {
+        "negative_prompt": run.negative_prompt,
+        "true_cfg_scale": run.true_cfg_scale,
+        "num_inference_steps": steps,
+        "height": options.height,
+        "width": options.width,
+        "num_images_per_prompt": options.num_images,
+        "generator": _generator(options),
+        "switches": switches,
+    }
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
+    from qwenedit import mini
+    from qwenedit.checkpoints import resolve
+    from qwenedit.fast import require_compiler
+    from qwenedit.residency import Modes
+
+    Modes(**_memory(options))
+    if options.compile:
+        require_compiler()
+    if options.model is None:
+        return mini.CHECKPOINT
+    return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
+
+
+def _memory(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("residency", "modulation", "storage")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _check_guidance(run: Sampling) -> None:
+    from qwenedit.inputs import guidance_of
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns
+        guidance_of(run.true_cfg_scale, run.negative_prompt)
+
+
+def _generator(options: argparse.Namespace) -> Generator | None:
+    import torch
+
+    return None if options.seed is None else torch.Generator().manual_seed(options.seed)
+
+
+def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> QwenImageEdit:
+    """The pipeline of a folder and of files of their own, with its LoRAs, which are checked first."""
+    from qwenedit.assembly import load
+
     loras = _loras(options, config)
     pipe = load(
         folder,
@@ -370,21 +543,14 @@ def _load(
         mmdit=options.mmdit,
         vae=options.vae,
         text_encoder=options.text_encoder or True,
+        compile=options.compile,
+        **_memory(options),
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
     if options.model is None:
         print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
-    return pipe, {
-        "negative_prompt": run.negative_prompt,
-        "true_cfg_scale": run.true_cfg_scale,
-        "num_inference_steps": steps,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.num_images,
-        "generator": None if options.seed is None else torch.Generator().manual_seed(options.seed),
-        "switches": switches,
-    }
+    return pipe
 
 
 def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:

@@ -56,6 +56,10 @@ class Prompt:
 
     Shapes: `embeds` (B, T, D), right-padded with zeros; `mask` (B, T) bool, True at real tokens, or None
         where nothing is padded.
+
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> Prompt(torch.zeros(2, 3, 8), mask).rows(torch.tensor([1])).mask is None
+    True
     """
 
     embeds: Tensor
@@ -102,6 +106,20 @@ class Conditioning:
 
     Raises:
         ValueError: parts that do not fit together.
+
+    Two prompts for a target of 2x3 tokens, the first with a reference picture of 2x2:
+
+    >>> conditioning = Conditioning(
+    ...     prompt=Prompt(torch.zeros(2, 5, 8)),
+    ...     negative=None,
+    ...     target_grid=(1, 2, 3),
+    ...     reference_latents=((torch.zeros(4, 64),), ()),
+    ...     reference_grids=(((1, 2, 2),), ()),
+    ... )
+    >>> conditioning.batch, conditioning.repeat(3).batch
+    (2, 6)
+    >>> [(group.rows, group.grids) for group in conditioning.groups()]
+    [([0], ((1, 2, 3), (1, 2, 2))), ([1], ((1, 2, 3),))]
     """
 
     prompt: Prompt

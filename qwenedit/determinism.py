@@ -41,6 +41,10 @@ def deterministic(pipe: QwenImageEdit | None = None) -> Iterator[dict[str, Any]]
     has used CUDA before, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts.
 
     Source: torch's notes on randomness ("Reproducibility").
+
+    >>> with deterministic() as manifest:
+    ...     manifest["deterministic_algorithms"], manifest["attention"]
+    (True, 'MATH')
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

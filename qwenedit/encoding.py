@@ -21,6 +21,7 @@ from qwenedit.inputs import Row
 from qwenedit.latents import normalise, pack
 from qwenedit.prefix import encode_together
 from qwenedit.processor import TEXT_TO_IMAGE, Processor, ProcessorOutput, resize_rgb, vae_pixels
+from qwenedit.residency import present
 from qwenedit.sampler import require_finite
 from qwenedit.taps import is_tapped, scope
 from qwenedit.vae import VAE
@@ -61,9 +62,10 @@ def encode_rows(
     encoder = PromptEncoder(
         variant, processor, vision_language, max_tokens, share_prefix, negative_sees=switches.seen.negative
     )
-    prompt, negative = encoder(
-        seen_rows(rows, switches.seen), prompts, negatives, at_once=micro_batch or len(rows)
-    )
+    with present(vision_language):
+        prompt, negative = encoder(
+            seen_rows(rows, switches.seen), prompts, negatives, at_once=micro_batch or len(rows)
+        )
     return Conditioning(
         prompt=prompt,
         negative=negative,
@@ -173,9 +175,11 @@ def encode_pictures(
             encoded[key] = _encode(picture, size, vae, path, k)
         return encoded[key]
 
-    return tuple(
-        tuple(latents(picture, plan.vae, k) for k, (picture, plan) in enumerate(row.planned)) for row in rows
-    )
+    with present(*([vae] if any(row.pictures for row in rows) else [])):
+        return tuple(
+            tuple(latents(picture, plan.vae, k) for k, (picture, plan) in enumerate(row.planned))
+            for row in rows
+        )
 
 
 def _encode(picture: Image.Image, size: Size, vae: VAE, path: VAEPath, k: int) -> Tensor:

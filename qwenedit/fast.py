@@ -47,10 +47,13 @@ from qwenedit.mmdit import (
     TimeEmbedding,
     joint_key_mask,
 )
+from qwenedit.residency import home
+from qwenedit.streaming import Streamed
 from qwenedit.taps import is_tapped
 
 __all__ = [
-    "FastRun", "FastStep", "compile_blocks", "possible", "require_compiler", "uncompiled_if_changed",
+    "FastRun", "FastStep", "compile_blocks", "possible", "require_compiler", "timestep_of",
+    "uncompiled_if_changed",
 ]  # fmt: skip
 
 # What this file knows to compute, with the forward that it computes.
@@ -58,7 +61,7 @@ _KNOWN: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
         AdaLayerNormOut, Block, JointAttention, MLP, MMDiT, Modulation, RMSNorm, Rope, TimeEmbedding,
-        nn.LayerNorm, nn.Linear, nn.ModuleList, LowRank, LowRankLinear,
+        nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, Streamed, LowRank, LowRankLinear,
     )
 }  # fmt: skip
 
@@ -73,7 +76,7 @@ def possible(mmdit: nn.Module) -> bool:
     return (
         type(mmdit) is MMDiT
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(next(mmdit.parameters()).device.type)
+        and not torch.is_autocast_enabled(home(mmdit).type)
         and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and not _has_any_global_hook()
         and not mmdit.checkpointing
@@ -124,11 +127,24 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Mods:
-    """What the timestep alone decides: the modulation of all blocks and of the last norm."""
+    """What the timestep alone decides: the modulation of the blocks and of the last norm.
 
-    blocks: list[BlockMods]
+    `temb` (R, D), with rows behind those of the batch where the references have others.
+    """
+
+    temb: Tensor
+    batch: int
     out_scale: Tensor
     out_shift: Tensor
+    blocks: list[BlockMods]  # of the first blocks; the others' is made when their turn comes
+
+    def of(self, number: int, block: nn.Module) -> BlockMods:
+        assert isinstance(block, Block)
+        if number == len(self.blocks):
+            img_mod, txt_mod = block.img_mod(self.temb), block.txt_mod(self.temb[: self.batch])
+            reference = _mod(img_mod[self.batch :]) if len(self.temb) > self.batch else None
+            self.blocks.append(BlockMods(_mod(img_mod[: self.batch]), reference, _mod(txt_mod)))
+        return self.blocks[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,14 +165,44 @@ class FastRun:
     torch's own counter. (That counter does not see what is written through `.data` in place.)
     """
 
-    def __init__(self, mmdit: MMDiT) -> None:
+    def __init__(self, mmdit: MMDiT, sigmas: Sequence[float] = ()) -> None:
         self.mmdit = mmdit
+        self.sigmas = sigmas  # that will be asked for, as far as is known
+        self._ahead: dict[tuple[Any, ...], Mods] = {}  # by timestep, batch and addition_t
+        self._ahead_of: tuple[list[Tensor], tuple[Any, ...] | None] = [], None  # made of it; its state
         self._kept: dict[Prompt, Kept] = {}
         self._turns: dict[tuple[Any, ...], Turn] = {}
 
     def step(self, timestep: Tensor) -> FastStep | None:
         """The step at a timestep (a scalar tensor, in the latents' dtype); None: `MMDiT.forward` must run."""
         return FastStep(self, timestep) if possible(self.mmdit) else None
+
+    def mods(self, timestep: Tensor, batch: int, img: Tensor, addition_t: Tensor | None = None) -> Mods:
+        """The modulation at a timestep; where its weights are not there (`modulation="precomputed"`), that of
+        the whole schedule at once, in one pass over them.
+        """
+        mmdit = self.mmdit
+        if not (isinstance(mmdit.blocks, Streamed) and mmdit.blocks.precomputed):
+            return modulation(mmdit, timestep.expand(batch), img, addition_t)
+        # Of what makes it, the time embedding and LoRAs are there, and may change.
+        parts = [part for block in mmdit.blocks.children() for part in block.modules()]
+        made_of, state = _state((mmdit.time_embed, *(x for x in parts if isinstance(x, LowRank))), (), 0)
+        state = None if state is None else (mmdit.config, img.dtype, *state)
+        if state is None or state != self._ahead_of[1]:
+            self._ahead, self._ahead_of = {}, (made_of, state)
+        added = None if addition_t is None else tuple(addition_t.tolist())
+        key = float(timestep), batch, added
+        if key not in self._ahead:
+            sigmas = [] if state is None else self.sigmas
+            made = {key: modulation(mmdit, timestep.expand(batch), img, addition_t)}
+            for t in [timestep_of(sigma, img) for sigma in sigmas]:
+                if (other := (float(t), batch, added)) not in self._ahead | made:
+                    made[other] = modulation(mmdit, t.expand(batch), img, addition_t)
+            for number, block in enumerate(mmdit.blocks.only_modulation()):
+                for mods in made.values():
+                    mods.of(number, block)
+            self._ahead |= made
+        return self._ahead[key]
 
     def kept(self, references: Tensor | None, prompt: Prompt, img_length: int) -> Kept:
         """`img_length` is the number of the target's and the references' tokens."""
@@ -217,8 +263,12 @@ class FastStep:
         references: Tensor | None,
         prompt: Prompt,
         grids: Sequence[Grid],
+        addition_t: Tensor | None = None,
     ) -> Tensor:
-        """The velocity (B, S, C) of the target's tokens (B, S, C); `references` are (B, R, C)."""
+        """The velocity (B, S, C) of the target's tokens (B, S, C); `references` are (B, R, C).
+
+        `addition_t` (B,) is `MMDiT.forward`'s, the same in all calls of a step.
+        """
         run, mmdit = self._run, self._run.mmdit
         length = target.shape[1]
         tokens = length if references is None else length + references.shape[1]
@@ -230,35 +280,47 @@ class FastStep:
         turn = run.turn(grids, txt.shape[1], img.device)
         mods = self._mods.get(target.shape[0])
         if mods is None:
-            mods = self._mods[target.shape[0]] = modulation(mmdit, self._timestep.expand(len(target)), img)
+            mods = run.mods(self._timestep, target.shape[0], img, addition_t)
+            self._mods[target.shape[0]] = mods
 
-        *blocks, last = mmdit.blocks
-        for block, of_block in zip(blocks, mods.blocks, strict=False):
-            img, txt = _form(block, _block)(block, img, txt, of_block, turn, key_mask, length)
-        img = _form(last, _last_block)(last, img, txt, mods.blocks[-1], turn, key_mask, length)
+        blocks, last = mmdit.blocks, len(mmdit.blocks) - 1
+        for number, block in enumerate(
+            blocks.without_modulation() if isinstance(blocks, Streamed) else blocks
+        ):
+            own = mods.of(number, block), turn, key_mask, length
+            if number < last:
+                img, txt = _form(block, _block)(block, img, txt, *own)
+            else:
+                img = _form(block, _last_block)(block, img, txt, *own)
         return mmdit.proj_out(mmdit.norm_out.norm(img) * mods.out_scale + mods.out_shift)
 
 
-def modulation(mmdit: MMDiT, timestep: Tensor, img: Tensor) -> Mods:
-    """As `MMDiT.forward` and its blocks make it, at the same shapes."""
+def modulation(mmdit: MMDiT, timestep: Tensor, img: Tensor, addition_t: Tensor | None = None) -> Mods:
+    """As `MMDiT.forward` and its blocks make it, at the same shapes: of blocks whose weights come and go when
+    their turn comes.
+    """
     batch = len(timestep)
     timestep = timestep.to(img.dtype)
     if mmdit.config.zero_cond_t:
         timestep = torch.cat([timestep, timestep * 0])
-    temb = mmdit.time_embed(timestep, img.dtype)
-
-    def mod(x: Tensor) -> Mod:
-        shift1, scale1, gate1, shift2, scale2, gate2 = x.unflatten(-1, (6, 1, -1)).unbind(1)
-        return Mod(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
-
-    blocks = []
-    for block in mmdit.blocks:
-        assert isinstance(block, Block)
-        img_mod, txt_mod = block.img_mod(temb), block.txt_mod(temb[:batch])
-        reference = mod(img_mod[batch:]) if mmdit.config.zero_cond_t else None
-        blocks.append(BlockMods(mod(img_mod[:batch]), reference, mod(txt_mod)))
+        addition_t = None if addition_t is None else addition_t.repeat(2)
+    temb = mmdit.time_embed(timestep, img.dtype, addition_t)
     scale, shift = mmdit.norm_out.linear(F.silu(temb[:batch])).chunk(2, dim=-1)
-    return Mods(blocks, (1 + scale)[:, None], shift[:, None])
+    mods = Mods(temb, batch, (1 + scale)[:, None], shift[:, None], [])
+    if not isinstance(mmdit.blocks, Streamed):
+        for number, block in enumerate(mmdit.blocks):
+            mods.of(number, block)
+    return mods
+
+
+def _mod(x: Tensor) -> Mod:
+    shift1, scale1, gate1, shift2, scale2, gate2 = x.unflatten(-1, (6, 1, -1)).unbind(1)
+    return Mod(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+
+
+def timestep_of(sigma: float, latents: Tensor) -> Tensor:
+    """A scalar, rounded in the latents' dtype at 1000 sigma, as the reference does."""
+    return (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
 
 
 def _block(

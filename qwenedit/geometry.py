@@ -239,6 +239,9 @@ def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
 
     Sides are rounded on their own, halves to the even multiple, as Python's `round` does.
 
+    >>> fit_area(1024 * 1024, 16 / 9)
+    (1376, 768)
+
     Raises:
         ValueError: the ratio is no positive number, or so extreme that a side rounds to 0.
     Source: `calculate_dimensions` of the edit pipelines, which returns a side of 0.
@@ -259,6 +262,9 @@ def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The (height, width) at which the vision tower sees a picture: multiples of `factor` within the limits.
+
+    >>> smart_resize(384, 384, 28, min_pixels=56 * 56, max_pixels=12845056)
+    (392, 392)
 
     Raises:
         ValueError: a side that is not positive, or a picture over 200 times as long as it is wide.

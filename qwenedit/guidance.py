@@ -51,6 +51,12 @@ class Guidance:
 
     Raises:
         ValueError: a value without meaning here.
+
+    >>> Guidance(steps=(2, 8)).guides(1), Guidance(steps=(2, 8)).guides(2)
+    (False, True)
+    >>> Guidance(rescale=2.0)
+    Traceback (most recent call last):
+    ValueError: guidance.rescale is 2.0, wanted a number in [0, 1]
     """
 
     norm: str = "reference"
@@ -116,6 +122,12 @@ class TrueCFG:
     Raises: ValueError for a scale that is no finite number, or a rule that is no `Guidance`.
     Source: arXiv 2207.12598; the denoising loop of diffusers' `QwenImageEditPipeline`. Each sample is
         computed alone, so that no bit of it depends on the batch that it is in.
+
+    >>> cond, uncond = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[3.0, 0.0]]])
+    >>> TrueCFG(4.0, Guidance(norm="none"))(cond, uncond)
+    tensor([[[ 3., 16.]]])
+    >>> f"{TrueCFG(4.0)(cond, uncond).norm():.3f}"  # the conditional prediction's length
+    '5.000'
     """
 
     scale: float = 4.0

@@ -185,6 +185,18 @@ class Recorder(Records):
     Raises:
         ValueError: `to` is no device; the folder has something in it, or cannot be made or written; `to` with
             detach=False; while recording, `steps` or `branch` where no such label is in force.
+
+    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.taps import scope, taps
+    >>> mlp, recorder = MLP(4), Recorder(steps=[1, 2])
+    >>> with taps(mlp, {"*": recorder}):
+    ...     for step in range(3):
+    ...         with scope(step=step):
+    ...             y = mlp(torch.ones(1, 5, 4))
+    >>> [(key.name, key.step) for key in recorder]
+    [('mlp_hidden', 1), ('mlp_hidden', 2)]
+    >>> recorder["mlp_hidden", 2].shape
+    torch.Size([1, 5, 16])
     """
 
     def __init__(
@@ -248,6 +260,15 @@ def patch_from(records: Records) -> TapFunction:
 
     Raises:
         KeyError: while running, there is no such record, or several (two edits in one recording).
+
+    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.taps import taps
+    >>> mlp, recorder = MLP(4), Recorder()
+    >>> with taps(mlp, {"mlp_hidden": recorder}):
+    ...     ones = mlp(torch.ones(1, 5, 4))
+    >>> with taps(mlp, {"mlp_hidden": patch_from(recorder)}):
+    ...     torch.equal(mlp(torch.zeros(1, 5, 4)), ones)
+    True
     """
 
     def patch(x: Tensor, site: Site) -> Tensor:
@@ -263,6 +284,14 @@ def share_from(row: int = 0) -> TapFunction:
     Raises:
         ValueError: while running, the row is not among those that run together, or the tensor's first axis is
             not the batch (`temb` with zero_cond_t).
+
+    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.taps import taps
+    >>> mlp = MLP(4)
+    >>> with taps(mlp, {"mlp_hidden": share_from(row=1)}):
+    ...     y = mlp(torch.randn(3, 5, 4))
+    >>> torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[1])
+    True
     """
 
     def share(x: Tensor, site: Site) -> Tensor:

@@ -35,6 +35,7 @@ from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import Row, guidance_of
 from qwenedit.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.residency import while_present
 from qwenedit.sampler import Predict, Step, predict_at, require_interval
 from qwenedit.taps import scope
 
@@ -91,9 +92,10 @@ def invert(
     _require_invertible(guidance, iterations, num_inference_steps)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
     predict = switched_predictor(
-        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch
-    )
-    return inverse_euler(predict, start, visited, guidance, iterations)
+        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch,
+        sigmas=visited,
+    )  # fmt: skip
+    return while_present(pipe.mmdit, inverse_euler(predict, start, visited, guidance, iterations))
 
 
 def inverse_euler(
@@ -129,6 +131,20 @@ def inverse_euler(
 
     Raises:
         ValueError: guidance on clean latents, which velocities say nothing of at sigma 0.
+
+    There and back, in a field that the explicit step inverts only about, and iterations exactly:
+
+    >>> import torch
+    >>> from qwenedit.sampler import euler
+    >>> def predict(latents, sigma):
+    ...     return 0.5 * latents, None
+    >>> sigmas, noise = [1.0, 0.5, 0.0], torch.ones(1, 1, 1)
+    >>> *_, last = euler(predict, noise, sigmas)
+    >>> for iterations in (0, 20):
+    ...     *_, first = inverse_euler(predict, last.after, sigmas, iterations=iterations)
+    ...     print(f"{first.after.item():.3f}")
+    0.879
+    1.000
     """
     _require_invertible(guidance, iterations, len(sigmas) - 1)
     for index in reversed(range(len(sigmas) - 1)):

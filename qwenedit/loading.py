@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,18 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
     text_encoder, transformer, vae_config = (network_config(folder, name) for name in COMPONENTS)
     text, vision = text_encoder.text_config, text_encoder.vision_config
     tokens = processor.tokenizer.get_vocab_size()
+    layered = read_variant(folder).layered
     agree = [
         ("transformer's joint_attention_dim", transformer.joint_attention_dim,
          "text_encoder's hidden_size", text.hidden_size),
         ("transformer's out_channels", transformer.out_channels, "vae's z_dim", vae_config.z_dim),
         ("text_encoder's image_token_id", text_encoder.image_token_id,
          "tokenizer's", processor.image_token_id),
+        ("transformer's use_additional_t_cond", transformer.use_additional_t_cond, "pipeline's", layered),
+        ("transformer's use_layer3d_rope", transformer.use_layer3d_rope, "pipeline's", layered),
+        ("vae's input_channels", vae_config.input_channels, "pipeline's", 4 if layered else 3),
+        ("scheduler's time_shift_type", load_scheduler(folder).time_shift_type,
+         "pipeline's", "linear" if layered else "exponential"),
     ]  # fmt: skip
     if pictures:
         config = processor.config
@@ -257,13 +263,14 @@ def load_networks(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     files: Mapping[str, Path] | None = None,
+    elsewhere: Callable[..., bool] | None = None,
 ) -> list[nn.Module]:
     """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
 
     `files` has components whose weights are elsewhere, in any layout of `formats`. `dtype` None keeps what
     the files store, and makes bfloat16 of files that have fp8 or are GGUF. Parameters own their memory (the
     files may change afterwards), want no gradient, and at no time is more than one tensor held twice. The
-    VAE is `for_pictures`.
+    VAE is `for_pictures`. `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
 
     Raises:
         ValueError: files that are broken or do not fit their module, all problems of a component in one
@@ -277,18 +284,23 @@ def load_networks(
             raise ValueError(f"{where} does not fit the {component}: {report.problems()}")
         compared.append((module, found, report))
     for module, found, report in compared:
-        bar = tqdm(
-            total=report.bytes,
-            desc=f"loading {report.component}",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-        )
-        with bar:
-            _read(module, found, device, dtype or _run_dtype(report), bar)
+        wanted = dtype or _run_dtype(report)
+        if elsewhere is None or not elsewhere(report.component, module, found, device, wanted, progress):
+            with progress_bar(report.component, report.bytes, progress) as bar:
+                _read(module, found, device, wanted, bar)
         if isinstance(module, VAE):
             for_pictures(module)
     return [module.eval() for module, _, _ in compared]
+
+
+def progress_bar(component: str, total: int, progress: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=f"loading {component}",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
 
 
 def load_network(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qwenedit.loading import ours_to_official
 from qwenedit.mmdit import KEY_TABLE, MMDiT
+from qwenedit.residency import home, require_staying
 
 __all__ = ["Delta", "Loras", "LowRankLinear", "read_lora"]
 
@@ -262,7 +263,9 @@ class Loras:
             if isinstance(layer, nn.Linear):
                 layer = LowRankLinear(layer)
                 setattr(owner, child, layer)
-            layer.held.append(LowRank(adapter_name, delta, layer.base.weight, scale))
+            weight = layer.base.weight
+            like = torch.empty(0, dtype=weight.dtype, device=home(self.mmdit)) if weight.is_meta else weight
+            layer.held.append(LowRank(adapter_name, delta, like, scale))
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
@@ -304,7 +307,11 @@ class Loras:
     def fuse_lora(self) -> None:
         """Add all loaded LoRAs, at their scales, to the weights: no cost from then on, and no way back but
         loading the model again. The sum is made in float32 and rounded once.
+
+        Raises:
+            ValueError: the weights do not stay in memory (see residency.py).
         """
+        require_staying(self.mmdit, [layer.base.weight for layer in _changed(self.mmdit)], "fuse_lora")
         for owner, child, layer in list(_places(self.mmdit)):
             weight = layer.base.weight
             total = weight.float()

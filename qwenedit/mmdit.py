@@ -1,4 +1,4 @@
-"""The dual-stream multimodal diffusion transformer (MMDiT) of Qwen-Image and Qwen-Image-Edit.
+"""The dual-stream multimodal diffusion transformer (MMDiT) of Qwen-Image, -Edit and -Layered.
 
 Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py (`QwenImageTransformer2DModel`); the
 design is that of Stable Diffusion 3 (arXiv 2403.03206) and Flux, with every block dual-stream. Names are ours
@@ -25,7 +25,7 @@ from qwenedit.taps import Tapped, by_heads
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig"]
 
-Grid = tuple[int, int, int]  # frames (1 for pictures), rows and columns of tokens, 2x2 latent pixels each
+Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,10 @@ class MMDiTConfig:
     guidance_embeds: bool  # only False exists in this family
     axes_dims_rope: tuple[int, int, int]  # frame, row, column; sums to attention_head_dim
     zero_cond_t: bool = False  # Edit-2511: reference tokens are modulated as if at sigma 0
+    use_additional_t_cond: bool = False  # Layered: the time embedding has one of two vectors added
+    use_layer3d_rope: bool = False  # Layered: the target has several frames, the reference's is -1
 
-    # What Layered has and what an old config may carry without effect.
-    FIXED: ClassVar[dict[str, Any]] = {"use_additional_t_cond": False, "use_layer3d_rope": False}
+    FIXED: ClassVar[dict[str, Any]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset({"pooled_projection_dim"})
 
     def __post_init__(self) -> None:
@@ -75,10 +76,11 @@ class MMDiT(Tapped):
     Shapes: `img` (B, S, in_channels) packed latents, the target's tokens first and then each reference's;
         `txt` (B, T, joint_attention_dim); `timestep` (B,); `grids` the token grid of the target, then of
         each reference, the same for the whole batch; `txt_mask` (B, T) bool, True at real tokens, or None
-        where nothing is padded. Returns (B, S, in_channels); the caller keeps the target's part.
+        where nothing is padded; `addition_t` (B,) int64, Layered's alone: 0 makes RGBA, 1 RGB pictures.
+        Returns (B, S, in_channels); the caller keeps the target's part.
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.
-    Raises: ValueError where grids and tokens disagree.
+    Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
     Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
     """
 
@@ -91,8 +93,8 @@ class MMDiT(Tapped):
         self.img_in = nn.Linear(config.in_channels, config.width)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, config.width)
-        self.time_embed = TimeEmbedding(config.width)
-        self.rope = Rope(config.axes_dims_rope)
+        self.time_embed = TimeEmbedding(config.width, addition=config.use_additional_t_cond)
+        self.rope = Rope(config.axes_dims_rope, layered=config.use_layer3d_rope)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm_out = AdaLayerNormOut(config.width)
         self.proj_out = nn.Linear(config.width, config.in_channels)
@@ -104,6 +106,7 @@ class MMDiT(Tapped):
         timestep: Tensor,
         grids: Sequence[Grid],
         txt_mask: Tensor | None = None,
+        addition_t: Tensor | None = None,
     ) -> Tensor:
         lengths = [math.prod(grid) for grid in grids]
         if sum(lengths) != img.shape[1]:
@@ -116,7 +119,8 @@ class MMDiT(Tapped):
         timestep = timestep.to(img.dtype)  # where the reference rounds: 0.873 is 0.871 in bfloat16
         if self.config.zero_cond_t:
             timestep = torch.cat([timestep, timestep * 0])  # rows B: are for the reference tokens
-        temb = self.tap("temb", self.time_embed(timestep, img.dtype), "R D")
+            addition_t = None if addition_t is None else addition_t.repeat(2)
+        temb = self.tap("temb", self.time_embed(timestep, img.dtype, addition_t), "R D")
         rope = self.rope(grids, txt.shape[1], img.device)
         key_mask = None if txt_mask is None else joint_key_mask(txt_mask, img.shape[1])
 
@@ -307,20 +311,27 @@ class AdaLayerNormOut(nn.Module):
 class TimeEmbedding(Tapped):
     """Embed sigma: 256 sinusoids of 1000 sigma, then two linear layers. There is no text in it.
 
-    Shapes: `timestep` (R,) -> (R, D) in `dtype`.
+    Shapes: `timestep` (R,), with `addition` also `addition_t` (R,), which of two vectors is added; -> (R, D)
+        in `dtype`.
+    Raises: ValueError for an `addition_t` without `addition`, or the other way round.
     Source: `QwenTimestepProjEmbeddings` (official key prefix `time_text_embed`). The sinusoids are float32.
     """
 
     TAPS = ("sinusoids",)
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, addition: bool = False) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(256, width)
         self.linear_2 = nn.Linear(width, width)
+        self.addition = nn.Embedding(2, width) if addition else None
 
-    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None = None) -> Tensor:
         waves = self.tap("sinusoids", sinusoids(timestep), "R W")
-        return self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+        temb = self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+        if (self.addition is None) != (addition_t is None):
+            got, wanted = ("None", "0 or 1 a row") if addition_t is None else ("given", "None")
+            raise ValueError(f"addition_t is {got}, wanted {wanted}: see use_additional_t_cond in the config")
+        return temb if self.addition is None else temb + self.addition(addition_t).to(dtype)
 
 
 def sinusoids(timestep: Tensor) -> Tensor:
@@ -355,36 +366,44 @@ class Rope(Tapped):
 
     Shapes: returns float32 (S, K/2, 2) for the image tokens and (T, K/2, 2) for the text; [..., 0] is the
         cosine, [..., 1] the sine.
-    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000.
+    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000; `layered`: `QwenEmbedLayer3DRope`, where each layer
+        is a grid of its own; ours are the frames of one. Without a reference, its last layer would be at -1.
 
     +-- positions -----------------------------------------------------------------------------------------+
     | frame   the picture's number: 0 the target, 1 the first reference, ...                               |
+    |         layered: 0, 1, ... the target's frames, -1 every reference                                   |
     | row     centred: -(h - h//2) ... h//2 - 1; an odd grid has its extra row on the NEGATIVE side        |
     | column  likewise                                                                                     |
     | text    one number for all three axes, upwards from the largest h//2 or w//2 of any picture, over    |
-    |         the PADDED length (a mask does not shift it)                                                 |
+    |         the PADDED length (a mask does not shift it); layered: at least from the number of frames    |
     +------------------------------------------------------------------------------------------------------+
     """
 
     TAPS = ("img", "txt")
 
-    def __init__(self, axes: tuple[int, int, int]) -> None:
+    def __init__(self, axes: tuple[int, int, int], *, layered: bool = False) -> None:
         super().__init__()
         self.axes = axes
+        self.layered = layered
 
     def forward(self, grids: Sequence[Grid], txt_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        img_positions = torch.cat([picture_positions(i, grid, device) for i, grid in enumerate(grids)])
+        frames = [-1 if self.layered and i else i for i in range(len(grids))]
+        img_positions = torch.cat(
+            [picture_positions(frame, grid, device) for frame, grid in zip(frames, grids, strict=True)]
+        )
         start = max(max(rows // 2, columns // 2) for _, rows, columns in grids)
+        if self.layered:
+            start = max(start, grids[0][0])
         txt_positions = torch.arange(start, start + txt_length, device=device)[:, None].expand(-1, 3)
         img = self.tap("img", rope_table(img_positions, self.axes), "S A 2")
         txt = self.tap("txt", rope_table(txt_positions, self.axes), "T A 2")
         return img, txt
 
 
-def picture_positions(index: int, grid: Grid, device: torch.device) -> Tensor:
-    """(frames * rows * columns, 3) positions of one picture's tokens, row by row."""
+def picture_positions(first: int, grid: Grid, device: torch.device) -> Tensor:
+    """(frames * rows * columns, 3) positions of one picture's tokens, row by row, from frame `first`."""
     frames, rows, columns = grid
-    frame = torch.arange(index, index + frames, device=device)
+    frame = torch.arange(first, first + frames, device=device)
     row = torch.arange(rows, device=device) - (rows - rows // 2)
     column = torch.arange(columns, device=device) - (columns - columns // 2)
     return torch.cartesian_prod(frame, row, column).reshape(-1, 3)
@@ -432,6 +451,7 @@ KEY_TABLE: tuple[tuple[str, str], ...] = (
     ("txt_in.{p}", "txt_in.{p}"),
     ("time_text_embed.timestep_embedder.linear_1.{p}", "time_embed.linear_1.{p}"),
     ("time_text_embed.timestep_embedder.linear_2.{p}", "time_embed.linear_2.{p}"),
+    ("time_text_embed.addition_t_embedding.weight", "time_embed.addition.weight"),
     ("transformer_blocks.{n}.img_mod.1.{p}", "blocks.{n}.img_mod.linear.{p}"),
     ("transformer_blocks.{n}.txt_mod.1.{p}", "blocks.{n}.txt_mod.linear.{p}"),
     ("transformer_blocks.{n}.attn.to_q.{p}", "blocks.{n}.attn.img_q.{p}"),

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import processor
+from qwenedit import processor, residency
 from qwenedit.ablation import running
 from qwenedit.ablation.switches import Switches
 from qwenedit.checkpoints import Variant, find_local
 from qwenedit.conditioning import Conditioning
+from qwenedit.conditioning_cache import ConditioningCache
 from qwenedit.encoding import encode_rows
 from qwenedit.geometry import Areas
 from qwenedit.guidance import TrueCFG
@@ -42,6 +44,7 @@ from qwenedit.inputs import (
     without_reference_options,
 )
 from qwenedit.latents import denormalise, initial_noise, unpack
+from qwenedit.layered import Layers, layers_of, require_flat
 from qwenedit.lora import Loras
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
@@ -58,14 +61,14 @@ MAX_TOKENS = 512  # of a text-to-image prompt, unless the caller wants another n
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S,
-    64).
+    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64);
+    of `decompose` the likes of these, which it describes.
     """
 
-    images: list[Image.Image] | Tensor
+    images: list[Any] | Tensor
 
 
-class QwenImageEdit(Loras):
+class QwenImageEdit(Loras, Layers):
     """The whole system. Its components are plain attributes, each of which works without the others.
 
     Attributes:
@@ -81,6 +84,7 @@ class QwenImageEdit(Loras):
             the pictures among it: about half the time, and other last bits. False, as the reference runs.
         micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
             a generator a row, each row is its single run bit by bit.
+        conditioning_cache: what the encoders made, kept for runs that ask for the same; None: nothing is.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class QwenImageEdit(Loras):
         self.progress = True
         self.share_prefix = False
         self.micro_batch: int | None = None
+        self.conditioning_cache: ConditioningCache | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
@@ -133,7 +138,7 @@ class QwenImageEdit(Loras):
 
     @property
     def device(self) -> torch.device:
-        return next(self.mmdit.parameters()).device
+        return residency.home(self.mmdit)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,9 +146,8 @@ class QwenImageEdit(Loras):
 
     def to(self, *args: Any, **kwargs: Any) -> QwenImageEdit:
         """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        for network in (self.vision_language, self.vae, self.mmdit):
-            if network is not None:
-                network.to(*args, **kwargs)
+        networks = (self.vision_language, self.vae, self.mmdit)
+        residency.move([network for network in networks if network is not None], *args, **kwargs)
         warn_of_float16(self.dtype)
         return self
 
@@ -160,7 +164,8 @@ class QwenImageEdit(Loras):
         max_sequence_length: int = MAX_TOKENS,
         **options: Any,
     ) -> Result:
-        """`edit`, or `generate` where no image is given, for scripts written for the reference pipelines.
+        """`edit`, `generate` where no image is given, or `decompose` where the checkpoint is for that: for
+        scripts written for the reference pipelines.
 
         `guidance_scale` is for distilled models: ignored, with a warning. `max_sequence_length` has no effect
         on editing, as in the reference.
@@ -174,6 +179,9 @@ class QwenImageEdit(Loras):
                 "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
                 "pass true_cfg_scale"
             )
+        if self.variant.layered:
+            options.pop("use_en_prompt", None)  # the language of a caption, which is not made here
+            return self.decompose(image, prompt or "", max_sequence_length=max_sequence_length, **options)
         if prompt is None:
             raise ValueError("prompt is None, wanted a string or a list of strings")
         if image is None:
@@ -280,6 +288,7 @@ class QwenImageEdit(Loras):
         `pipe.sample(Conditioning.load("edit.safetensors"))`. Of the switches those act that are about
         encoding (`switches.encoding`); give the same to `steps` or `sample` for the others.
         """
+        require_flat(self.variant)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
         running.require_pictures(switches or Switches(), image is not None)
         return self._condition(rows, switches or Switches(), guided=negative_prompt is not None)
@@ -339,10 +348,13 @@ class QwenImageEdit(Loras):
     @torch.no_grad()
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
+        if grid[0] != 1:
+            raise ValueError(f"the grid {grid} has {grid[0]} frames, wanted 1: decode_layers takes several")
         raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
         config = self.vae.config
         parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
-        pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
+        with residency.present(self.vae):
+            pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
         require_finite(pixels, "VAE decoder: the picture")
         return processor.denormalise_pixels(pixels)
 
@@ -364,6 +376,7 @@ class QwenImageEdit(Loras):
         max_tokens: int = MAX_TOKENS,
     ) -> Result:
         """What `edit` and, with None for an image, `generate` do."""
+        require_flat(self.variant)
         check_output_type(output_type)
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("max_sequence_length", max_tokens, most=1024)
@@ -389,7 +402,8 @@ class QwenImageEdit(Loras):
         """Latents to start from and sigmas, for a row each of `pictures` (how many pictures it has): cheap,
         so that bad input shows before any network runs.
         """
-        batch, tokens = len(pictures), grid[1] * grid[2]
+        frames, rows, columns = grid
+        batch, tokens = len(pictures), rows * columns
         check_count("num_inference_steps", steps)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch)
@@ -397,11 +411,13 @@ class QwenImageEdit(Loras):
         visited = running.schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         channels = self.mmdit.config.out_channels
         if latents is None:
+            of_one, device, dtype = (1, rows, columns), self.device, self.dtype
             noise = initial_noise(
-                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
+                batch, frames * channels, of_one, generator=generator, device=device, dtype=dtype
             )
+            noise = rearrange(noise, "b s (f d) -> b (f s) d", f=frames)  # drawn one frame after another
         else:
-            wanted = (batch, tokens, self.mmdit.config.in_channels)
+            wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
             if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
                 got = (
                     f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
@@ -415,7 +431,8 @@ class QwenImageEdit(Loras):
     ) -> Conditioning:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-        conditioning = encode_rows(
+        encode = encode_rows if self.conditioning_cache is None else self.conditioning_cache.encode_rows
+        conditioning = encode(
             rows,
             guided=guided,
             max_tokens=max_tokens,
@@ -438,9 +455,10 @@ class QwenImageEdit(Loras):
     ) -> Iterator[Step]:
         conditioning = conditioning.to(self.device, self.dtype)
         predict = running.switched_predictor(
-            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch
-        )
-        return euler(predict, *run, guidance)
+            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
+            sigmas=run[1][:-1],
+        )  # fmt: skip
+        return residency.while_present(self.mmdit, euler(predict, *run, guidance))
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
         """Take all steps, under a progress bar, and make the result."""
@@ -450,5 +468,7 @@ class QwenImageEdit(Loras):
         require_finite(latents, "sampler: the final latents")
         if output_type == "latent":
             return Result(latents)
+        if self.variant.layered:
+            return Result(layers_of(self.decode_layers(latents, grid), output_type))
         pixels = self.decode(latents, grid)
         return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)

@@ -18,7 +18,7 @@ from qwenedit.checkpoints import find_local, is_local
 from qwenedit.files import read_json
 
 __all__ = [
-    "LIGHTNING", "PRESETS", "Preset", "Sampling", "find_preset", "preset_of",
+    "LIGHTNING", "PRESETS", "Layering", "Preset", "Sampling", "find_preset", "preset_of",
 ]  # fmt: skip
 
 
@@ -32,6 +32,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layering:
+    """What `decompose` takes beside the settings of other runs."""
+
+    layers: int
+    resolution: int
+    cfg_normalize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """Recommended settings.
 
@@ -41,6 +50,7 @@ class Preset:
         sizes: (width, height) that the model card names for text to picture; of edits the size follows from
             the picture.
         switches: those that a run takes, beneath those that it is given.
+        layering: of `decompose`; None where there is no such thing.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Preset:
     negative_prompt: str = " "
     sizes: tuple[tuple[int, int], ...] = ()
     switches: Switches = field(default_factory=Switches)
+    layering: Layering | None = None
 
     def sampling(
         self,
@@ -71,9 +82,13 @@ class Preset:
     def __str__(self) -> str:
         """As `qwenedit info` prints it."""
         sizes = f"; sizes {', '.join(f'{w}x{h}' for w, h in self.sizes)}" if self.sizes else ""
+        layers = ""
+        if self.layering is not None:
+            of = self.layering
+            layers = f"; {of.layers} layers, resolution {of.resolution}, cfg_normalize {of.cfg_normalize}"
         return (
             f"preset {self.name}: {self.num_inference_steps} steps, true_cfg_scale {self.true_cfg_scale}, "
-            f"negative prompt {self.negative_prompt!r}{sizes}"
+            f"negative prompt {self.negative_prompt!r}{sizes}{layers}"
         )
 
 
@@ -102,7 +117,7 @@ PRESETS = {
         Preset(name="Qwen-Image-Edit"),
         Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40),
         Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40),
-        Preset(name="Qwen-Image-Layered"),  # named, but such a checkpoint is not loaded yet
+        Preset(name="Qwen-Image-Layered", layering=Layering(layers=4, resolution=640, cfg_normalize=True)),
         _lightning(4),
         _lightning(8),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.conditioning import Conditioning, Prompt, RowGroup
-from qwenedit.fast import FastRun, FastStep, uncompiled_if_changed
+from qwenedit.fast import FastRun, FastStep, timestep_of, uncompiled_if_changed
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT
@@ -32,6 +32,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
+    """Raise NonFiniteError where `x` holds NaN or infinity, saying what it is and where to look."""
     if not torch.isfinite(x).all():
         raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
@@ -145,6 +146,18 @@ def euler(
         ValueError: guidance whose interval starts after the last step.
     Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
         them.
+
+    A velocity that knows the way, and a caller who changes where it leads to:
+
+    >>> clean, noise = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    >>> for step in euler(lambda latents, sigma: (noise - clean, None), noise, [1.0, 0.5, 0.0]):
+    ...     print(step.index, step.sigma, step.latents.tolist(), step.x0.tolist())
+    ...     if step.index == 1:
+    ...         step.x0 = torch.tensor([[[0.0, 7.0]]])
+    0 1.0 [[[1.0, 1.0]]] [[[0.0, 0.0]]]
+    1 0.5 [[[0.5, 0.5]]] [[[0.0, 0.0]]]
+    >>> step.after.tolist()
+    [[[0.0, 7.0]]]
     """
     require_interval(guidance, len(sigmas) - 1)
     average = None
@@ -171,7 +184,12 @@ def predict_at(
 
 
 def predictor(
-    mmdit: MMDiT, conditioning: Conditioning, *, guided: bool, micro_batch: int | None = None
+    mmdit: MMDiT,
+    conditioning: Conditioning,
+    *,
+    guided: bool,
+    micro_batch: int | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
@@ -182,6 +200,9 @@ def predictor(
     `micro_batch` is the most rows that run at a time, their texts cut to the longest among them; None: all. A
     matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
     run, and at 1 it is that run, bit by bit.
+
+    `sigmas` are those that are going to be asked for, as far as is known: for who computes ahead what depends
+    on them alone.
 
     Where nobody looks inside, the transformer runs in the form of `fast`, which may differ from
     `MMDiT.forward` in last bits.
@@ -199,15 +220,14 @@ def predictor(
     groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
-    fast_run = FastRun(mmdit)
+    fast_run = FastRun(mmdit, sigmas)
 
     def branch(name: str, latents: Tensor, timestep: Tensor, fast: FastStep | None) -> Tensor:
         parts = [_velocity(mmdit, fast, group, name, latents, timestep) for group in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
 
     def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
-        # The reference scales to 1000 and back around the cast to the latents' dtype, where bfloat16 rounds.
-        timestep = (torch.tensor(sigma, device=latents.device) * 1000).to(latents.dtype) / 1000
+        timestep = timestep_of(sigma, latents)
         fast = fast_run.step(timestep)
         cond = branch("cond", latents, timestep, fast)
         uncond = branch("uncond", latents, timestep, fast) if guided else None
@@ -264,12 +284,17 @@ def _velocity(
     assert prompt is not None
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     layout = Layout(prompt.embeds.shape[1], group.grids)
+    addition_t = None
+    if mmdit.config.use_additional_t_cond:  # Layered has been asked for RGBA only: 0
+        addition_t = torch.zeros(len(own), dtype=torch.int64, device=own.device)
     with scope(branch=branch, layout=layout, rows=group.rows):
         if fast is not None:
-            return fast.velocity(own, group.references, prompt, group.grids)
+            return fast.velocity(own, group.references, prompt, group.grids, addition_t)
         img = own if group.references is None else torch.cat([own, group.references], dim=1)
         with uncompiled_if_changed(mmdit):
-            velocity = mmdit(img, prompt.embeds, timestep.expand(own.shape[0]), group.grids, prompt.mask)
+            velocity = mmdit(
+                img, prompt.embeds, timestep.expand(len(own)), group.grids, prompt.mask, addition_t
+            )
     return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
 
 

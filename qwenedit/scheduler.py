@@ -19,9 +19,10 @@ __all__ = ["FlowMatchScheduler", "given_sigmas"]
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchScheduler:
-    """Sigmas from a number of steps and a number of target tokens; its fields are scheduler_config.json's.
+    """Sigmas from a number of steps and a number of tokens; its fields are scheduler_config.json's.
 
-    `shift_terminal` is None (or False, as Layered writes it) for no stretch.
+    `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` is "linear" in
+    Layered alone, and its pipeline has a `mu` and even sigmas of its own.
 
     Raises:
         ValueError: a value without meaning here.
@@ -61,10 +62,13 @@ class FlowMatchScheduler:
 
     def mu(self, tokens: int) -> float:
         """The resolution's shift: linear in the number of target tokens, through (base) and (max) of the
-        config.
+        config; Layered's is the square root of a layer's tokens over 256.
 
-        Source: `calculate_shift` in diffusers' pipelines. Reference tokens do not count.
+        Source: `calculate_shift` in diffusers' pipelines, where reference tokens do not count;
+        `QwenImageLayeredPipeline.__call__`, which counts those of the picture, as large as a layer.
         """
+        if self.time_shift_type == "linear":
+            return (tokens / 256) ** 0.5
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
 
@@ -73,7 +77,7 @@ class FlowMatchScheduler:
 
         Args:
             steps: number of Euler steps.
-            tokens: tokens of the target, which decide the shift.
+            tokens: tokens of the target (of one layer of it), which decide the shift.
             custom: unshifted sigmas in place of the even ones from 1 to 1/steps; shifted and stretched alike.
 
         Each is a float32 number, equal to the reference's bit by bit. One step differs: there the reference's
@@ -85,7 +89,8 @@ class FlowMatchScheduler:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
-        plain = _even(steps) if custom is None else _checked(custom, steps)
+        even = _even_to_0 if self.time_shift_type == "linear" else _even
+        plain = even(steps) if custom is None else _checked(custom, steps)
         t = torch.tensor(plain, dtype=torch.float32)
         t = self._shifted(t, tokens)
         if self.shift_terminal:
@@ -126,6 +131,11 @@ def _even(steps: int) -> list[float]:
         return [1.0]
     width = (1 / steps - 1.0) / (steps - 1)
     return [i * width + 1.0 for i in range(steps - 1)] + [1 / steps]
+
+
+def _even_to_0(steps: int) -> list[float]:
+    """The same numbers as Layered's pipeline computes them: towards 0, which is left out; other last bits."""
+    return [i * (-1.0 / steps) + 1.0 for i in range(steps)]
 
 
 def _checked(custom: Sequence[float], steps: int) -> list[float]:

@@ -58,6 +58,12 @@ def scope(**labels: Any) -> Iterator[None]:
     `site.labels`.
 
     Scopes nest: an inner label hides an outer one of the same name until the inner scope ends.
+
+    >>> with scope(step=3, branch="cond"), scope(branch="uncond"):
+    ...     current_labels()
+    {'step': 3, 'branch': 'uncond'}
+    >>> current_labels()
+    {}
     """
     before = _labels.now
     _labels.now = {**before, **labels}
@@ -76,6 +82,15 @@ class BranchState(Generic[State]):
     """State that is kept from step to step, apart for each CFG branch and for rows that do not run together.
 
     `new` makes a fresh one. Nothing tells a second run from a first: use a fresh `BranchState` for each.
+
+    >>> seen = BranchState(list)
+    >>> for step in range(2):
+    ...     for branch in ("cond", "uncond"):
+    ...         with cache_context(branch):
+    ...             seen.current().append((branch, step))
+    >>> with cache_context("uncond"):
+    ...     seen.current()
+    [('uncond', 0), ('uncond', 1)]
     """
 
     def __init__(self, new: Callable[[], State]) -> None:
@@ -225,7 +240,12 @@ def is_tapped(model: nn.Module) -> bool:
 
 
 def tap_names(model: nn.Module) -> list[str]:
-    """Every tap of a model by its full name, in the order of its modules."""
+    """Every tap of a model by its full name, in the order of its modules.
+
+    >>> import qwenedit
+    >>> tap_names(qwenedit.load(progress=False).mmdit)[:5]
+    ['img_in', 'txt_in', 'temb', 'velocity', 'time_embed.sinusoids']
+    """
     return list(_sites(model))
 
 
@@ -255,6 +275,18 @@ def taps(
         RuntimeError: with `strict`, taps that matched but never fired.
 
     On exit, by exception too, every module is exactly as it was before.
+
+    >>> import qwenedit
+    >>> from qwenedit.mmdit import MLP
+    >>> mlp, x = MLP(4), torch.ones(1, 3, 4)
+    >>> with taps(mlp, {"mlp_hidden": lambda hidden, site: print(site.full, tuple(hidden.shape))}):
+    ...     before = mlp(x)
+    mlp_hidden (1, 3, 16)
+    >>> with taps(mlp, {"mlp_hidden": qwenedit.zero}):
+    ...     torch.equal(mlp(x), mlp.down.bias.expand(1, 3, 4))
+    True
+    >>> torch.equal(mlp(x), before)
+    True
     """
     sites = _sites(model)
     fired: set[str] = set()
@@ -317,6 +349,13 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     Raises:
         KeyError: the model has no such submodule; names that come close are listed.
         ValueError: the factory made something else than a module.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> with swapped(model, "1", lambda old: nn.Identity()):
+    ...     model[1]
+    Identity()
+    >>> model[1]
+    ReLU()
     """
     modules = dict(model.named_modules())
     real: dict[str, str] = {}  # of several that show one path, the outermost

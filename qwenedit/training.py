@@ -133,4 +133,9 @@ def velocity_error(
 
 
 def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean of (B, S) errors under weights (B, S), which need not sum to 1; None: all count alike.
+
+    >>> weighted_mean(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 1.0]]))
+    tensor(2.)
+    """
     return error.mean() if weight is None else (error * weight).sum() / weight.sum()

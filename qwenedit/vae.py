@@ -175,7 +175,7 @@ class VAE(Tapped):
 class Encoder(Tapped):
     """One chunk of pixels to one of moments: the picture is halved level by level.
 
-    Shapes: `x` (B, 3, F, Y, X), F = 1 in the first chunk, then 4; returns (B, 2 Z, f, y, x).
+    Shapes: `x` (B, C, F, Y, X), F = 1 in the first chunk, then 4; returns (B, 2 Z, f, y, x).
     Raises: ValueError where the first chunk is not one frame.
     Source: `QwenImageEncoder3d`, whose list is flat too: residual blocks and downsamplers in one.
     """
@@ -211,7 +211,7 @@ class Encoder(Tapped):
 class Decoder(Tapped):
     """One latent frame to its pixels: the encoder's way back, with one more residual block a level.
 
-    Shapes: `x` (B, Z, 1, y, x); returns (B, 3, F, Y, X), F = 1 for the first frame, then the temporal factor.
+    Shapes: `x` (B, Z, 1, y, x); returns (B, C, F, Y, X), F = 1 for the first frame, then the temporal factor.
     Raises: ValueError where the first chunk is not one frame.
     Source: `QwenImageDecoder3d`.
     """

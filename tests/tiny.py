@@ -29,6 +29,7 @@ PIPELINES = {
     "generate": diffusers.QwenImagePipeline,
     "edit": diffusers.QwenImageEditPipeline,
     "plus": diffusers.QwenImageEditPlusPipeline,
+    "layered": diffusers.QwenImageLayeredPipeline,
 }
 
 
@@ -79,7 +80,7 @@ def checkpoint(
     heads: int = 2,
     axes: tuple[int, int, int] = (4, 6, 6),
 ) -> Path:
-    """A folder for "generate", "edit" or "plus"; the weights depend on the seed alone.
+    """A folder for "generate", "edit", "plus" or "layered"; the weights depend on the seed alone.
 
     `zero_cond_t`, `layers`, `heads` and `axes` are the transformer's.
     """
@@ -105,8 +106,10 @@ def checkpoint(
     transformer = diffusers.QwenImageTransformer2DModel(
         num_layers=layers, attention_head_dim=sum(axes), num_attention_heads=heads, joint_attention_dim=24,
         axes_dims_rope=axes, zero_cond_t=zero_cond_t,
+        use_additional_t_cond=kind == "layered", use_layer3d_rope=kind == "layered",
     )  # fmt: skip
-    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    channels = {"input_channels": 4} if kind == "layered" else {}  # RGB checkpoints leave the key out
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1, **channels)
     for number, (name, module) in enumerate(
         {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}.items()
     ):
@@ -116,7 +119,8 @@ def checkpoint(
                 module.decoder.conv_out.weight.mul_(0.2)
                 module.decoder.conv_out.bias.mul_(0.1)
         module.save_pretrained(folder / name)
-    diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    own = {"time_shift_type": "linear", "shift_terminal": False} if kind == "layered" else {}
+    diffusers.FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **own}).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": PIPELINES[kind].__name__,
         "_diffusers_version": diffusers.__version__,
@@ -160,9 +164,10 @@ def tiny_areas(monkeypatch) -> None:
     """Make the reference pipelines, whose areas are constants, work at the tiny ones."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as layered
 
-    areas = {1024 * 1024: AREA, 384 * 384: VL_AREA}
-    for module in (edit, plus):
+    areas = {1024 * 1024: AREA, 384 * 384: VL_AREA, 640 * 640: AREA}
+    for module in (edit, plus, layered):
         official = module.calculate_dimensions
         monkeypatch.setattr(
             module,

@@ -151,6 +151,7 @@ def switched_predictor(
     *,
     guided: bool,
     micro_batch: int | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -159,10 +160,10 @@ def switched_predictor(
     """
     references, time = switches.references, switches.time
     conditioning = changed(conditioning, references)
-    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch)
+    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
     if references.steps is not None:
         bare = _without_references(conditioning)
-        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch)
+        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
         predict = _in_steps(references.steps, predict, without)
 
     functions: dict[str, TapFunction] = {}

@@ -32,8 +32,9 @@ LIGHTNING = {**OFFICIAL, "base_shift": math.log(3), "max_shift": math.log(3), "s
 CONFIGS = [
     OFFICIAL,
     LIGHTNING,
-    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": None},
+    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": None},  # Layered's, with its pipeline's rules
     {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": False},
+    {**OFFICIAL, "time_shift_type": "linear"},
     {**OFFICIAL, "use_dynamic_shifting": False, "shift": 3.0},
     {**OFFICIAL, "use_dynamic_shifting": False, "shift": 1.7, "shift_terminal": None},
 ]
@@ -41,9 +42,11 @@ CONFIGS = [
 
 def reference_sigmas(config, steps, tokens, custom=None):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
-    sigmas = np.linspace(1.0, 1 / steps, steps) if custom is None else custom
     keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    scheduler.set_timesteps(sigmas=sigmas, mu=calculate_shift(tokens, *(config[key] for key in keys)))
+    mu, even = calculate_shift(tokens, *(config[key] for key in keys)), np.linspace(1.0, 1 / steps, steps)
+    if config["time_shift_type"] == "linear":
+        mu, even = (tokens / (256 * 256 / 16 / 16)) ** 0.5, np.linspace(1.0, 0, steps + 1)[:-1]
+    scheduler.set_timesteps(sigmas=even if custom is None else custom, mu=mu)
     return scheduler
 
 

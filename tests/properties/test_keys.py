@@ -20,7 +20,16 @@ from qwenedit.vae import VAEConfig
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())
-SUPPORTED = [name for name in CONFIGS if name != "Qwen-Image-Layered"]
+LAYERED = "Qwen-Image-Layered"
+
+
+def official_tensors(component, model="Qwen-Image-Edit-2511"):
+    """Names and shapes; of Layered, those of the others with what it has of its own."""
+    file = {"transformer": "transformer", "vae": "vae_rgb", "text_encoder": "text_encoder_hub"}[component]
+    tensors = json.loads((DATA / "keys" / f"{file}.json").read_text())
+    if model == LAYERED:
+        tensors |= json.loads((DATA / "keys" / "layered.json").read_text()).get(component, {})
+    return tensors
 
 
 def full_size(component, model="Qwen-Image-Edit-2511"):
@@ -33,16 +42,14 @@ def full_size(component, model="Qwen-Image-Edit-2511"):
         return NETWORKS[component].module(config)
 
 
-@pytest.mark.parametrize(
-    "component, keys",
-    [("transformer", "transformer"), ("vae", "vae_rgb"), ("text_encoder", "text_encoder_hub")],
-)
-def test_the_table_is_a_bijection_onto_the_official_tensors(component, keys):
+@pytest.mark.parametrize("model", ["Qwen-Image-Edit-2511", LAYERED])
+@pytest.mark.parametrize("component", NETWORKS)
+def test_the_table_is_a_bijection_onto_the_official_tensors(component, model):
     network = NETWORKS[component]
-    official = json.loads((DATA / "keys" / f"{keys}.json").read_text())
+    official = official_tensors(component, model)
     used = {key: shape for key, shape in official.items() if key not in network.skipped}
     assert set(official) - set(used) == set(network.skipped)
-    ours = {name: list(x.shape) for name, x in full_size(component).state_dict().items()}
+    ours = {name: list(x.shape) for name, x in full_size(component, model).state_dict().items()}
     renamed = {key: official_to_ours(network.table, key) for key in used}
     assert sorted(renamed.values()) == sorted(ours)  # onto, and no two to one
     assert all(ours[name] == used[key] for key, name in renamed.items())
@@ -61,13 +68,9 @@ def test_the_naming_of_transformers_5_is_the_same_tensors():
 
 
 def test_every_rule_of_every_table_is_used():
-    for component, keys in (
-        ("transformer", "transformer"),
-        ("vae", "vae_rgb"),
-        ("text_encoder", "text_encoder_hub"),
-    ):
-        official = json.loads((DATA / "keys" / f"{keys}.json").read_text())
-        for rule in NETWORKS[component].table:
+    for component, network in NETWORKS.items():
+        official = official_tensors(component, LAYERED)
+        for rule in network.table:
             assert any(official_to_ours((rule,), key) for key in official), (
                 f"{component}: {rule} renames nothing"
             )
@@ -81,27 +84,24 @@ def test_unknown_names_are_unknown():
         ours_to_official(table, "blocks.0.attn.q.weight")
 
 
-@pytest.mark.parametrize("model", SUPPORTED)
+@pytest.mark.parametrize("model", CONFIGS)
 def test_every_official_config_is_read(tmp_path, model):
     for name, raw in CONFIGS[model].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(raw))
-    assert network_config(tmp_path, "transformer").zero_cond_t == (model == "Qwen-Image-Edit-2511")
-    assert network_config(tmp_path, "transformer").num_layers == 60
-    assert network_config(tmp_path, "vae").base_dim == 96
+    transformer, vae = network_config(tmp_path, "transformer"), network_config(tmp_path, "vae")
+    assert transformer.zero_cond_t == (model == "Qwen-Image-Edit-2511")
+    assert transformer.use_additional_t_cond == transformer.use_layer3d_rope == (model == LAYERED)
+    assert transformer.num_layers == 60
+    assert vae.base_dim == 96
+    assert vae.input_channels == (4 if model == LAYERED else 3)
     assert network_config(tmp_path, "text_encoder").text_config.num_hidden_layers == 28
     scheduler = config_from(
         FlowMatchScheduler, CONFIGS[model]["scheduler/scheduler_config.json"], "scheduler"
     )
-    assert scheduler.shift_terminal == 0.02
-    assert CONFIGS[model]["model_index.json"]["_class_name"] in VARIANTS
-
-
-def test_layered_is_refused_by_its_config():
-    with pytest.raises(ValueError, match="use_additional_t_cond is True"):
-        config_from(MMDiTConfig, CONFIGS["Qwen-Image-Layered"]["transformer/config.json"], "transformer")
-    raw = CONFIGS["Qwen-Image-Layered"]["scheduler/scheduler_config.json"]
-    assert config_from(FlowMatchScheduler, raw, "scheduler").shift_terminal is None
+    assert scheduler.shift_terminal == (None if model == LAYERED else 0.02)
+    assert scheduler.time_shift_type == ("linear" if model == LAYERED else "exponential")
+    assert VARIANTS[CONFIGS[model]["model_index.json"]["_class_name"]].layered == (model == LAYERED)
 
 
 BASE = CONFIGS["Qwen-Image-Edit"]["transformer/config.json"]
@@ -115,7 +115,7 @@ BASE = CONFIGS["Qwen-Image-Edit"]["transformer/config.json"]
         ({"axes_dims_rope": [16, 56]}, r"axes_dims_rope is \[16, 56\], wanted 3 values"),
         ({"axes_dims_rope": [16, 56, 55]}, "sum to attention_head_dim 128"),
         ({"guidance_embeds": True}, "config.json: guidance_embeds is True, wanted False"),
-        ({"use_layer3d_rope": True}, "use_layer3d_rope is True, wanted False"),
+        ({"use_layer3d_rope": 1}, "use_layer3d_rope is 1, wanted bool"),
         ({"new_key": 1, "another": 2}, "has unknown keys: another, new_key"),
         ({"num_layers": None}, "num_layers is None"),
     ],

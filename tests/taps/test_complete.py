@@ -136,6 +136,15 @@ def test_transformer():
     assert run_mmdit() == MMDIT
 
 
+def test_transformer_of_layered():
+    ours = mmdit.network(use_additional_t_cond=True, use_layer3d_rope=True)
+    img, txt, timestep, _ = mmdit.inputs([(1, 9, 5), (1, 3, 5)])
+    grids = [(3, 3, 5), (1, 3, 5)]
+    got = anonymous(ours, lambda: ours(img, txt, timestep, grids, None, torch.tensor([0, 1])))
+    of_zero_cond_t = ("per_token: cat", "MMDiT.forward: mul", "MMDiT.forward: cat")
+    assert got == {site: count for site, count in MMDIT.items() if site not in of_zero_cond_t}
+
+
 @pytest.mark.parametrize("frames", [1, 5])
 def test_vae(frames):
     ours, pixels = vae.make(), vae.pixels(frames)

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from qwenedit import cli, mini
+from qwenedit import assembly, cli, fast, mini
 from qwenedit.inputs import open_picture
 
 QUICK = ["--steps", "1", "--quiet", "--device", "cpu"]
@@ -281,6 +281,29 @@ def test_nan_in_weights_is_named_by_component_and_step(tmp_path, picture, capsys
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="no such folder"):
         run("info", "./nothing", "--debug")
+
+
+@pytest.mark.parametrize("words", [["edit", "in.png", "make the circle red"], ["generate", "a red circle"]])
+def test_compile_reaches_load(picture, monkeypatch, words):
+    shutil.copy(picture, "in.png")
+    given, load = [], assembly.load
+
+    def uncompiled(*arguments, compile, **options):
+        given.append(compile)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(fast, "require_compiler", lambda: None)
+    monkeypatch.setattr(assembly, "load", uncompiled)
+    assert run(*words, "-o", "out.png", *QUICK) == run(*words, "-o", "out.png", "--compile", *QUICK) == 0
+    assert given == [False, True]
+
+
+def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    line = fails(capsys, "edit", picture, "x", "-o", "x.png", "--compile", "--model", "no/such-model", *QUICK)
+    assert "needs a C++ compiler" in line
 
 
 def test_a_text_to_image_checkpoint_does_not_edit(tmp_path, picture, capsys):

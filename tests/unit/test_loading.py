@@ -265,7 +265,6 @@ def test_sources_that_are_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("QwenImageLayeredPipeline", "Qwen-Image-Layered, which makes RGBA layers"),
         ("QwenImage21Pipeline", r"Qwen-Image 2\.1"),
         ("QwenImageControlNetPipeline", "ControlNet"),
         ("QwenImageEditInpaintPipeline", "inpainting"),

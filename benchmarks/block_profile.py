@@ -1,0 +1,106 @@
+"""What one inner block's time goes to: `python -m benchmarks.block_profile [--tokens 1024] [--rounds 5]`.
+
+Ours as a step runs it, then the reference's, at full width; times are those of torch's profiler, by kinds of
+operation, the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from benchmarks.files import write_transformer
+from benchmarks.transformer import block_ours, block_reference
+
+# The first kind of which a word is in the operation's name; what none has is elementwise.
+KINDS = {
+    "attention": ("scaled_dot_product", "attention", "softmax"),
+    "matrix products": ("mm", "linear", "matmul", "gemm"),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm", "rms_norm", "rsqrt", "mean", "pow"),
+    "copies": ("copy", "cat", "clone", "contiguous", "stack", "fill", "zero", "empty"),
+}
+ELEMENTWISE = "elementwise"
+SIDES = {"ours": block_ours, "reference": block_reference}
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), ELEMENTWISE)
+
+
+def profiled(call: Callable[[], object], device: str) -> Counter[str]:
+    """Milliseconds of one call by kind, each operation without the operations that it calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_device = device != "cpu"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
+    with profile(activities=activities) as profiler:
+        call()
+    spent: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        time = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if event.key.startswith("aten::"):
+            spent[kind_of(event.key)] += time / 1000
+    return spent
+
+
+def rounds_of(call: Callable[[], object], device: str, rounds: int) -> list[Counter[str]]:
+    call()
+    return [profiled(call, device) for _ in range(rounds)]
+
+
+def table(sides: dict[str, list[Counter[str]]]) -> str:
+    """Milliseconds and shares of each side."""
+    lines = [
+        f"| kind | {' | '.join(f'{side}, ms | {side}, %' for side in sides)} |",
+        f"|---{'|---|---' * len(sides)}|",
+    ]
+    middle = {
+        side: {kind: median(one[kind] for one in rounds) for kind in (*KINDS, ELEMENTWISE)}
+        for side, rounds in sides.items()
+    }
+    sums = {side: sum(of_side.values()) for side, of_side in middle.items()}
+    for kind in (*KINDS, ELEMENTWISE):
+        cells = [f"{middle[side][kind]:.1f} | {middle[side][kind] / sums[side]:.1%}" for side in sides]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    lines.append(f"| all | {' | '.join(f'{sums[side]:.1f} | 100 %' for side in sides)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.block_profile", description=__doc__)
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of the target, and of the reference picture"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
+    options = parser.parse_args(arguments)
+    if min(options.tokens, options.rounds, options.threads) < 1:
+        parser.error("--tokens, --rounds and --threads: wanted at least 1")
+    import torch
+
+    from benchmarks.__main__ import setting_of
+    from benchmarks.report import machine_of
+
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = setting_of(options.threads, Path(folder))
+        write_transformer(setting.folder)
+        spent = {
+            name: rounds_of(side(setting)(options.tokens), setting.device, options.rounds)
+            for name, side in SIDES.items()
+        }
+        machine = machine_of(setting)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()) + ".\n")
+    print(f"{options.tokens} tokens of the target and as many of the reference picture.\n")
+    print(table(spent))
+
+
+if __name__ == "__main__":
+    main()
