@@ -14,8 +14,8 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.files import write_text_encoder
-from benchmarks.load_memory import OFFICIAL, anonymous_bytes
+from benchmarks.frame import watched
 from qwenedit import geometry
 from qwenedit.checkpoints import read_areas, read_variant
 from qwenedit.loading import load_network, network_config
@@ -109,19 +109,11 @@ def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
         options["residency"] = residency
     planned = plan(source, device="cpu", dtype=dtype).peaks[Mode(residency)]
     picture = Image.new("RGB", (256, 256))
-    done, owned = threading.Event(), [anonymous_bytes()]
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            owned.append(anonymous_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, **options)
-    pipe.edit(picture, "x", num_inference_steps=1, true_cfg_scale=1.0, output_type="pt")
-    done.set()
-    watcher.join()
-    return {"planned": max(planned.values()), "measured": max(owned) - owned[0]}
+    with watched("cpu") as peak:
+        pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, **options)
+        pipe.edit(picture, "x", num_inference_steps=1, true_cfg_scale=1.0, output_type="pt")
+        measured = peak()
+    return {"planned": max(planned.values()), "measured": measured}
 
 
 def sketch_of(folder: Path) -> geometry.Geometry:
@@ -150,12 +142,11 @@ def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
 def transformer(folder: Path, dtype: torch.dtype) -> Part:
     from qwenedit.conditioning import Prompt
     from qwenedit.fast import FastRun
-    from qwenedit.mmdit import MMDiT, MMDiTConfig
+    from qwenedit.mmdit import MMDiT
 
     config = network_config(folder, "transformer")
-    cut = {"num_layers": 2, "zero_cond_t": config.zero_cond_t}
     with torch.device("meta"):
-        mmdit = MMDiT(MMDiTConfig(**{**OFFICIAL, **cut})).to(dtype)
+        mmdit = MMDiT(replace(config, num_layers=2)).to(dtype)
     mmdit = mmdit.to_empty(device="cpu").requires_grad_(False).eval()
     randomise(mmdit)
     sketch = sketch_of(folder)

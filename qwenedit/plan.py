@@ -69,7 +69,8 @@ class Weights:
         kept = self.float8 if mode.storage == "float8" else self.blocks
         gone = mode.modulation == "precomputed"
         sizes = sorted(block.all - block.modulation * gone for block in kept.values())
-        return sum(sizes[-2:] if mode.residency == "stream" else sizes) + self.rest
+        widened = max((block.all for block in self.blocks.values()), default=0) * (mode.storage == "float8")
+        return sum(sizes[-2:] if mode.residency == "stream" else sizes) + self.rest + widened
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Mode:
     """How weights are kept.
 
     Attributes:
-        residency: "resident": all in the device's memory. "stage": text encoder and VAE, then the
-            transformer, then the VAE. "stream": blocks from the file as they are needed, two at a time.
+        residency: "resident": all in the device's memory. "stage": one network at a time: text encoder, VAE,
+            transformer, VAE. "stream": blocks from the file as they are needed, two at a time.
         modulation: "live", or "precomputed": its layers are not kept, but their results for all timesteps.
-        storage: "as run", or "float8": the transformer's blocks at one byte a weight.
+        storage: "as run", or "float8": blocks at one byte a weight, widened one by one.
     """
 
     residency: str
@@ -209,7 +210,7 @@ def plan(
 
 _MODES = (
     *(Mode(residency, modulation) for residency in RESIDENCIES for modulation in ("live", "precomputed")),
-    *(Mode(residency, "live", "float8") for residency in RESIDENCIES),
+    *(Mode(residency, "live", "float8") for residency in ("resident", "stage")),
 )
 
 
@@ -248,18 +249,12 @@ def _peaks(
     mode: Mode, weights: Mapping[str, Weights], computed: Mapping[str, int], table: int
 ) -> dict[str, int]:
     """Bytes on the device at each stage; `table` is what precomputed modulation takes."""
-    plain = Mode(mode.residency)  # of what is not the transformer
-    size = {
-        name: network.resident(mode if name == "transformer" else plain) for name, network in weights.items()
-    }
+    size = {name: network.resident(mode) for name, network in weights.items()}
     size["transformer"] += table if mode.modulation == "precomputed" else 0
     text, vae, transformer = size.get("text_encoder", 0), size["vae"], size["transformer"]
+    kept = [text, vae, transformer, vae]
     if mode.residency == "resident":
         kept = [text + vae + transformer] * 4
-    else:
-        kept = [text + vae, text + vae, transformer, vae]
-        if mode.residency == "stream":
-            kept[1] = vae
     return {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
 
 
