@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
     add("prompt", metavar="PROMPT", help="what the picture shows")
     _run_options(decompose)
-    add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, ..., from the back on")
+    add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
     add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
     decompose.set_defaults(run=commands.decompose)
 

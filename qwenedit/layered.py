@@ -3,9 +3,9 @@
     pipe = qwenedit.load("Qwen/Qwen-Image-Layered")
     layers = pipe.decompose(picture, "a red fox on a white field", layers=4).images
 
-The target is layers + 1 frames of one size, each the size of the picture: frame 0 is the whole picture again
-and is dropped, the others are the layers from the back to the front. The prompt describes the picture; the
-text encoder does not see that, only the VAE does. The VAE has four channels, and decodes each layer alone.
+The target is layers + 1 frames of the picture's size: frame 0 is the whole picture again and is dropped, the
+others are the layers. The prompt describes the picture, which only the VAE sees, not the text encoder. The
+VAE has four channels, and decodes each layer alone.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class Layers:
     ) -> Result:
         """Take a picture apart into RGBA layers.
 
-        `images` of the result are the layers of the one output, from the back to the front: RGBA pictures.
-        Several outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1], as "latent"
-        (B, S, 64), packed, the whole picture's frame first (`decode_layers` makes the former of the latter).
+        `images` of the result are the layers of the one output in the model's order: RGBA pictures. Several
+        outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1], as "latent" (B, S,
+        64), packed, the whole picture's frame first (`decode_layers` makes the former of the latter).
 
         Args:
             image: one picture, used for every prompt, or one a prompt; without alpha it is opaque.

@@ -76,7 +76,7 @@ class MMDiT(Tapped):
     Shapes: `img` (B, S, in_channels) packed latents, the target's tokens first and then each reference's;
         `txt` (B, T, joint_attention_dim); `timestep` (B,); `grids` the token grid of the target, then of
         each reference, the same for the whole batch; `txt_mask` (B, T) bool, True at real tokens, or None
-        where nothing is padded; `addition_t` (B,) int64, Layered's alone: 0 makes RGBA, 1 RGB pictures.
+        where nothing is padded; `addition_t` (B,) int64, Layered's alone: its pipeline's `is_rgb`, 0.
         Returns (B, S, in_channels); the caller keeps the target's part.
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.

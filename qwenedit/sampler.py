@@ -285,7 +285,7 @@ def _velocity(
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     layout = Layout(prompt.embeds.shape[1], group.grids)
     addition_t = None
-    if mmdit.config.use_additional_t_cond:  # Layered has been asked for RGBA only: 0
+    if mmdit.config.use_additional_t_cond:  # the reference's `is_rgb`: RGBA is asked for, always
         addition_t = torch.zeros(len(own), dtype=torch.int64, device=own.device)
     with scope(branch=branch, layout=layout, rows=group.rows):
         if fast is not None:

@@ -22,7 +22,7 @@ class FlowMatchScheduler:
     """Sigmas from a number of steps and a number of tokens; its fields are scheduler_config.json's.
 
     `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` is "linear" in
-    Layered alone, and its pipeline has a `mu` and even sigmas of its own.
+    Layered alone, whose pipeline has a `mu` of its own.
 
     Raises:
         ValueError: a value without meaning here.
@@ -89,8 +89,7 @@ class FlowMatchScheduler:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
-        even = _even_to_0 if self.time_shift_type == "linear" else _even
-        plain = even(steps) if custom is None else _checked(custom, steps)
+        plain = _even(steps) if custom is None else _checked(custom, steps)
         t = torch.tensor(plain, dtype=torch.float32)
         t = self._shifted(t, tokens)
         if self.shift_terminal:
@@ -131,11 +130,6 @@ def _even(steps: int) -> list[float]:
         return [1.0]
     width = (1 / steps - 1.0) / (steps - 1)
     return [i * width + 1.0 for i in range(steps - 1)] + [1 / steps]
-
-
-def _even_to_0(steps: int) -> list[float]:
-    """The same numbers as Layered's pipeline computes them: towards 0, which is left out; other last bits."""
-    return [i * (-1.0 / steps) + 1.0 for i in range(steps)]
 
 
 def _checked(custom: Sequence[float], steps: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_the_table_is_that_of_the_model_cards():
         assert preset.true_cfg_scale == official["true_cfg_scale"]
         assert preset.negative_prompt == official["negative_prompt"]
         assert preset.switches == Switches()
+        of_layers = {key: official.get(key) for key in ("layers", "resolution", "cfg_normalize")}
+        assert of_layers == dict.fromkeys(of_layers) | (asdict(preset.layering) if preset.layering else {})
         has_sizes = "aspect_ratios" in official
         sizes = OFFICIAL["Qwen-Image"]["aspect_ratios"].values() if has_sizes else []
         assert [list(size) for size in preset.sizes] == list(sizes)
