@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -45,16 +46,18 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """One conditioning; with what the ids in its key are of: they mean nothing once these are gone."""
+    """One conditioning; with what the ids and addresses in its key are of: they mean nothing once these are
+    gone.
+    """
 
     conditioning: Conditioning
     bytes: int
     processor: tuple[Processor, object]
-    weights: list[weakref.ref[Tensor]]  # weak: gigabytes, which a cache must not keep alive
+    weights: list[tuple[weakref.ref[Tensor], StorageWeakRef]]  # weak: gigabytes, not to be kept alive
 
     @property
     def valid(self) -> bool:
-        return all(one() is not None for one in self.weights)
+        return not any(weight() is None or storage.expired() for weight, storage in self.weights)
 
 
 class ConditioningCache:
@@ -120,7 +123,11 @@ class ConditioningCache:
             return _copied(entry.conditioning)
         conditioning = encode()
         if key() == wanted:  # a picture's file, say, may have changed meanwhile
-            weights = [weakref.ref(x) for network in (vision_language, vae) for x in _tensors(network)]
+            weights = [
+                (weakref.ref(x), StorageWeakRef(x.untyped_storage()))
+                for network in (vision_language, vae)
+                for x in _tensors(network)
+            ]
             kept, size = _copied(conditioning), _bytes(conditioning)
             self._entries[wanted] = _Entry(kept, size, (processor, processor.tokenizer), weights)
             self._evict()
