@@ -98,9 +98,10 @@ def load(
         from qwenedit.plan import choose
 
         with_text = "text_encoder" in names
-        modes = replace(
-            modes, residency=choose(folder, files, device=device, dtype=dtype, text_encoder=with_text)
-        )
+        chosen = choose(folder, files, device=device, dtype=dtype, text_encoder=with_text)
+        if storage is not None and chosen == "stream":  # which keeps nothing that could be stored
+            chosen = "stage"
+        modes = replace(modes, residency=chosen)
     loaded = load_networks(
         folder, names, device=device, dtype=dtype, progress=progress, files=files, elsewhere=modes.manage
     )

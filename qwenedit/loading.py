@@ -397,6 +397,6 @@ def describe(
     Raises:
         ValueError: as `verify`.
     """
-    if source is not None and not is_local(source, revision):
-        return download_plan(str(source), revision)
+    if source is not None and not is_local(source, revision, without=files or {}):
+        return download_plan(str(source), revision, without=files or {})
     return str(verify(source, revision=revision, files=files))

@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from qwenedit.files import component_headers
+from qwenedit.plan import Mode, plan
 from tests.sparse import no_holes, write_sparse
 
 # Bytes of the official files' tensors, and how many files they are in.
 TRANSFORMER, TEXT_ENCODER, VAE = 40_860_802_176, 16_584_333_312, 253_785_062
+OF_PYTHON = 0.3 * 2**30  # what an interpreter with torch takes
 SHARDS = {"Qwen-Image-Edit": 9, "Qwen-Image-Edit-2511": 5}
 
 
@@ -66,3 +69,28 @@ def test_headers_answer_in_little_memory(official, command):
     assert "1 known and not used" in run.stdout  # lm_head
     if "peak" in run.stderr:
         assert int(run.stderr.split()[1]) < 1e9
+
+
+@pytest.mark.slow
+def test_an_edit_streams_in_little_memory(official, tmp_path):
+    """57 GB of weights on a machine with 6: one step, unguided, with a picture, from the file to the file."""
+    folder, variant = official
+    if variant != "Qwen-Image-Edit-2511":
+        pytest.skip("one variant is enough for minutes of computing")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_qwenedit"] = {"vae_area": 256 * 256, "vl_area": 112 * 112}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    Image.new("RGB", (256, 256), "red").save(tmp_path / "in.png")
+    words = ["edit", tmp_path / "in.png", "make it blue", "-o", tmp_path / "out.png", "--model", folder]
+    words += ["--residency", "stream", "--steps", 1, "--true-cfg-scale", 1, "--seed", 0, "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, words)], capture_output=True, text=True, timeout=1500
+    )
+    assert run.returncode == 0, run.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (256, 256)
+    if "peak" in run.stderr:
+        peak = int(run.stderr.split("peak")[1])
+        assert peak < 6 * 2**30
+        streamed = plan(folder, device="cpu", height=256, width=256).peaks[Mode("stream")]
+        assert abs(max(streamed.values()) + OF_PYTHON - peak) < 0.15 * peak
