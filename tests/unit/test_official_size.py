@@ -1,14 +1,16 @@
 """Checkpoints of the official size: what is answered from headers is answered at once, in little memory."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qwenedit.files import component_headers
-from qwenedit.plan import Mode, plan
+from qwenedit.plan import STAGES, Mode, plan
 from tests.sparse import no_holes, write_sparse
 
 # Bytes of the official files' tensors, and how many files they are in.
@@ -69,6 +71,21 @@ def test_headers_answer_in_little_memory(official, command):
     assert "1 known and not used" in run.stdout  # lm_head
     if "peak" in run.stderr:
         assert int(run.stderr.split()[1]) < 1e9
+
+
+def test_the_readmes_table_is_what_is_planned(official):
+    folder, variant = official
+    if variant != "Qwen-Image-Edit-2511":
+        pytest.skip("the table is of this one")
+    peaks = plan(folder, device_memory="80GiB", height=1024, width=1024).peaks
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r'^\| `residency="(\w+)"([^`]*)`.*?\| ([\d. |]+) \|$', readme, re.MULTILINE)
+    assert len(rows) == 5
+    for residency, others, numbers in rows:
+        options = dict(re.findall(r'(\w+)="(\w+)"', others))
+        planned = peaks[Mode(residency, **options)]
+        wanted = [f"{planned[stage] / 2**30:.1f}" for stage in STAGES if stage != "VAE encode"]
+        assert numbers.split(" | ") == wanted
 
 
 @pytest.mark.slow
