@@ -172,9 +172,7 @@ def download_plan(source: str, revision: str | None = None, without: Collection[
 
 
 @contextmanager
-def remote_headers(
-    source: str, revision: str | None = None, without: Collection[str] = ()
-) -> Iterator[Path]:
+def remote_headers(source: str, revision: str | None = None, without: Collection[str] = ()) -> Iterator[Path]:
     """A hub id's checkpoint as a folder, for the length of a block: configs, and weights that are holes.
 
     For what reads headers alone (`fetch_headers`). Of the components in `without`, only the config is there.

@@ -144,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     hub = Hub(mini.CHECKPOINT)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, hub=hub))
+    server.handle_error = lambda *_: None  # of a client that has read enough
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -395,7 +396,8 @@ def remote(hub, tmp_path, monkeypatch):
         pytest.skip(reason)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    here = partial(tempfile.TemporaryDirectory, dir=str(temporary))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", here)
     yield hub
     assert not list(temporary.iterdir())
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -514,6 +516,23 @@ def test_headers_that_cannot_be_had_leave_the_size_of_the_download(remote, monke
     remote.refusal = None
     monkeypatch.setattr("qwenedit.downloads._has_holes", lambda _: False)
     assert re.match(rf"{re.escape(without)}the file system of .* has no sparse files", str(plan(ID)))
+
+
+def test_headers_come_through_httpx_too(remote, monkeypatch):
+    httpx = pytest.importorskip("httpx")  # what huggingface_hub uses from 1.0 on
+    with httpx.Client(follow_redirects=True, trust_env=False) as client:
+        monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: client)
+        monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", lambda got: got.raise_for_status())
+        options = {"device_memory": "8GiB"}
+        assert plan(ID, **options).peaks == plan(mini.CHECKPOINT, **options).peaks
+        assert remote.served[WEIGHTS] == header_bytes(remote.files[WEIGHTS])
+        remote.cuts[WEIGHTS] = 3
+        assert "headers are not to be had: the hub cannot be reached" in str(plan(ID))
+        remote.refusal, remote.refuses_files_only = (503, ""), True
+        assert "headers are not to be had: the hub answers with an error (503)" in str(plan(ID))
+        remote.refusal, remote.wholes_only = None, True
+        with pytest.raises(ValueError, match="sends files as wholes only"):
+            plan(ID)
 
 
 def offline_now():
