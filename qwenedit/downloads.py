@@ -218,15 +218,17 @@ def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], fold
         HubError: why the hub does not give them, or that there are no holes here.
     """
     listing = list_files(repo, revision, patterns)
-    if not _has_holes(folder):
-        raise HubError(f"the file system of {folder} has no sparse files: set TMPDIR", unreached=True)
     try:
+        if not _has_holes(folder):
+            raise HubError(f"the file system of {folder} has no sparse files: set TMPDIR", unreached=True)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for _ in pool.map(lambda file: _fetch_head(listing, file, folder / file.name), listing.files):
                 pass  # but the errors
     except HubError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and not _of_the_network(error):
+            raise HubError(f"they cannot be written: {error}; set TMPDIR", unreached=True) from error
         raise _explained(repo, revision, error) from error
 
 
@@ -283,7 +285,7 @@ def _part(listing: Listing, name: str, start: int, end: int) -> bytes:
                     f"for from byte {start} to {end} (`qwenedit info` says what a download takes)"
                 )
     if len(arrived) < end - start:
-        raise ConnectionError(f"{name} broke off")
+        raise HubError(f"{name}: {len(arrived)} bytes came of {end - start}", unreached=True)
     return arrived
 
 

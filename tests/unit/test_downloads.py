@@ -508,6 +508,14 @@ def test_headers_that_cannot_be_had_leave_the_size_of_the_download(remote, monke
     with monkeypatch.context() as offline:
         offline.setattr("huggingface_hub.utils.build_hf_headers", offline_now)
         assert str(plan(ID)).startswith(f"{without}the hub cannot be reached")
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as disk:
+        disk.setattr("qwenedit.downloads._fetch_head", lambda *_: (_ for _ in ()).throw(full))
+        assert f"{without}they cannot be written: [Errno 28] No space left" in str(plan(ID))
+    remote.sizes["vae/config.json"] = 10_000
+    short = f"vae/config.json: {len(remote.files['vae/config.json'])} bytes came of 10000\n"
+    assert short in str(plan(ID))
+    del remote.sizes["vae/config.json"]
     remote.cuts[WEIGHTS] = 3
     assert str(plan(ID)).startswith(f"{without}the hub cannot be reached")
     assert plan(ID).peaks
