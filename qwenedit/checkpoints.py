@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenedit.downloads import HubError, HubFile, cached_snapshot, download, list_files
+from qwenedit.downloads import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
 from qwenedit.files import component_headers, read_json
 from qwenedit.geometry import Areas
 from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
 
 __all__ = [
     "COMPONENTS", "Variant", "download_plan", "find_local", "is_local", "read_areas", "read_variant",
-    "resolve",
+    "remote_headers", "resolve",
 ]  # fmt: skip
 
 # The three networks: folder -> the class that its config must name.
@@ -167,6 +169,32 @@ def download_plan(source: str, revision: str | None = None, without: Collection[
     if len(missing) < len(files):
         lines.append(f"  {'in the cache':<13} {len(files) - len(missing)} files already")
     return "\n".join(lines)
+
+
+@contextmanager
+def remote_headers(source: str, revision: str | None = None, without: Collection[str] = ()) -> Iterator[Path]:
+    """A hub id's checkpoint as a folder, for the length of a block: configs, and weights that are holes.
+
+    For what reads headers alone (`fetch_headers`). Of the components in `without`, only the config is there.
+    What the block says of the folder in a ValueError is said of the hub id.
+
+    Raises:
+        HubError: why the hub does not give them.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwenedit-") as name:
+        fetch_headers(source, revision, _needed_to_plan(without), Path(name))
+        try:
+            yield Path(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace(name, source)) from error
+
+
+def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
+    """Patterns of what sizes are told from: neither tokenizer nor scheduler."""
+    configs = [f"{name}/config.json" for name in COMPONENTS]
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
+    indexes = [f"{pattern}.index.json" for pattern in weights]
+    return ["model_index.json", "processor/preprocessor_config.json", *configs, *weights, *indexes]
 
 
 def _path(source: str | os.PathLike[str]) -> Path | None:

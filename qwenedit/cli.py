@@ -97,10 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         command.set_defaults(run=run)
 
-    plan = subparsers.add_parser("plan", help="what memory a run takes, and how it would fit")
+    plan = subparsers.add_parser("plan", help="what memory a run takes, how it would fit, what it downloads")
     plan.add_argument(
-        "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
-    )
+        "model", nargs="?", metavar="MODEL",
+        help="hub id or folder (default: the embedded model); of an id that is not on this machine, headers "
+        "are fetched, a megabyte or so",
+    )  # fmt: skip
     plan.add_argument("--revision", help="branch, tag or commit on the hub")
     for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
         plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")

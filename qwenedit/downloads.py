@@ -3,6 +3,8 @@
 huggingface_hub does the transfer: files that broke off go on where they stopped, in the next run too. What is
 added is what it leaves open: whether there is room, before the first byte; whether size and hash are those
 that the hub names (a wrong file is fetched once more); and, in one line, why it fails and what helps.
+
+Headers can be had without the rest, a hundred-thousandth of the bytes, and past the cache (`fetch_headers`).
 """
 
 from __future__ import annotations
@@ -11,20 +13,25 @@ import glob
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "list_files"]
+__all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "fetch_headers", "list_files"]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
+_HOLE = 1 << 24  # bytes of the hole that is tried
+_LONGEST = 100_000_000  # bytes of a header, as `files.read_header` has it
+_AT_ONCE = 8  # files that are asked for at a time, where headers are fetched
 
 
 class HubError(ValueError):
-    """The hub does not say what a repository holds; what is in the cache may still do.
+    """The hub does not say or give what a repository holds; what is in the cache may still do.
 
     `unreached` where the fault is not known to be the repository's or the user's.
     """
@@ -199,6 +206,87 @@ def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
             faults[file] = fault
             file.remove()
     return faults
+
+
+def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], folder: Path) -> None:
+    """Fill a folder with the files whose names fit the patterns, of *.safetensors the headers alone.
+
+    Behind a header is a hole of the length of its data: the folder reads as the whole one does, as long as no
+    weight is asked for. Nothing is kept in the hub's cache.
+
+    Raises:
+        HubError: why the hub does not give them, or that there are no holes here.
+    """
+    listing = list_files(repo, revision, patterns)
+    try:
+        if not _has_holes(folder):
+            raise HubError(f"the file system of {folder} has no sparse files: set TMPDIR", unreached=True)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(lambda file: _fetch_head(listing, file, folder / file.name), listing.files):
+                pass  # but the errors
+    except HubError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not _of_the_network(error):
+            raise HubError(f"they cannot be written: {error}; set TMPDIR", unreached=True) from error
+        raise _explained(repo, revision, error) from error
+
+
+def _has_holes(folder: Path) -> bool:
+    """Are files longer than what was written of them, or filled up with zeros (as on Windows)?"""
+    path = folder / "hole"
+    try:
+        with path.open("wb") as file:
+            file.truncate(_HOLE)
+        blocks = getattr(path.stat(), "st_blocks", None)  # of 512 bytes
+    finally:
+        path.unlink(missing_ok=True)
+    return blocks is not None and blocks * 512 < _HOLE // 2
+
+
+def _fetch_head(listing: Listing, file: HubFile, path: Path) -> None:
+    """A small file, or a safetensors header and its hole; what is wrong with them, their readers will say."""
+    if file.size is None:
+        raise HubError(f"{listing.at}: the hub does not say how long {file.name} is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".safetensors":
+        path.write_bytes(_part(listing, file.name, 0, file.size))
+        return
+    head = _part(listing, file.name, 0, min(8, file.size))
+    end = 8 + int.from_bytes(head, "little")
+    if end <= min(file.size, _LONGEST):
+        head += _part(listing, file.name, 8, end)
+    with path.open("wb") as opened:
+        opened.write(head)
+        opened.truncate(file.size)
+
+
+def _part(listing: Listing, name: str, start: int, end: int) -> bytes:
+    """The bytes of a file from start to end; no more are read, even where the hub sends more."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    if start == end:
+        return b""
+    url = hf_hub_url(listing.repo, name, revision=listing.folder.name)
+    asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    options = {"headers": {**build_hf_headers(), **asked}, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+    session: Any = get_session()
+    is_httpx = callable(session.stream)  # from 1.0 on; requests, before, has a flag of this name
+    opened = session.stream("GET", url, **options) if is_httpx else session.get(url, stream=True, **options)
+    arrived = b""
+    with opened as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes() if is_httpx else response.iter_content(_CHUNK):
+            arrived += chunk
+            if len(arrived) > end - start:
+                raise HubError(
+                    f"{listing.at}: the hub or a proxy sends files as wholes only: {name} was asked "
+                    f"for from byte {start} to {end} (`qwenedit info` says what a download takes)"
+                )
+    if len(arrived) < end - start:
+        raise HubError(f"{name}: {len(arrived)} bytes came of {end - start}", unreached=True)
+    return arrived
 
 
 class _NoRoom(ValueError):

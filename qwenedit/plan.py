@@ -17,7 +17,16 @@ from pathlib import Path
 import torch
 
 from qwenedit import geometry, mini
-from qwenedit.checkpoints import COMPONENTS, download_plan, find_local, is_local, read_areas, read_variant
+from qwenedit.checkpoints import (
+    COMPONENTS,
+    download_plan,
+    find_local,
+    is_local,
+    read_areas,
+    read_variant,
+    remote_headers,
+)
+from qwenedit.downloads import HubError
 from qwenedit.files import FLOATS, read_json
 from qwenedit.formats import Stored, read_weights
 from qwenedit.inputs import check_count, device_of, dtype_of
@@ -103,7 +112,8 @@ class Plan:
         peaks: bytes on the device, by mode and stage.
         device, dtype: where the run is, and the dtype in words.
         memory: bytes of it that are free or were given.
-        download: the files that are not on this machine, in words; with them there are no peaks.
+        download: the files that are not on this machine, in words. There are no peaks where their headers
+            could not be had.
         run: what was planned for, in words.
     """
 
@@ -120,7 +130,7 @@ class Plan:
         return max(self.peaks[mode].values()) <= SPARE * self.memory
 
     def __str__(self) -> str:
-        if self.download:
+        if not self.peaks:
             return f"{self.download}\n  what fits is known from the headers, once the files are here"
         lines = [f"{self.source}: {self.run}, {self.dtype}, {_gib(self.memory)} on the {self.device}"]
         lines.append(f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in STAGES))
@@ -131,7 +141,7 @@ class Plan:
         if self.mode is None:
             least = min(max(peaks.values()) for peaks in self.peaks.values())
             lines.append(f"  nothing fits: wanted at least {_gib(round(least / SPARE))}; try a smaller size")
-        lines.append("  download: nothing, all files are on this machine")
+        lines.append(self.download or "  download: nothing, all files are on this machine")
         return "\n".join(lines)
 
 
@@ -154,7 +164,9 @@ def plan(
     files: Mapping[str, Path] | None = None,
     text_encoder: bool = True,
 ) -> Plan:
-    """What a run of a checkpoint needs, from headers; of a hub id that is not here, what it downloads.
+    """What a run of a checkpoint needs, from headers; of a hub id that is not here, also what it downloads.
+
+    Of such an id, configs and headers are fetched for this and not kept: a megabyte in place of 57 GB.
 
     Args:
         device_memory: bytes ("24GiB") of an accelerator that need not be there; by default what is free on
@@ -167,7 +179,7 @@ def plan(
         files, text_encoder: as for `load_networks` and `load`.
 
     Raises:
-        ValueError: bad arguments, or no such checkpoint.
+        ValueError: bad arguments, no such checkpoint, or a hub that does not give what it is asked for.
     """
     check_count("steps", steps)
     given = None if device_memory is None else parse_bytes("device_memory", device_memory)
@@ -179,8 +191,22 @@ def plan(
     memory = host if on_cpu else given if given is not None else device_free(place)
     run_dtype = dtype_of(dtype, place)
     files = files or {}
-    if source is not None and not is_local(source, revision, without=files):
-        return Plan(str(source), download=download_plan(str(source), revision, without=files))
+    without = {*files} if text_encoder else {*files, "text_encoder"}
+    if source is not None and not is_local(source, revision, without=without):
+        download = download_plan(str(source), revision, without=without)
+        try:
+            with remote_headers(str(source), revision, without=without) as headers:
+                made = plan(
+                    headers, device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype,
+                    height=height, width=width, pictures=pictures, steps=steps, files=files,
+                    text_encoder=text_encoder,
+                )  # fmt: skip
+        except HubError as error:
+            if not error.unreached:
+                raise
+            download += f"\n  its headers are not to be had: {error}"
+            return Plan(str(source), download=download)
+        return replace(made, source=str(source), download=download)
     folder = mini.CHECKPOINT if source is None else find_local(source, revision)
     variant = read_variant(folder)
     most = variant.max_pictures

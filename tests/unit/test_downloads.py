@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import re
+import shutil
+import struct
+import tempfile
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,12 +16,17 @@ import huggingface_hub
 import pytest
 import requests
 from huggingface_hub import constants, file_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
+from safetensors.torch import load_file, save_file
 
 import qwenedit
 from qwenedit import cli, mini
 from qwenedit.checkpoints import is_local, resolve
 from qwenedit.loading import describe
+from qwenedit.plan import plan
+from tests.sparse import no_holes, write_sparse
+from tests.tiny import checkpoint
 
 ID = "somebody/a-model"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -27,9 +36,7 @@ class Hub:
     """The files it offers, how it fails, and what it was asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = {
-            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-        }
+        self.files = files_of(folder)
         self.files["sample.png"] = self.files["transformer/other.bin"] = b"not read by any run" * 1000
         self.commit = "3" * 40
         self.sizes: dict[str, int] = {}  # that are named in place of the true ones
@@ -37,6 +44,7 @@ class Hub:
         self.flips: dict[str, int] = {}  # how many more times a byte is wrong
         self.refusal: tuple[int, str] | None = None  # status and error code
         self.refuses_files_only = False
+        self.wholes_only = False  # whatever part is asked for
         self.asked: list[tuple[str, str, int]] = []  # method, file, first byte
         self.served: dict[str, int] = {}  # bytes
 
@@ -97,20 +105,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def file(self, name: str, *, body: bool) -> None:
         content = self.hub.files[name]
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        asked = "" if self.hub.wholes_only else self.headers.get("Range", "")
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+        start = int(part[1]) if part else 0
+        end = int(part[2]) + 1 if part and part[2] else len(content)
         self.hub.asked.append((self.command, name, start))
         head = {
             "ETag": f'"{self.hub.etag(name)}"',
             "X-Repo-Commit": self.hub.commit,
             "Accept-Ranges": "bytes",
         }
-        if start:
-            head["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if part:
+            head["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
         if body and self.hub.flips.get(name, 0) > 0:
             self.hub.flips[name] -= 1
             content = bytes([content[0] ^ 1]) + content[1:]
         cut = self.hub.cuts.pop(name, None) if body else None
-        sent = self.reply(206 if start else 200, content[start:], head, body=body, cut=cut)
+        sent = self.reply(206 if part else 200, content[start:end], head, body=body, cut=cut)
         self.hub.served[name] = self.hub.served.get(name, 0) + sent
 
     def reply(
@@ -133,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     hub = Hub(mini.CHECKPOINT)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, hub=hub))
+    server.handle_error = lambda *_: None  # of a client that has read enough
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -353,3 +365,190 @@ def test_quiet_silences_the_hubs_own_bars(monkeypatch, tmp_path, progress):
     run = ["generate", "x", "-o", out, "--model", ID, "--steps", "1", "--device", "cpu"]
     assert cli.main([*run, *quiet]) == 0
     assert disabled[2] == (not progress)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def header_bytes(content: bytes) -> int:
+    return 8 + struct.unpack("<Q", content[:8])[0]
+
+
+def shard(folder: Path) -> None:
+    """Part the transformer's file in two, with their index."""
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors, weight_map = load_file(file), {}
+    file.unlink()
+    for number in (1, 2):
+        name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        own = dict(sorted(tensors.items())[number - 1 :: 2])
+        save_file(own, folder / "transformer" / name)
+        weight_map |= dict.fromkeys(own, name)
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture
+def remote(hub, tmp_path, monkeypatch):
+    """The hub, and an empty folder for temporary files, of which none may stay; nor any in the cache."""
+    if reason := no_holes(tmp_path):
+        pytest.skip(reason)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    here = partial(tempfile.TemporaryDirectory, dir=str(temporary))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", here)
+    yield hub
+    assert not list(temporary.iterdir())
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", ["generate", "edit", "plus", "layered"])
+def test_a_plan_of_what_is_on_the_hub_is_that_of_the_same_folder(remote, tmp_path, kind):
+    folder = shutil.copytree(checkpoint(kind), tmp_path / "checkpoint")
+    shard(folder)
+    remote.files = files_of(folder)
+    options = {"device_memory": "8GiB", "host_memory": "8GiB", "height": 128, "width": 64}
+    local, planned = plan(folder, **options), plan(ID, **options)
+    assert planned.peaks == local.peaks and planned.mode == local.mode and planned.run == local.run
+    table, here = str(local).replace(str(folder), ID).rsplit("\n", 1)
+    assert here == "  download: nothing, all files are on this machine"
+    assert str(planned) == f"{table}\n{describe(ID)}"
+    weights = {name for name in remote.files if name.endswith(".safetensors")}
+    assert len(weights) == 4
+    assert all(remote.served[name] == header_bytes(remote.files[name]) for name in weights)
+    small = {name for name in remote.gets() if "config" in name.split("/")[-1] or "index" in name}
+    assert remote.gets() == weights | small
+    assert all(remote.served[name] == len(remote.files[name]) for name in small)
+    assert not any(name.startswith(("tokenizer", "scheduler")) for name in remote.gets())
+
+
+def test_a_plan_of_the_official_size_takes_a_megabyte(remote, tmp_path):
+    folder = write_sparse(tmp_path / "official")
+    remote.files = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        remote.sizes[name] = path.stat().st_size
+        with path.open("rb") as file:
+            end = header_bytes(file.read(8)) if path.suffix == ".safetensors" else path.stat().st_size
+            file.seek(0)
+            remote.files[name] = file.read(end)
+    options = {"device_memory": "24GiB", "host_memory": "32GiB"}
+    planned = plan(ID, **options)
+    assert planned.peaks == plan(folder, **options).peaks and str(planned.mode) == "stream"
+    assert sum(remote.sizes.values()) > 57 * 10**9 and sum(remote.served.values()) < 10**6
+    assert "together      57," in str(planned)
+
+
+def test_a_component_that_comes_from_elsewhere_is_planned_from_there(remote):
+    (file,) = (mini.CHECKPOINT / "transformer").glob("*.safetensors")
+    options = {"device_memory": "8GiB", "files": {"transformer": file}}
+    assert plan(ID, **options).peaks == plan(mini.CHECKPOINT, **options).peaks
+    assert WEIGHTS not in remote.gets() and "transformer/config.json" in remote.gets()
+    remote.asked.clear()
+    options = {"device_memory": "8GiB", "text_encoder": False}
+    assert plan(ID, **options).peaks == plan(mini.CHECKPOINT, **options).peaks
+    assert WEIGHTS in remote.gets() and "text_encoder/model.safetensors" not in remote.gets()
+
+
+def test_a_plan_from_headers_on_the_command_line(remote, capsys):
+    assert cli.main(["plan", ID, "--revision", "main", "--device-memory", "8GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{ID}: 64x64 from 1 picture, as stored, 8.00 GiB on the accelerator\n")
+    assert printed.count("<- chosen") == 1 and f"{ID}: not on this machine; loading it downloads" in printed
+    remote.wholes_only = True
+    assert cli.main(["plan", ID]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"qwenedit: {ID}: the hub or a proxy sends files as wholes only: .*\n", error)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda _: b"", "is 0 bytes long: too short for a safetensors file"),
+        (lambda _: b"short", "is 5 bytes long: too short for a safetensors file"),
+        (lambda _: b"<!doctype html>" * 100, r"is truncated or no safetensors file: .* the file has 1500"),
+        (lambda whole: whole[:8] + b"[" + whole[9:], "is no safetensors file: its header is not JSON"),
+        (lambda whole: whole[:-1], "is truncated: it has .* bytes, its header asks for"),
+        (lambda whole: whole + b"x", "is too long: it has .* bytes, its header asks for"),
+        (lambda whole: whole.replace(b'"BF16"', b'"XF16"', 1), "its header's entry for .* cannot be read"),
+    ],
+)
+def test_a_damaged_header_is_an_error_that_names_the_file(remote, damage, message):
+    remote.files[WEIGHTS] = damage(remote.files[WEIGHTS])
+    with pytest.raises(ValueError, match=rf"^{ID}/{WEIGHTS}:? {message}"):
+        plan(ID)
+
+
+def test_a_repository_of_something_else(remote):
+    remote.files["model_index.json"] = b'{"_class_name": "FluxPipeline"}'
+    with pytest.raises(ValueError, match=f"^{ID} is a FluxPipeline: not of this family"):
+        plan(ID)
+    del remote.files["model_index.json"]
+    with pytest.raises(ValueError, match=rf"^{ID} is no checkpoint: it has no model_index\.json"):
+        plan(ID)
+
+
+@pytest.mark.parametrize(
+    "refusal, files_only, message",
+    [
+        ((403, "GatedRepo"), True, f"^{ID} is gated: accept its terms"),
+        ((401, "RepoNotFound"), False, f"{ID} is not on the hub, or is private and you are not logged in"),
+        ((503, ""), False, rf"{ID} is not on this machine, and the hub cannot be asked about it: .*\(503\)"),
+    ],
+)
+def test_a_plan_that_the_hub_refuses(remote, refusal, files_only, message):
+    remote.refusal, remote.refuses_files_only = refusal, files_only
+    with pytest.raises(ValueError, match=message):
+        plan(ID)
+
+
+def test_headers_that_cannot_be_had_leave_the_size_of_the_download(remote, monkeypatch):
+    without = f"{describe(ID)}\n  its headers are not to be had: "
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.utils.build_hf_headers", offline_now)
+        assert str(plan(ID)).startswith(f"{without}the hub cannot be reached")
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as disk:
+        disk.setattr("qwenedit.downloads._fetch_head", lambda *_: (_ for _ in ()).throw(full))
+        assert f"{without}they cannot be written: [Errno 28] No space left" in str(plan(ID))
+    remote.sizes["vae/config.json"] = 10_000
+    short = f"vae/config.json: {len(remote.files['vae/config.json'])} bytes came of 10000\n"
+    assert short in str(plan(ID))
+    del remote.sizes["vae/config.json"]
+    remote.cuts[WEIGHTS] = 3
+    assert str(plan(ID)).startswith(f"{without}the hub cannot be reached")
+    assert plan(ID).peaks
+    remote.refusal, remote.refuses_files_only = (503, ""), True
+    assert str(plan(ID)).startswith(f"{without}the hub answers with an error (503): try again later\n")
+    remote.refusal = None
+    monkeypatch.setattr("qwenedit.downloads._has_holes", lambda _: False)
+    assert re.match(rf"{re.escape(without)}the file system of .* has no sparse files", str(plan(ID)))
+
+
+def test_headers_come_through_httpx_too(remote, monkeypatch):
+    httpx = pytest.importorskip("httpx")  # what huggingface_hub uses from 1.0 on
+    with httpx.Client(follow_redirects=True, trust_env=False) as client:
+        monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: client)
+        monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", lambda got: got.raise_for_status())
+        options = {"device_memory": "8GiB"}
+        assert plan(ID, **options).peaks == plan(mini.CHECKPOINT, **options).peaks
+        assert remote.served[WEIGHTS] == header_bytes(remote.files[WEIGHTS])
+        remote.cuts[WEIGHTS] = 3
+        assert "headers are not to be had: the hub cannot be reached" in str(plan(ID))
+        remote.refusal, remote.refuses_files_only = (503, ""), True
+        assert "headers are not to be had: the hub answers with an error (503)" in str(plan(ID))
+        remote.refusal, remote.wholes_only = None, True
+        with pytest.raises(ValueError, match="sends files as wholes only"):
+            plan(ID)
+
+
+def offline_now():
+    raise OfflineModeIsEnabled("offline mode is enabled")
+
+
+def test_offline_there_is_no_plan_of_what_is_not_here(remote, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: offline_now())
+    with pytest.raises(ValueError, match=rf"{ID} is not on this machine, and the hub cannot be asked"):
+        plan(ID)
+    assert not remote.asked

@@ -8,6 +8,7 @@ import torch
 
 import qwenedit.plan as planning
 from qwenedit import cli, mini
+from qwenedit.downloads import HubError
 from qwenedit.inputs import device_of
 from qwenedit.loading import load_networks
 from qwenedit.mmdit import MMDiT
@@ -186,8 +187,18 @@ def test_the_command_line(official, capsys):
     assert capsys.readouterr().err == "qwenedit: device_memory is 'big', wanted a size such as 24GiB\n"
 
 
-def test_what_is_not_here_is_a_download(monkeypatch):
+@pytest.mark.parametrize("unreached", [True, False])
+def test_what_is_not_here_is_a_download_even_without_headers(monkeypatch, unreached):
+    def fail(*_arguments, **_options):
+        raise HubError("the hub is asleep", unreached=unreached)
+
     monkeypatch.setattr(planning, "is_local", lambda *_, **__: False)
     monkeypatch.setattr(planning, "download_plan", lambda *_, **__: "somebody/a-model: 3 files, 57 bytes")
+    monkeypatch.setattr(planning, "remote_headers", fail)
+    if not unreached:
+        with pytest.raises(HubError, match="the hub is asleep"):
+            plan("somebody/a-model")
+        return
     made = plan("somebody/a-model", files={"vae": Path("x")})
     assert str(made).startswith("somebody/a-model: 3 files, 57 bytes\n") and made.mode is None
+    assert "headers are not to be had: the hub is asleep\n" in str(made)
