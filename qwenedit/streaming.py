@@ -32,7 +32,7 @@ class Absent(nn.Parameter):
     """A parameter that is not there: its shape and dtype, on the meta device. To compute with it is an error.
 
     Raises:
-        ValueError: an operation on it and on numbers, or one that asks for its numbers.
+        ValueError: an operation on it and on numbers, or one that asks for its numbers or for its gradient.
     """
 
     component = ""  # whose it is
@@ -45,16 +45,21 @@ class Absent(nn.Parameter):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            absent = [x for x in tensors if isinstance(x, Absent)]
             if all(x.is_meta for x in tensors):
                 try:
-                    return func(*args, **(kwargs or {}))
+                    result = func(*args, **(kwargs or {}))
+                    if not any(x.requires_grad for x in absent):
+                        return result
+                    for x in absent:  # no gradient would ever reach it
+                        x.requires_grad_(False)
                 except NotImplementedError:  # what torch says where there is no data
                     pass
-        (absent, *_) = [x for x in tensors if isinstance(x, Absent)]
+        component = absent[0].component
         raise ValueError(
-            f"weights of the {absent.component} are in its files, not in memory: run it in `with "
-            f"qwenedit.residency.present(pipe.{_NAMES[absent.component]})`, and blocks that are streamed "
-            "within a loop over all of them; or load with residency='resident'"
+            f"weights of the {component} are in its files, not in memory: run it in `with "
+            f"qwenedit.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed within a "
+            "loop over all of them; or load with residency='resident', modulation='live' and storage=None"
         )
 
 
@@ -200,7 +205,7 @@ class Streamed(nn.ModuleList):
         return loop
 
     def _each(self, parts: Sequence[Sequence[Part]]) -> Generator[Any, None, None]:
-        blocks = list(self.children())
+        blocks = list(self._modules.values())  # a module that is there twice, twice
         if not any(parts):
             yield from blocks
             return
