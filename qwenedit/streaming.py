@@ -116,27 +116,33 @@ class Source:
 class Part:
     """Parameters that come and go together."""
 
-    def __init__(self, source: Source, places: Sequence[Place]) -> None:
+    def __init__(self, source: Source, places: Sequence[Place], *, shrunk: bool = False) -> None:
         self.source = source
         self.places = places
+        self.shrunk = shrunk  # are they what 8 bits have kept of them?
         self.held: list[tuple[Tensor, Tensor]] = []  # fp8 weights with their scales, in place of the files
         self.depth = 0  # how many loops are at it
 
     def hold(self, bar: tqdm) -> None:
-        """Keep the weights in 8 bits: those that the file has so as they are, others with a scale a row."""
+        """Keep the weights in 8 bits."""
+        self.held = self._in_8_bits(bar)
+
+    def _in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The weights and their scales: those that the file has so as they are, others with a scale a row."""
         made = {}
         for stored, value in self.source.files.read([place.stored for place in self.places], raw=True):
             weight, scale = value if isinstance(value, tuple) else _shrunk(value)
             made[stored] = weight.to(self.source.device), scale.to(self.source.device)
-            bar.update(stored.bytes)
-        self.held = [made[place.stored] for place in self.places]
+            if bar is not None:
+                bar.update(stored.bytes)
+        return [made[place.stored] for place in self.places]
 
     def weights(self) -> list[nn.Parameter]:
-        if not self.held:
+        if not self.shrunk:
             return self.source.read(self.places)
         return [
             nn.Parameter(dequantise(*held).to(place.absent.dtype), requires_grad=False)
-            for held, place in zip(self.held, self.places, strict=True)
+            for held, place in zip(self.held or self._in_8_bits(), self.places, strict=True)
         ]
 
     def put(self, weights: Sequence[nn.Parameter]) -> None:

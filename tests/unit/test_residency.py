@@ -626,6 +626,13 @@ def test_float8_is_close_and_small(residency):
     assert all(x.dtype == torch.float8_e4m3fn for x in held)
 
 
+def test_float8_is_the_same_in_a_loop_by_hand():
+    staged = load(residency="stage", storage="float8").mmdit
+    kept = load(residency="resident", storage="float8").mmdit
+    for ours, theirs in zip(staged.blocks, kept.blocks, strict=True):
+        assert torch.equal(ours.img_mlp.up.weight, theirs.img_mlp.up.weight)
+
+
 def test_float8_rounds_each_row_to_its_own_largest_value():
     weight = (
         torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 6)[:, None]
