@@ -98,9 +98,10 @@ def load(
         from qwenedit.plan import choose
 
         with_text = "text_encoder" in names
-        chosen = choose(folder, files, device=device, dtype=dtype, text_encoder=with_text)
-        if storage is not None and chosen == "stream":  # which keeps nothing that could be stored
-            chosen = "stage"
+        chosen = choose(
+            folder, files, device=device, dtype=dtype, text_encoder=with_text,
+            modulation=modulation, storage=storage,
+        )  # fmt: skip
         modes = replace(modes, residency=chosen)
     loaded = load_networks(
         folder, names, device=device, dtype=dtype, progress=progress, files=files, elsewhere=modes.manage

@@ -35,13 +35,17 @@ from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.encoding import encode_rows
 from qwenedit.inputs import Row, check_count
 from qwenedit.processor import Processor
+from qwenedit.residency import home
+from qwenedit.streaming import Absent, Streamed
 from qwenedit.taps import is_tapped
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = ["ConditioningCache"]
 
-_OF_TORCH = frozenset(vars(nn.Module()))  # what every module has
+# What a module has of torch, or of where its weights come from: these come back as they were.
+_NOT_OURS = frozenset(vars(Streamed())) | {"_comes_and_goes"}
+_STATED = (Tensor, nn.Parameter, Absent)  # what tells when it changes, or cannot
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class ConditioningCache:
     Beyond that, what was not used for longest goes. One cache may serve several pipelines. Weights that were
     moved count as changed. A change of weights goes unseen only where it passes torch's own counter by:
     what is written in place through `.data`, or the inside of the tokenizer. After that, `clear`.
+    Weights that come and go (residency.py) are those that `load` found.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
@@ -169,13 +174,13 @@ def _unwatched(network: nn.Module) -> bool:
     """Would nobody notice if the network did not run, and is all that its output depends on in `_state`?"""
     return (
         not torch.is_grad_enabled()
-        and not any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in _tensors(network)})
+        and not torch.is_autocast_enabled(home(network).type)
         and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
         and not _get_current_dispatch_mode_stack()
         and not _has_any_global_hook()
         and not is_tapped(network)
         and all(_known(module) for module in network.modules())
-        and all(type(x) in (Tensor, nn.Parameter) and not x.is_inference() for x in _tensors(network))
+        and all(type(x) in _STATED and not x.is_inference() for x in _tensors(network))
     )
 
 
@@ -187,7 +192,7 @@ def _known(module: nn.Module) -> bool:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module holds besides weights and modules: its config, an epsilon."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    return {name: value for name, value in vars(module).items() if name not in _NOT_OURS}
 
 
 def _is_plain(value: object) -> bool:
@@ -217,7 +222,7 @@ def _state(network: nn.Module) -> Hashable:
         (path, type(module), type(module).forward, module.training, repr(_attributes(module)))
         for path, module in network.named_modules()
     )
-    return weights, modules
+    return weights, modules, home(network)
 
 
 def _numerics() -> Hashable | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,17 +166,26 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
                 names |= set(unchecked.read_text(encoding="utf-8").splitlines())
             fresh = [file for file in listing.files if file.name in names]
             if fresh:
-                unchecked.parent.mkdir(parents=True, exist_ok=True)
-                unchecked.write_text("".join(f"{file.name}\n" for file in fresh), encoding="utf-8")
+                _note(unchecked, names)
             _fetch(listing, listing.files)
             if faults := _faults(fresh, progress):
                 _fetch(listing, list(faults))
                 if faults := _faults(list(faults), progress):
                     raise _Damaged("; ".join(faults.values()))
-            unchecked.unlink(missing_ok=True)
+            if fresh:
+                _note(unchecked, names - {file.name for file in fresh})  # of what this run does without
         except Exception as error:
             raise _broken_off(repo, revision, error) from error
     return listing.folder
+
+
+def _note(path: Path, names: Collection[str]) -> None:
+    """Write the names into a file, a line each; no names are no file."""
+    if not names:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
 
 
 def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:

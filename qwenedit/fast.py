@@ -184,9 +184,12 @@ class FastRun:
         mmdit = self.mmdit
         if not (isinstance(mmdit.blocks, Streamed) and mmdit.blocks.precomputed):
             return modulation(mmdit, timestep.expand(batch), img, addition_t)
-        # Of what makes it, the time embedding and LoRAs are there, and may change.
-        parts = [part for block in mmdit.blocks.children() for part in block.modules()]
-        made_of, state = _state((mmdit.time_embed, *(x for x in parts if isinstance(x, LowRank))), (), 0)
+        # Of what makes it, this is there and may change: what is in no block, and LoRAs.
+        layers = [
+            block.get_submodule(name) for block in mmdit.blocks.children() for name in ("img_mod", "txt_mod")
+        ]
+        loras = [part for layer in layers for part in layer.modules() if isinstance(part, LowRank)]
+        made_of, state = _state((mmdit.time_embed, mmdit.norm_out, *loras), (), 0)
         state = None if state is None else (mmdit.config, img.dtype, *state)
         if state is None or state != self._ahead_of[1]:
             self._ahead, self._ahead_of = {}, (made_of, state)

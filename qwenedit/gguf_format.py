@@ -22,6 +22,11 @@ TYPES = (
 
 
 def is_gguf(path: Path) -> bool:
+    """Does the file start as a GGUF file does?
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

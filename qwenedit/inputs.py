@@ -148,11 +148,21 @@ def _in_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def check_output_type(output_type: str) -> None:
+    """Is it a form that results have?
+
+    Raises:
+        ValueError: no.
+    """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
 def check_count(name: str, value: object, *, most: int | None = None) -> None:
+    """Is the argument `name` a whole number from 1 to `most`, where there is one?
+
+    Raises:
+        ValueError: no.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
     if most is not None and value > most:
@@ -239,6 +249,11 @@ def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = N
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, tried out; None is the accelerator, or the CPU where there is none.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute.
+    """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -252,6 +267,11 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype that is meant; None, for none, is float32 on the CPU, and elsewhere None: as it is stored.
+
+    Raises:
+        ValueError: it is no dtype that the networks run in.
+    """
     if dtype is None:
         return torch.float32 if device.type == "cpu" else None
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -261,6 +281,7 @@ def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dty
 
 
 def warn_of_float16(dtype: torch.dtype) -> None:
+    """Warn where the networks are to run in float16."""
     if dtype == torch.float16:
         warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
 

@@ -150,6 +150,11 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
 
 
 def load_scheduler(folder: Path) -> FlowMatchScheduler:
+    """The noise schedule of a checkpoint folder.
+
+    Raises:
+        ValueError: see `config_from`.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     return config_from(FlowMatchScheduler, read_json(path), str(path))
 

@@ -19,6 +19,7 @@ import torch
 from qwenedit import geometry, mini
 from qwenedit.checkpoints import (
     COMPONENTS,
+    Variant,
     download_plan,
     find_local,
     is_local,
@@ -48,6 +49,9 @@ _LIBRARIES = 72 << 20  # bytes that libraries take for their code and their buff
 _SMALL = 1 << 30  # bytes of weights up to which everything is resident without asking
 _PROMPT = 100  # tokens of a prompt, and
 _TEMPLATE = 70  # of the template around it
+_STEPS = 50  # of a run, and
+_LAYERS = 4  # that a picture is taken apart into,
+_RESOLUTION = 640  # at this side, where nobody says
 _BLOCK = re.compile(r"(?:transformer_blocks|model\.layers|visual\.blocks)\.\d+\.")
 _MODULATION = (".img_mod.", ".txt_mod.")
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -74,12 +78,15 @@ class Weights:
         return sum(block.all for block in self.blocks.values()) + self.rest
 
     def resident(self, mode: Mode) -> int:
-        """With all blocks, or two of them at a time."""
-        kept = self.float8 if mode.storage == "float8" else self.blocks
+        """With all blocks, or two of them at a time: the one that runs and the next, widened if need be."""
         gone = mode.modulation == "precomputed"
-        sizes = sorted(block.all - block.modulation * gone for block in kept.values())
-        widened = max((block.all for block in self.blocks.values()), default=0) * (mode.storage == "float8")
-        return sum(sizes[-2:] if mode.residency == "stream" else sizes) + self.rest + widened
+        whole, shrunk = (
+            sorted(block.all - block.modulation * gone for block in blocks.values())
+            for blocks in (self.blocks, self.float8)
+        )
+        if mode.storage == "float8":
+            return sum(shrunk) + sum(whole[-2:]) + self.rest
+        return sum(whole[-2:] if mode.residency == "stream" else whole) + self.rest
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class Mode:
         residency: "resident": all in the device's memory. "stage": one network at a time: text encoder, VAE,
             transformer, VAE. "stream": blocks from the file as they are needed, two at a time.
         modulation: "live", or "precomputed": its layers are not kept, but their results for all timesteps.
-        storage: "as run", or "float8": blocks at one byte a weight, widened one by one.
+        storage: "as run", or "float8": blocks at one byte a weight, widened as they are needed, two at a
+            time.
     """
 
     residency: str
@@ -159,7 +167,8 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     pictures: int | None = None,
-    steps: int = 50,
+    layers: int = _LAYERS,
+    steps: int = _STEPS,
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
     text_encoder: bool = True,
@@ -173,14 +182,17 @@ def plan(
             the machine's own. Without any, the run is on the CPU.
         host_memory: likewise of the CPU's.
         device, dtype: as for `load`: by default float32 on the CPU, as stored on an accelerator.
-        height, width: of the output; 1024 squared, or the checkpoint's own area, by default.
+        height, width: of the output; by default the checkpoint's own area, 1024 squared, or Layered's, 640
+            squared.
         pictures: how many are given, of the output's shape; by default one, to an editing variant.
+        layers: how many Layered makes.
         steps: timesteps whose modulation is kept, where it is precomputed.
         files, text_encoder: as for `load_networks` and `load`.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, or a hub that does not give what it is asked for.
     """
+    check_count("layers", layers)
     check_count("steps", steps)
     given = None if device_memory is None else parse_bytes("device_memory", device_memory)
     host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
@@ -198,8 +210,8 @@ def plan(
             with remote_headers(str(source), revision, without=without) as headers:
                 made = plan(
                     headers, device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype,
-                    height=height, width=width, pictures=pictures, steps=steps, files=files,
-                    text_encoder=text_encoder,
+                    height=height, width=width, pictures=pictures, layers=layers, steps=steps,
+                    files=files, text_encoder=text_encoder,
                 )  # fmt: skip
         except HubError as error:
             if not error.unreached:
@@ -209,16 +221,15 @@ def plan(
         return replace(made, source=str(source), download=download)
     folder = mini.CHECKPOINT if source is None else find_local(source, revision)
     variant = read_variant(folder)
-    most = variant.max_pictures
+    least, most = int(variant.layered), variant.max_pictures
     pictures = min(1, most) if pictures is None else pictures
-    if isinstance(pictures, bool) or not isinstance(pictures, int) or not 0 <= pictures <= most:
-        raise ValueError(f"pictures is {pictures!r}, wanted a number from 0 to {most} for {variant.name}")
-    areas = read_areas(folder, variant)
-    side = round(areas.vae**0.5)
-    sizes = [(width or side, height or side)] * pictures
-    sketch = geometry.plan(sizes, areas=areas, height=height, width=width)
+    if isinstance(pictures, bool) or not isinstance(pictures, int) or not least <= pictures <= most:
+        raise ValueError(
+            f"pictures is {pictures!r}, wanted a number from {least} to {most} for {variant.name}"
+        )
+    sketch = _sketch(folder, variant, pictures, height, width)
     weights = weights_of(folder, files, run_dtype, text_encoder=text_encoder)
-    computed = activations(folder, sketch, run_dtype)
+    computed = activations(folder, sketch, run_dtype, layers=layers)
     table = _table(folder, run_dtype, steps)
     peaks = {mode: _peaks(mode, weights, computed, table) for mode in _MODES}
     made = Plan(
@@ -228,7 +239,8 @@ def plan(
         "CPU" if on_cpu else "accelerator",
         "as stored" if run_dtype is None else str(run_dtype).removeprefix("torch."),
         memory,
-        run=f"{sketch.size[0]}x{sketch.size[1]} from {pictures} picture{'s' * (pictures != 1)}",
+        run=f"{f'{layers} layers of ' * variant.layered}{sketch.size[0]}x{sketch.size[1]} from {pictures} "
+        f"picture{'s' * (pictures != 1)}",
     )
     chosen = next((mode for mode in peaks if mode.storage == "as run" and made.fits(mode)), None)
     return replace(made, mode=chosen)
@@ -247,28 +259,43 @@ def choose(
     device: torch.device,
     dtype: torch.dtype | None,
     text_encoder: bool = True,
+    modulation: str = "live",
+    storage: str | None = None,
 ) -> str:
-    """The residency for a checkpoint on this machine, at its own size: "resident", "stage" or "stream".
+    """The residency for a checkpoint on this machine, at its own size: "resident", "stage" or "stream", the
+    last not with storage="float8", which keeps weights.
 
     Never fails: what cannot be planned is for loading to complain about, and is "resident".
     """
+    residencies = RESIDENCIES if storage is None else RESIDENCIES[:-1]
     try:
         weights = weights_of(folder, files, dtype, text_encoder=text_encoder)
         if sum(network.all for network in weights.values()) <= _SMALL:
             return "resident"
         variant = read_variant(folder)
-        areas = read_areas(folder, variant)
-        side = round(areas.vae**0.5)
-        sketch = geometry.plan([(side, side)] * min(1, variant.max_pictures), areas=areas)
-        computed = activations(folder, sketch, dtype)
+        sketch = _sketch(folder, variant, min(1, variant.max_pictures))
+        computed, table = activations(folder, sketch, dtype), _table(folder, dtype, _STEPS)
         memory = host_free() if device.type == "cpu" else device_free(device)
-        for residency in RESIDENCIES:
-            peaks = _peaks(Mode(residency), weights, computed, 0)
+        for residency in residencies:
+            peaks = _peaks(Mode(residency, modulation, storage or "as run"), weights, computed, table)
             if max(peaks.values()) <= SPARE * memory:
                 return residency
     except Exception:
         return "resident"
-    return "stream"
+    return residencies[-1]
+
+
+def _sketch(
+    folder: Path, variant: Variant, pictures: int, height: int | None = None, width: int | None = None
+) -> geometry.Geometry:
+    """The sizes of a run with pictures of the output's shape."""
+    areas = read_areas(folder, variant)
+    side = round(areas.vae**0.5)
+    if variant.layered:  # the VAE sees the picture at the size that the layers have
+        side = _RESOLUTION
+        areas = geometry.Areas(vae=(width or side) * (height or side), vl=None)
+    sizes = [(width or side, height or side)] * pictures
+    return geometry.plan(sizes, areas=areas, height=height, width=width)
 
 
 def _peaks(
@@ -322,18 +349,25 @@ def _of_component(component: str, tensors: Mapping[str, Stored], dtype: torch.dt
 
 
 def _table(folder: Path, dtype: torch.dtype | None, steps: int) -> int:
-    """Bytes of the modulation of all timesteps; `zero_cond_t` has that of time 0 besides, once."""
+    """Bytes of the blocks' modulation at all timesteps, as `fast.Mods` has it: for each stream six vectors,
+    and its two scales once more, with 1 added; under `zero_cond_t` references count as a stream.
+    """
     config: MMDiTConfig = network_config(folder, "transformer")
-    rows = steps + int(config.zero_cond_t)
-    return rows * config.num_layers * 2 * 6 * config.width * _itemsize(dtype)
+    streams = 2 + int(config.zero_cond_t)
+    return steps * config.num_layers * streams * (6 + 2) * config.width * _itemsize(dtype)
 
 
 def _itemsize(dtype: torch.dtype | None) -> int:
     return 2 if dtype is None else dtype.itemsize
 
 
-def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None) -> dict[str, int]:
+def activations(
+    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, *, layers: int = _LAYERS
+) -> dict[str, int]:
     """Bytes that each stage computes at its worst moment, for one row of a batch.
+
+    Layered's target is `layers` frames and one more; the layers are decoded together, and its text encoder
+    sees no picture. Other variants have one frame.
 
     +-- in values of the run's dtype ----------------------------------------------------------------------+
     | language   4 MLP widths and 6 widths a token         | prompts run one after the other               |
@@ -350,8 +384,10 @@ def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | No
     transformer: MMDiTConfig = network_config(folder, "transformer")
     vae: VAEConfig = network_config(folder, "vae")
     language, vision = text.text_config, text.vision_config
+    layered = read_variant(folder).layered
+    frames, decoded = (layers + 1, layers) if layered else (1, 1)
     patches, seen = 0, 0
-    if sketch.pictures:
+    if sketch.pictures and not layered:
         config = QWEN2_5_VL
         if (path := folder / "processor" / "preprocessor_config.json").exists():
             config = ImageProcessorConfig.from_json(read_json(path))
@@ -366,14 +402,14 @@ def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | No
         tokens * (4 * language.intermediate_size + 6 * language.hidden_size),
         patches * (4 * vision.intermediate_size + 8 * vision.hidden_size),
     )
-    grids = [sketch.grid, *(picture.grid for picture in sketch.pictures)]
+    grids = [*[sketch.grid] * frames, *(picture.grid for picture in sketch.pictures)]
     joint = seen + _PROMPT + sum(rows * columns for _, rows, columns in grids)
     pixels = max((picture.vae[0] * picture.vae[1] for picture in sketch.pictures), default=0)
     made = {
         "text encoding": encoding,
         "VAE encode": pixels * vae.base_dim * (6.5 if half else 2.8),
         "sampling": joint * transformer.width * (23 if half else 20),
-        "VAE decode": sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
+        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
     }
     return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}
 

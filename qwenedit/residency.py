@@ -103,14 +103,14 @@ class Modes:
                     rest = [name for name in rest if len(found[name].shape) == 2]
                 elif self.residency != "stream":
                     rest = []
-                parts = [Part(source, [base.pop(name) for name in names]) for names in (rest, mod)]
-                of_list.append(Turn(*parts))
+                kept, gone = ([base.pop(name) for name in names] for names in (rest, mod))
+                of_list.append(Turn(Part(source, kept, shrunk=shrunk), Part(source, gone)))
             if any(part.places for turn in of_list for part in (turn.rest, turn.modulation)):
                 streamed = Streamed(blocks, of_list, precomputed=precomputed)
                 parent, _, leaf = path.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, streamed)
                 lists.append(streamed)
-        network = _Network(component, source, list(base.values()), lists, shrunk, progress)
+        network = _Network(component, source, list(base.values()), lists, progress)
         module.__dict__["_comes_and_goes"] = network
         if self.residency == "resident":
             network.__enter__()  # and it stays
@@ -202,14 +202,12 @@ class _Network:
         source: Source,
         base: list[Place],
         lists: list[Streamed],
-        shrunk: bool,
         progress: bool,
     ) -> None:
         self.component = component
         self.source = source
         self.base = Part(source, base)
         self.lists = lists
-        self.shrunk = shrunk
         self.progress = progress
         self.stays = False
         turns = [turn for streamed in lists for turn in streamed.turns]
@@ -223,7 +221,7 @@ class _Network:
         if self.base.depth:
             self.base.put([])
             return
-        held = self.blocks if self.shrunk else []
+        held = [part for part in self.blocks if part.shrunk]
         stored = [place.stored for part in (self.base, *held) for place in part.places]
         total = sum(one.bytes for one in stored)
         try:  # weights are nobody's in particular: not of an inference mode that the caller may be in

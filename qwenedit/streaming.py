@@ -32,7 +32,7 @@ class Absent(nn.Parameter):
     """A parameter that is not there: its shape and dtype, on the meta device. To compute with it is an error.
 
     Raises:
-        ValueError: an operation on it and on numbers, or one that asks for its numbers.
+        ValueError: an operation on it and on numbers, or one that asks for its numbers or for its gradient.
     """
 
     component = ""  # whose it is
@@ -45,16 +45,21 @@ class Absent(nn.Parameter):
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            absent = [x for x in tensors if isinstance(x, Absent)]
             if all(x.is_meta for x in tensors):
                 try:
-                    return func(*args, **(kwargs or {}))
+                    result = func(*args, **(kwargs or {}))
+                    if not any(x.requires_grad for x in absent):
+                        return result
+                    for x in absent:  # no gradient would ever reach it
+                        x.requires_grad_(False)
                 except NotImplementedError:  # what torch says where there is no data
                     pass
-        (absent, *_) = [x for x in tensors if isinstance(x, Absent)]
+        component = absent[0].component
         raise ValueError(
-            f"weights of the {absent.component} are in its files, not in memory: run it in `with "
-            f"qwenedit.residency.present(pipe.{_NAMES[absent.component]})`, and blocks that are streamed "
-            "within a loop over all of them; or load with residency='resident'"
+            f"weights of the {component} are in its files, not in memory: run it in `with "
+            f"qwenedit.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed within a "
+            "loop over all of them; or load with residency='resident', modulation='live' and storage=None"
         )
 
 
@@ -111,27 +116,33 @@ class Source:
 class Part:
     """Parameters that come and go together."""
 
-    def __init__(self, source: Source, places: Sequence[Place]) -> None:
+    def __init__(self, source: Source, places: Sequence[Place], *, shrunk: bool = False) -> None:
         self.source = source
         self.places = places
+        self.shrunk = shrunk  # are they what 8 bits have kept of them?
         self.held: list[tuple[Tensor, Tensor]] = []  # fp8 weights with their scales, in place of the files
         self.depth = 0  # how many loops are at it
 
     def hold(self, bar: tqdm) -> None:
-        """Keep the weights in 8 bits: those that the file has so as they are, others with a scale a row."""
+        """Keep the weights in 8 bits."""
+        self.held = self._in_8_bits(bar)
+
+    def _in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The weights and their scales: those that the file has so as they are, others with a scale a row."""
         made = {}
         for stored, value in self.source.files.read([place.stored for place in self.places], raw=True):
             weight, scale = value if isinstance(value, tuple) else _shrunk(value)
             made[stored] = weight.to(self.source.device), scale.to(self.source.device)
-            bar.update(stored.bytes)
-        self.held = [made[place.stored] for place in self.places]
+            if bar is not None:
+                bar.update(stored.bytes)
+        return [made[place.stored] for place in self.places]
 
     def weights(self) -> list[nn.Parameter]:
-        if not self.held:
+        if not self.shrunk:
             return self.source.read(self.places)
         return [
             nn.Parameter(dequantise(*held).to(place.absent.dtype), requires_grad=False)
-            for held, place in zip(self.held, self.places, strict=True)
+            for held, place in zip(self.held or self._in_8_bits(), self.places, strict=True)
         ]
 
     def put(self, weights: Sequence[nn.Parameter]) -> None:
@@ -200,7 +211,7 @@ class Streamed(nn.ModuleList):
         return loop
 
     def _each(self, parts: Sequence[Sequence[Part]]) -> Generator[Any, None, None]:
-        blocks = list(self.children())
+        blocks = list(self._modules.values())  # a module that is there twice, twice
         if not any(parts):
             yield from blocks
             return

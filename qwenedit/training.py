@@ -76,8 +76,12 @@ def flow_matching_loss(
     False. Rows whose references differ in size run one group after another, as in sampling, and tap functions
     find the same labels: branch "cond", layout, rows.
 
+    Raises:
+        ValueError: a Qwen-Image-Layered checkpoint.
     Source: arXiv 2210.02747 (flow matching), with the straight path of arXiv 2209.03003.
     """
+    if pipe.mmdit.config.use_additional_t_cond:
+        raise ValueError("the loss is that of edits, wanted another checkpoint than Qwen-Image-Layered")
     conditioning = batch.conditioning.to(pipe.device, pipe.dtype)
     clean, noise, sigma = (
         x.detach().to(pipe.device, dtype)

@@ -91,6 +91,8 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
+    """A background with shapes on it."""
+
     background: Background
     shapes: tuple[Shape, ...]
 
@@ -387,6 +389,7 @@ _WHERE = {
 
 
 def article(word: str) -> str:
+    """The word behind its indefinite article."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 

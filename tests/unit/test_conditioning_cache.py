@@ -13,6 +13,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import References, Seen, Switches, VAEPath
 from qwenedit.conditioning_cache import ConditioningCache
+from qwenedit.residency import present
 from qwenedit.taps import swapped, taps
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
@@ -237,6 +238,35 @@ def test_weights_that_are_gone_are_of_nobody(pipe):
     other.conditioning_cache = cache
     edited(other)
     assert len(cache) == 1 and entry not in cache._entries.values()
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        {"residency": "stage"},
+        {"residency": "stream"},
+        {"residency": "stage", "storage": "float8"},
+        {"residency": "resident", "storage": "float8"},
+    ],
+    ids=lambda modes: "-".join(modes.values()),
+)
+def test_weights_that_come_and_go(modes, runs):
+    plain, pipe = (qwenedit.load(device="cpu", progress=False, **modes) for _ in range(2))
+    wanted = [edited(plain, seed) for seed in (0, 1)]
+    pipe.conditioning_cache = ConditioningCache()
+    del runs[:]
+    assert torch.equal(edited(pipe, 0), wanted[0]) and torch.equal(edited(pipe, 1), wanted[1])
+    assert runs == ONCE
+    before = pipe.condition(drawn(), PROMPT)
+    with present(pipe.vision_language), torch.no_grad():
+        pipe.vision_language.language.norm.weight.mul_(1.5)
+        assert not same(pipe.condition(drawn(), PROMPT), before)
+    if modes["residency"] != "resident":  # they come from the files again
+        assert same(pipe.condition(drawn(), PROMPT), before)
+    del runs[:]
+    edited(pipe)
+    edited(pipe.to("cpu:0"))
+    assert runs == ONCE
 
 
 def test_pipelines_that_share_a_cache_and_nothing_else(pipe, runs):

@@ -235,12 +235,15 @@ def test_a_file_that_arrives_damaged_twice_is_an_error_and_does_not_stay(hub):
     assert content(resolve(ID, progress=False), WEIGHTS) == hub.files[WEIGHTS]
 
 
-def test_files_that_a_killed_run_fetched_are_checked_by_the_next(hub, monkeypatch):
+@pytest.mark.parametrize("between", [False, True])
+def test_files_that_a_killed_run_fetched_are_checked_by_the_next(hub, monkeypatch, between):
     hub.flips[WEIGHTS] = 1
     with monkeypatch.context() as killed:
         killed.setattr("qwenedit.downloads._faults", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             resolve(ID, progress=False)
+    if between:  # a run that does without them has not checked them
+        resolve(ID, progress=False, without=["transformer"])
     assert content(resolve(ID, progress=False), WEIGHTS) == hub.files[WEIGHTS]
     hub.asked.clear()
     monkeypatch.setattr("qwenedit.downloads.HubFile.fault", lambda *_: pytest.fail("checked once more"))

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import qwenedit
 import qwenedit.plan as planning
 from qwenedit import cli, mini
 from qwenedit.downloads import HubError
+from qwenedit.fast import FastRun, timestep_of
 from qwenedit.inputs import device_of
 from qwenedit.loading import load_networks
 from qwenedit.mmdit import MMDiT
 from qwenedit.plan import RESIDENCIES, STAGES, Mode, choose, parse_bytes, plan, weights_of
+from qwenedit.taps import taps
 from tests.sparse import no_holes, write_sparse
-from tests.tiny import checkpoint
+from tests.tiny import checkpoint, picture
 
 GIB = 2**30
 TRANSFORMER, TEXT_ENCODER, LM_HEAD, VAE = 40_860_802_176, 16_584_333_312, 2 * 544_997_376, 253_785_062
@@ -38,7 +41,7 @@ def weights_at(made, mode, stage):
 
 def test_weights_of_every_mode_are_the_published_sizes(official):
     made = plan(official, device_memory="80GiB")
-    table = (50 + 1) * 60 * 2 * 18432 * 2  # 2511 has the modulation of time 0 besides
+    table = 50 * 60 * 3 * (18432 + 2 * 3072) * 2  # 2511 has that of the references besides
     text = TEXT_ENCODER - LM_HEAD
     at = {(mode, stage): weights_at(made, mode, stage) for mode in made.peaks for stage in STAGES}
     precomputed = Mode("resident", "precomputed")
@@ -51,7 +54,7 @@ def test_weights_of_every_mode_are_the_published_sizes(official):
     both = Mode("stream", "precomputed")
     assert at[both, "sampling"] == 2 * (BLOCK - MODULATION // 60) + REST + table
     float8 = at[Mode("stage", "live", "float8"), "sampling"]
-    assert TRANSFORMER // 2 < float8 - BLOCK < 0.51 * TRANSFORMER  # one block is widened at a time
+    assert TRANSFORMER // 2 < float8 - 2 * BLOCK < 0.51 * TRANSFORMER  # two blocks are widened at a time
     assert at[Mode("stage", "live", "float8"), "text encoding"] < 0.6 * text
 
 
@@ -118,6 +121,65 @@ def test_the_residency_that_load_chooses(official, monkeypatch, free, wanted):
     monkeypatch.setattr(planning, "host_free", lambda: free * GIB)
     assert choose(official, {}, device=torch.device("cpu"), dtype=torch.bfloat16) == wanted
     assert wanted in RESIDENCIES
+
+
+@pytest.mark.parametrize(
+    "free, how, wanted",
+    [
+        (48, {"storage": "float8"}, "resident"),
+        (24, {"storage": "float8"}, "stage"),
+        (1, {"storage": "float8"}, "stage"),  # "stream" keeps nothing that could be stored
+        (48, {"modulation": "precomputed"}, "resident"),
+        (32, {"modulation": "precomputed"}, "stage"),
+        (32, {}, "stream"),
+    ],
+)
+def test_the_residency_depends_on_the_other_modes(official, monkeypatch, free, how, wanted):
+    monkeypatch.setattr(planning, "host_free", lambda: free * GIB)
+    assert choose(official, {}, device=torch.device("cpu"), dtype=torch.bfloat16, **how) == wanted
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_precomputed_modulation_takes_what_is_planned(zero_cond_t):
+    folder = checkpoint("plus", zero_cond_t=zero_cond_t)
+    pipe = qwenedit.load(folder, device="cpu", modulation="precomputed", progress=False)
+    run, img = FastRun(pipe.mmdit, [1.0, 0.7, 0.3]), torch.zeros(1, 1, 1)
+    with torch.no_grad():
+        run.mods(timestep_of(1.0, img), 1, img)
+    kept = [
+        x.untyped_storage()
+        for mods in run._ahead.values()
+        for block in mods.blocks
+        for mod in block
+        for x in mod or ()
+    ]
+    size = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+    assert size == planning._table(folder, torch.float32, 3)
+
+
+def test_layered_has_a_frame_for_each_layer_and_one_more():
+    folder, seen = checkpoint("layered"), []
+    pipe = qwenedit.load(folder, device="cpu", progress=False)
+    with taps(pipe.mmdit, {"img_in": lambda x, site: seen.append(x.shape[1])}):
+        pipe.decompose(picture(60, 60), "a fox", layers=3, resolution=64, num_inference_steps=1)
+    made = plan(folder, device="cpu", layers=3, height=64, width=64)
+    peaks, fewer = (
+        plan(folder, device="cpu", layers=layers, height=64, width=64).peaks[Mode("resident")]
+        for layers in (3, 2)
+    )
+    weights = sum(network.all for network in weights_of(folder, {}, torch.float32).values())
+    computed = peaks["sampling"] - weights - planning._LIBRARIES
+    assert computed == (seen[0] + 100) * pipe.mmdit.config.width * 20 * 4 and seen[0] == (4 + 1) * 16
+    one = round(64 * 64 * pipe.vae.config.base_dim * 5.8 * 4)
+    assert abs(peaks["VAE decode"] - fewer["VAE decode"] - one) <= 1
+    text = plan(checkpoint("generate"), device="cpu").peaks[Mode("stage")]["text encoding"]
+    assert made.peaks[Mode("stage")]["text encoding"] == text  # it sees no picture
+    assert "3 layers of 64x64 from 1 picture" in str(made)
+    assert "4 layers of 640x640 from 1 picture" in str(plan(folder, device="cpu"))
+    for options, message in (({"pictures": 0}, "pictures is 0, wanted a number from 1 to 1"),
+                             ({"layers": 0}, "layers is 0"), ({"height": 100}, "height is 100")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            plan(folder, **options)
 
 
 def test_without_a_text_encoder(official, monkeypatch):

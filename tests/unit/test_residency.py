@@ -196,6 +196,42 @@ def test_loras(modes, forms):
     assert forms and all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("layer, passes", [("norm_out.linear", 2), ("blocks.0.attn.img_q", 1)])
+def test_modulation_follows_what_it_is_made_of(layer, passes, reads):
+    """A LoRA on the last norm's modulation, outside of the blocks, is part of it; one on a query is not."""
+    whole, parted = load(), load(modulation="precomputed")
+    conditioning = whole.condition(CASES["embedded"][1], "make the circle red")
+    latents = []
+    for pipe in (whole, parted):
+        pipe.load_lora_weights(lora(pipe, [layer]), adapter_name="one", scale=0.1)
+        reads.clear()
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(0)
+            for step in pipe.steps(conditioning, num_inference_steps=2, generator=noise):
+                pipe.set_adapters("one", 0.02 * step.index)
+        latents.append(step.after)
+    assert torch.equal(*latents)
+    assert len([name for name in reads if "_mod." in name]) == passes * 4 * whole.mmdit.config.num_layers
+
+
+@every_mode
+def test_weights_that_come_and_go_are_not_trained(modes):
+    pipe = load(**modes)
+    with pytest.raises(ValueError, match=r"transformer are in its files.*modulation='live'"):
+        pipe.mmdit.requires_grad_(True)
+    absent = [x for x in pipe.mmdit.parameters() if isinstance(x, Absent)]
+    with pytest.raises(ValueError, match="transformer are in its files"):
+        absent[0].requires_grad = True
+    assert absent and not any(x.requires_grad for x in absent)
+    pipe.mmdit.requires_grad_(False)
+
+
+def test_a_block_in_the_place_of_another_has_its_turn_too():
+    blocks = load(modulation="precomputed").mmdit.blocks
+    blocks[3] = blocks[2]
+    assert list(blocks.without_modulation()) == [blocks[number] for number in range(6)]
+
+
 @every_mode
 def test_fusing_needs_weights_that_stay(modes):
     pipe = load(**modes)
@@ -542,15 +578,18 @@ def test_bad_modes_are_refused_before_anything_is_read(monkeypatch):
 def test_auto_asks_the_plan(monkeypatch):
     asked = []
 
-    def choose(folder, files, *, device, dtype, text_encoder=True):
-        asked.append((folder, dict(files), device, dtype, text_encoder))
+    def choose(folder, files, *, device, dtype, text_encoder=True, **how):
+        asked.append((folder, dict(files), device, dtype, text_encoder, how))
         return "stage"
 
     plan = types.ModuleType("qwenedit.plan")
     plan.choose = choose
     monkeypatch.setitem(sys.modules, "qwenedit.plan", plan)
-    pipe = load(residency="auto", text_encoder=False)
-    assert gone(pipe.mmdit) and asked == [(mini.CHECKPOINT, {}, torch.device("cpu"), torch.float32, False)]
+    pipe = load(mini.CHECKPOINT, text_encoder=False, modulation="precomputed")
+    how = {"modulation": "precomputed", "storage": None}
+    wanted = (mini.CHECKPOINT, {}, torch.device("cpu"), torch.float32, False, how)
+    assert gone(pipe.mmdit) and asked == [wanted]
+    assert not gone(load().mmdit) and asked == [wanted]  # the embedded model is small
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
@@ -585,6 +624,13 @@ def test_float8_is_close_and_small(residency):
     held = [weight for part in network.blocks for weight, _ in part.held]
     assert len(held) == (len(matrices) if residency == "resident" else 0)
     assert all(x.dtype == torch.float8_e4m3fn for x in held)
+
+
+def test_float8_is_the_same_in_a_loop_by_hand():
+    staged = load(residency="stage", storage="float8").mmdit
+    kept = load(residency="resident", storage="float8").mmdit
+    for ours, theirs in zip(staged.blocks, kept.blocks, strict=True):
+        assert torch.equal(ours.img_mlp.up.weight, theirs.img_mlp.up.weight)
 
 
 def test_float8_rounds_each_row_to_its_own_largest_value():

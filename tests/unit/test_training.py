@@ -286,3 +286,10 @@ def test_a_compiled_transformer_checkpoints_too():
         results.append({name: p.grad for name, p in mmdit.named_parameters() if p.grad is not None})
         results[-1]["txt"] = txt.grad
     assert_the_same_gradients(*results)
+
+
+def test_a_layered_checkpoint_is_refused():
+    pipe = Pipe()
+    pipe.mmdit = MMDiT(dataclasses.replace(CONFIG, use_additional_t_cond=True, use_layer3d_rope=True))
+    with pytest.raises(ValueError, match="wanted another checkpoint than Qwen-Image-Layered"):
+        flow_matching_loss(pipe, batch())
