@@ -17,12 +17,22 @@ from pathlib import Path
 import torch
 
 from qwenedit import geometry, mini
-from qwenedit.checkpoints import COMPONENTS, download_plan, find_local, is_local, read_areas, read_variant
+from qwenedit.checkpoints import (
+    COMPONENTS,
+    Variant,
+    download_plan,
+    find_local,
+    is_local,
+    read_areas,
+    read_variant,
+)
 from qwenedit.files import FLOATS, read_json
 from qwenedit.formats import Stored, read_weights
+from qwenedit.geometry import Areas
 from qwenedit.inputs import check_count, device_of, dtype_of
 from qwenedit.loading import NETWORKS, network_config
 from qwenedit.mmdit import MMDiTConfig
+from qwenedit.presets import PRESETS
 from qwenedit.processor import QWEN2_5_VL, ImageProcessorConfig
 from qwenedit.vae import VAEConfig
 from qwenedit.vision_language import VisionLanguageConfig
@@ -161,7 +171,8 @@ def plan(
             the machine's own. Without any, the run is on the CPU.
         host_memory: likewise of the CPU's.
         device, dtype: as for `load`: by default float32 on the CPU, as stored on an accelerator.
-        height, width: of the output; 1024 squared, or the checkpoint's own area, by default.
+        height, width: of the output; 1024 squared, or the checkpoint's own area, by default, and for Layered
+            as its preset says.
         pictures: how many are given, of the output's shape; by default one, to an editing variant.
         steps: timesteps whose modulation is kept, where it is precomputed.
         files, text_encoder: as for `load_networks` and `load`.
@@ -187,12 +198,9 @@ def plan(
     pictures = min(1, most) if pictures is None else pictures
     if isinstance(pictures, bool) or not isinstance(pictures, int) or not 0 <= pictures <= most:
         raise ValueError(f"pictures is {pictures!r}, wanted a number from 0 to {most} for {variant.name}")
-    areas = read_areas(folder, variant)
-    side = round(areas.vae**0.5)
-    sizes = [(width or side, height or side)] * pictures
-    sketch = geometry.plan(sizes, areas=areas, height=height, width=width)
+    sketch, layers = _sketched(variant, read_areas(folder, variant), pictures, height, width)
     weights = weights_of(folder, files, run_dtype, text_encoder=text_encoder)
-    computed = activations(folder, sketch, run_dtype)
+    computed = activations(folder, sketch, run_dtype, layers)
     table = _table(folder, run_dtype, steps)
     peaks = {mode: _peaks(mode, weights, computed, table) for mode in _MODES}
     made = Plan(
@@ -202,7 +210,8 @@ def plan(
         "CPU" if on_cpu else "accelerator",
         "as stored" if run_dtype is None else str(run_dtype).removeprefix("torch."),
         memory,
-        run=f"{sketch.size[0]}x{sketch.size[1]} from {pictures} picture{'s' * (pictures != 1)}",
+        run=f"{sketch.size[0]}x{sketch.size[1]}{f' in {layers} layers' * (layers > 0)} "
+        f"from {pictures} picture{'s' * (pictures != 1)}",
     )
     chosen = next((mode for mode in peaks if mode.storage == "as run" and made.fits(mode)), None)
     return replace(made, mode=chosen)
@@ -231,10 +240,9 @@ def choose(
         if sum(network.all for network in weights.values()) <= _SMALL:
             return "resident"
         variant = read_variant(folder)
-        areas = read_areas(folder, variant)
-        side = round(areas.vae**0.5)
-        sketch = geometry.plan([(side, side)] * min(1, variant.max_pictures), areas=areas)
-        computed = activations(folder, sketch, dtype)
+        areas, pictures = read_areas(folder, variant), min(1, variant.max_pictures)
+        sketch, layers = _sketched(variant, areas, pictures)
+        computed = activations(folder, sketch, dtype, layers)
         memory = host_free() if device.type == "cpu" else device_free(device)
         for residency in RESIDENCIES:
             peaks = _peaks(Mode(residency), weights, computed, 0)
@@ -243,6 +251,20 @@ def choose(
     except Exception:
         return "resident"
     return "stream"
+
+
+def _sketched(
+    variant: Variant, areas: Areas, pictures: int, height: int | None = None, width: int | None = None
+) -> tuple[geometry.Geometry, int]:
+    """The sizes of a run from pictures of the output's shape, and how many layers it makes, if it makes any:
+    as many and as large as the preset says.
+    """
+    layers = 0
+    if (layering := PRESETS[variant.name].layering if variant.layered else None) is not None:
+        layers, areas = layering.layers, Areas(vae=layering.resolution**2, vl=None)
+    side = round(areas.vae**0.5)
+    sizes = [(width or side, height or side)] * pictures
+    return geometry.plan(sizes, areas=areas, height=height, width=width), layers
 
 
 def _peaks(
@@ -306,7 +328,9 @@ def _itemsize(dtype: torch.dtype | None) -> int:
     return 2 if dtype is None else dtype.itemsize
 
 
-def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None) -> dict[str, int]:
+def activations(
+    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, layers: int = 0
+) -> dict[str, int]:
     """Bytes that each stage computes at its worst moment, for one row of a batch.
 
     +-- in values of the run's dtype ----------------------------------------------------------------------+
@@ -318,6 +342,9 @@ def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | No
     +------------------------------------------------------------------------------------------------------+
     Half dtypes turn queries and keys, and take the VAE's norms, in float32: 23 widths a token, and 6.5 base
     widths a pixel, in both directions.
+
+    Of a run that makes layers the text encoder sees no picture, the target has a frame for each and one for
+    the whole, and all layers are decoded together.
     """
     size, half = _itemsize(dtype), _itemsize(dtype) == 2
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
@@ -325,7 +352,7 @@ def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | No
     vae: VAEConfig = network_config(folder, "vae")
     language, vision = text.text_config, text.vision_config
     patches, seen = 0, 0
-    if sketch.pictures:
+    if sketch.pictures and not layers:
         config = QWEN2_5_VL
         if (path := folder / "processor" / "preprocessor_config.json").exists():
             config = ImageProcessorConfig.from_json(read_json(path))
@@ -340,14 +367,15 @@ def activations(folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | No
         tokens * (4 * language.intermediate_size + 6 * language.hidden_size),
         patches * (4 * vision.intermediate_size + 8 * vision.hidden_size),
     )
-    grids = [sketch.grid, *(picture.grid for picture in sketch.pictures)]
+    grids = [sketch.grid] * (layers + 1) + [picture.grid for picture in sketch.pictures]
     joint = seen + _PROMPT + sum(rows * columns for _, rows, columns in grids)
     pixels = max((picture.vae[0] * picture.vae[1] for picture in sketch.pictures), default=0)
+    decoded = max(1, layers) * sketch.size[0] * sketch.size[1]
     made = {
         "text encoding": encoding,
         "VAE encode": pixels * vae.base_dim * (6.5 if half else 2.8),
         "sampling": joint * transformer.width * (23 if half else 20),
-        "VAE decode": sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
+        "VAE decode": decoded * vae.base_dim * (6.5 if half else 5.8),
     }
     return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}
 

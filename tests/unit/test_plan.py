@@ -1,5 +1,6 @@
 """What fits: sizes from headers, peaks by mode and stage, and the mode that is chosen."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import pytest
 import torch
 
 import qwenedit.plan as planning
-from qwenedit import cli, mini
+from qwenedit import cli, geometry, mini
+from qwenedit.checkpoints import read_variant
+from qwenedit.geometry import Areas
 from qwenedit.inputs import device_of
-from qwenedit.loading import load_networks
+from qwenedit.layered import layer_rows
+from qwenedit.loading import load_networks, network_config
 from qwenedit.mmdit import MMDiT
-from qwenedit.plan import RESIDENCIES, STAGES, Mode, choose, parse_bytes, plan, weights_of
+from qwenedit.plan import RESIDENCIES, STAGES, Mode, activations, choose, parse_bytes, plan, weights_of
 from tests.sparse import no_holes, write_sparse
-from tests.tiny import checkpoint
+from tests.tiny import checkpoint, picture
 
 GIB = 2**30
 TRANSFORMER, TEXT_ENCODER, LM_HEAD, VAE = 40_860_802_176, 16_584_333_312, 2 * 544_997_376, 253_785_062
@@ -84,6 +88,27 @@ def test_the_dtype_decides_and_more_tokens_take_more(official):
     sampling = [one["sampling"] for one in peaks]
     assert sampling[0] < sampling[1] < sampling[2] and sampling[1] < sampling[3]
     assert peaks[1]["VAE decode"] == peaks[2]["VAE decode"] < peaks[3]["VAE decode"]
+
+
+def test_layers_are_planned_as_they_run():
+    """The target of Layered has a frame for each layer and one for the whole, and all layers are decoded."""
+    folder = checkpoint("layered")
+    made = plan(folder)
+    assert made.run == "640x640 in 4 layers from 1 picture"
+    variant = read_variant(folder)
+    (row,) = layer_rows(picture(900, 900), "a fox", None, variant, 4, 640)
+    layer, reference = math.prod(row.geometry.grid), math.prod(row.geometry.pictures[0].grid)
+    width, base = network_config(folder, "transformer").width, network_config(folder, "vae").base_dim
+    computed = activations(folder, row.geometry, torch.float32, 4)
+    libraries = planning._LIBRARIES
+    assert computed["sampling"] - libraries == (5 * layer + reference + planning._PROMPT) * width * 20 * 4
+    assert computed["VAE decode"] - libraries == round(4 * 640 * 640 * base * 5.8 * 4)
+    of_text = planning.activations(checkpoint("generate"), geometry.plan([], areas=Areas()), torch.float32)
+    assert computed["text encoding"] == of_text["text encoding"]  # it sees no picture
+    weights = weights_of(folder, {}, torch.float32)
+    all_weights = sum(network.all for network in weights.values())
+    planned = plan(folder, device="cpu", dtype="float32").peaks[Mode("resident")]
+    assert planned == {stage: all_weights + size for stage, size in computed.items()}
 
 
 def test_weights_are_those_that_are_loaded():
