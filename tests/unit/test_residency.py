@@ -549,8 +549,9 @@ def test_auto_asks_the_plan(monkeypatch):
     plan = types.ModuleType("qwenedit.plan")
     plan.choose = choose
     monkeypatch.setitem(sys.modules, "qwenedit.plan", plan)
-    pipe = load(residency="auto", text_encoder=False)
+    pipe = load(mini.CHECKPOINT, residency="auto", text_encoder=False)
     assert gone(pipe.mmdit) and asked == [(mini.CHECKPOINT, {}, torch.device("cpu"), torch.float32, False)]
+    assert not gone(load().mmdit) and len(asked) == 1  # the embedded model is small, and resident
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
