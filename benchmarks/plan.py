@@ -1,9 +1,8 @@
 """Planned and measured peaks of memory on the CPU: `python -m benchmarks.plan [--stream]`.
 
-Each case runs in its own process: the embedded model whole, and of the official model, in true size and
-with random weights, what fits on a small machine: the VAE, two blocks of the transformer, a text encoder cut
-in depth. Measured is the highest resident set (VmHWM)
-over what the process had before. With --stream also a
+Each case runs in its own process: the embedded model whole, and of the official model, in true size and with
+random weights, what fits on a small machine: the VAE, two blocks of the transformer, a text encoder cut in
+depth. Measured is the highest resident set (VmHWM) over what the process had before. With --stream also a
 whole edit of the official size, from a sparse file of zeros, block by block. Needs Linux.
 """
 
@@ -96,8 +95,8 @@ def resident(key: str) -> int:
 
 
 def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
-    """A whole edit. Streamed blocks are read from mapped files, whose pages the kernel drops at will: of that
-    run the memory is measured that the process owns.
+    """A whole edit: of it the memory is measured that the process owns, without pages of mapped files, which
+    the kernel drops at will.
     """
     import qwenedit
 

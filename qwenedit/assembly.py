@@ -18,7 +18,7 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import Processor
 from qwenedit.residency import Modes
 
-__all__ = ["load", "other_files"]
+__all__ = ["load", "modes_of", "other_files"]
 
 
 def load(
@@ -73,13 +73,8 @@ def load(
     dtype = dtype_of(dtype, device)
     if source is None and residency == "auto":
         residency = "resident"
-    modes = Modes("resident" if compile and residency == "auto" else residency, modulation, storage)
+    modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
-        if not modes.plain:
-            raise ValueError(
-                "compile=True needs weights that stay: wanted residency='resident', modulation='live' and "
-                f"storage=None, got {residency!r}, {modulation!r} and {storage!r}"
-            )
         require_compiler()
     files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
     names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
@@ -120,6 +115,23 @@ def load(
     if compile:
         compile_blocks(pipe.mmdit)
     return pipe
+
+
+def modes_of(
+    *, compile: bool = False, residency: str = "auto", modulation: str = "live", storage: str | None = None
+) -> Modes:
+    """The memory modes of a run; "auto" stands for the first residency that fits.
+
+    Raises:
+        ValueError: there is no such mode, or some that exclude each other or compiled blocks.
+    """
+    modes = Modes("resident" if compile and residency == "auto" else residency, modulation, storage)
+    if compile and not modes.plain:
+        raise ValueError(
+            "compile=True needs weights that stay: wanted residency='resident', modulation='live' and "
+            f"storage=None, got {residency!r}, {modulation!r} and {storage!r}"
+        )
+    return modes
 
 
 def other_files(

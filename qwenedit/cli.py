@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwenedit import __version__, commands
+from qwenedit.presets import LIGHTNING
+from qwenedit.residency import MODULATIONS, RESIDENCIES, STORAGES
 
 __all__ = ["main"]
-
-_LIGHTNING = ("lightning-4", "lightning-8")  # presets.LIGHTNING, which help must not import torch for
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     _sampling_options(generate)
     generate.set_defaults(run=commands.generate)
 
-    decompose = subparsers.add_parser("decompose", help="take a picture apart into layers with alpha")
+    decompose = subparsers.add_parser(
+        "decompose", help="take a picture apart into layers with alpha (Qwen-Image-Layered)"
+    )
     add = decompose.add_argument
     add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
     add("prompt", metavar="PROMPT", help="what the picture shows")
@@ -183,7 +185,7 @@ def _run_options(command: argparse.ArgumentParser) -> None:
 def _sampling_options(command: argparse.ArgumentParser) -> None:
     _run_options(command)
     add = command.add_argument
-    add("--preset", choices=_LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
+    add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     add(
         "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
     )
@@ -215,23 +217,22 @@ def _file_options(command: argparse.ArgumentParser) -> None:
 
 
 def _memory_options(command: argparse.ArgumentParser) -> None:
-    """None in the options stands for `load`'s own default. The choices are residency.py's, which help must
-    not import torch for.
-    """
+    """None in the options stands for `load`'s own default."""
     add = command.add_argument
     add(
         "--residency",
-        choices=("auto", "resident", "stage", "stream"),
-        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading)",
+        choices=RESIDENCIES,
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading); "
+        "auto, the default: the first of these that fits",
     )
     add(
         "--modulation",
-        choices=("live", "precomputed"),
+        choices=MODULATIONS,
         help="precomputed: read a third of the transformer once a run (same picture, less memory)",
     )
     add(
         "--storage",
-        choices=("float8",),
+        choices=[storage for storage in STORAGES if storage],
         help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
     )
 

@@ -228,11 +228,13 @@ def _load(
 def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
     from qwenedit import mini
+    from qwenedit.assembly import modes_of
     from qwenedit.checkpoints import resolve
     from qwenedit.fast import require_compiler
-    from qwenedit.residency import Modes
+    from qwenedit.inputs import device_of, dtype_of
 
-    Modes(**_memory(options))
+    dtype_of(options.dtype, device_of(options.device))
+    modes_of(compile=options.compile, **_memory(options))
     if options.compile:
         require_compiler()
     if options.model is None:

@@ -40,7 +40,9 @@ from qwenedit.vae import VAE
 if TYPE_CHECKING:
     from qwenedit.pipeline import QwenImageEdit, Result
 
-__all__ = ["Layers", "layer_rows", "layers_of", "require_flat", "rgba_pictures", "rgba_pixels"]
+__all__ = [
+    "Layers", "check_alpha", "layer_rows", "layers_of", "require_flat", "rgba_pictures", "rgba_pixels",
+]  # fmt: skip
 
 
 class Layers:

@@ -87,7 +87,7 @@ def parity(
     check_prompt(prompt, illustrated=variant.max_pictures > 0)
     areas = read_areas(folder, variant)
     areas = Areas(vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
-    shown = (picture or _drawn()).convert("RGB")
+    shown = (picture or _drawn()).convert("RGBA" if variant.layered else "RGB")
     about = {
         "checkpoint": str(source or "the embedded model"),
         "variant": variant.name,
@@ -125,7 +125,7 @@ def _check_output(output: Path) -> None:
 
 
 def _drawn() -> Image.Image:
-    """A picture with flat and smooth parts, edges, and no symmetry."""
+    """A picture with flat and smooth parts, edges, and no symmetry; for Layered it fades out to one side."""
     size = (320, 192)
     gradient = Image.linear_gradient("L").resize(size)
     picture = Image.merge("RGB", (gradient, gradient.transpose(Image.Transpose.ROTATE_180), gradient))
@@ -133,6 +133,7 @@ def _drawn() -> Image.Image:
     draw.ellipse((30, 25, 130, 125), fill=(40, 90, 220))
     draw.rectangle((180, 90, 290, 170), fill=(250, 220, 30))
     draw.polygon([(210, 15), (270, 75), (160, 70)], fill=(20, 160, 60))
+    picture.putalpha(gradient)
     return picture
 
 

@@ -240,6 +240,8 @@ def _vae(config: Any) -> Iterator[Stage]:
 
 def _transformer(depth: int, case: Case) -> Iterator[Stage]:
     part, grids, device = "transformer", case.grids, case.ids.device
+    frames, *size = grids[0]
+    official_grids = [(1, *size)] * frames + list(grids[1:])  # there each layer is a grid of its own
     lengths = [math.prod(grid) for grid in grids]
     split = (lengths[0], sum(lengths[1:]))
 
@@ -260,7 +262,7 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
         return [zeros] if net.config.use_additional_t_cond else []
 
     def official_rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
-        return net.pos_embed([list(grids)], device=device, max_txt_seq_len=s["txt"].shape[1])
+        return net.pos_embed([official_grids], device=device, max_txt_seq_len=s["txt"].shape[1])
 
     def norm_out(net: Any, s: Streams) -> Streams:
         return {"img": net.norm_out(s["img"], s["temb"][:1])}

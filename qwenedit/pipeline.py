@@ -83,7 +83,8 @@ class QwenImageEdit(Loras, Layers):
             the pictures among it: about half the time, and other last bits. False, as the reference runs.
         micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
             a generator a row, each row is its single run bit by bit.
-        conditioning_cache: what the encoders made, kept for runs that ask for the same; None: nothing is.
+        conditioning_cache: what the encoders made, kept for runs that ask for the same (not by `decompose`);
+            None: nothing is.
     """
 
     def __init__(

@@ -30,7 +30,10 @@ from qwenedit.loading import progress_bar
 from qwenedit.reading import Files
 from qwenedit.streaming import Part, Place, Source, Streamed, Turn
 
-__all__ = ["Modes", "home", "move", "present", "require_staying", "while_present"]
+__all__ = [
+    "MODULATIONS", "RESIDENCIES", "STORAGES", "Modes", "home", "move", "present", "require_staying",
+    "while_present",
+]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")
 MODULATIONS = ("live", "precomputed")

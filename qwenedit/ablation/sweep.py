@@ -46,6 +46,7 @@ from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
 from qwenedit.conditioning import Conditioning, replacing_file
 from qwenedit.determinism import deterministic
 from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
+from qwenedit.layered import require_flat
 from qwenedit.loading import load_scheduler, network_config
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
@@ -431,6 +432,7 @@ def _require_meant(edits: int, yes: bool) -> None:
 def _require_fitting(spec: Spec, checkpoint: Path) -> None:
     """Can the model do what is asked? Its weights may be many gigabytes, and need not be read to know."""
     variant = read_variant(checkpoint)
+    require_flat(variant)
     areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
     blocks = network_config(checkpoint, "transformer").num_layers
     with warnings.catch_warnings():

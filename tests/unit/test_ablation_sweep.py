@@ -25,7 +25,7 @@ from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import to_pil
 from qwenedit.taps import taps
-from tests.tiny import embedded_plus
+from tests.tiny import checkpoint, embedded_plus
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "make the circle red"
@@ -457,6 +457,7 @@ def test_specs_that_do_not_fit_the_model(tmp_path):
     index["_class_name"] = "QwenImagePipeline"
     (text / "model_index.json").write_text(json.dumps(index))
     refused("makes pictures from text only", model=str(text))
+    refused("only takes pictures apart into layers", model=str(checkpoint("layered")))
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         run(SMALL, tmp_path / "out", dtype="int8")
     assert not (tmp_path / "out").exists()

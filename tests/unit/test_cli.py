@@ -306,6 +306,21 @@ def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys, m
     assert "needs a C++ compiler" in line
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--compile", "--residency", "stream"], "compile=True needs weights that stay"),
+        (["--storage", "float8", "--residency", "stream"], "wanted one of them"),
+        (["--dtype", "int8"], "dtype is 'int8'"),
+        (["--device", "potato"], "device is 'potato'"),
+    ],
+)
+def test_how_to_run_is_checked_before_a_download(picture, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(fast, "require_compiler", lambda: None)
+    model = ["--model", "no/such-model"]
+    assert message in fails(capsys, "edit", picture, "x", "-o", "x.png", *model, *QUICK, *options)
+
+
 def test_a_text_to_image_checkpoint_does_not_edit(tmp_path, picture, capsys):
     folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "t2i")
     index = json.loads((folder / "model_index.json").read_text())

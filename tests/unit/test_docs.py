@@ -23,11 +23,13 @@ MODULES = sorted(
 )
 # What researchers import from, beside the package itself.
 PUBLIC = (
-    "qwenedit", "qwenedit.ablation", "qwenedit.ablation.switches", "qwenedit.attention_maps",
-    "qwenedit.conditioning", "qwenedit.determinism", "qwenedit.geometry", "qwenedit.guidance",
-    "qwenedit.instruments", "qwenedit.inversion", "qwenedit.latents", "qwenedit.lora",
-    "qwenedit.mini.oracle", "qwenedit.mmdit", "qwenedit.pipeline", "qwenedit.processor", "qwenedit.sampler",
-    "qwenedit.scheduler", "qwenedit.taps", "qwenedit.training", "qwenedit.vae", "qwenedit.vision_language",
+    "qwenedit", "qwenedit.ablation", "qwenedit.ablation.switches", "qwenedit.assembly",
+    "qwenedit.attention_maps", "qwenedit.conditioning", "qwenedit.conditioning_cache", "qwenedit.determinism",
+    "qwenedit.geometry", "qwenedit.guidance", "qwenedit.instruments", "qwenedit.inversion",
+    "qwenedit.latents", "qwenedit.layered", "qwenedit.lora", "qwenedit.mini.oracle", "qwenedit.mmdit",
+    "qwenedit.parity", "qwenedit.pipeline", "qwenedit.plan", "qwenedit.presets", "qwenedit.processor",
+    "qwenedit.residency", "qwenedit.sampler", "qwenedit.scheduler", "qwenedit.taps", "qwenedit.training",
+    "qwenedit.vae", "qwenedit.vision_language",
 )  # fmt: skip
 EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
 

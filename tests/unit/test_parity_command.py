@@ -127,6 +127,25 @@ def test_the_users_own_picture_and_prompt_in_one_dtype(run, tmp_path):
     assert status == 0 and {dtype for _, dtype in rows} == {"exact", "bfloat16"}
 
 
+def test_layered_is_compared_with_alpha(run, tmp_path, monkeypatch):
+    shown, prepare = [], parity.prepare
+
+    def watched(folder, variant, areas, picture, *rest):
+        shown.append(picture)
+        return prepare(folder, variant, areas, picture, *rest)
+
+    monkeypatch.setattr(parity, "prepare", watched)
+    image = picture(90, 60).convert("RGBA")
+    image.putalpha(picture(90, 60, 1).getchannel(0))
+    image.save(tmp_path / "own.png")
+    for options in ([], ["--picture", tmp_path / "own.png"]):
+        assert run(tiny("layered"), "--dtype", "float32", *options)[0] == 0
+    for one in shown:
+        least, most = one.getchannel("A").getextrema()
+        assert least < most
+    assert shown[1].tobytes() == image.tobytes()
+
+
 def damage(monkeypatch, wanted, change):
     """Our side reads something else for one tensor."""
     original = loading._read

@@ -47,7 +47,6 @@ def test_the_table_is_that_of_the_model_cards():
 
 def test_lightning_runs_the_published_schedule():
     """Shift 3 at every size, without the terminal stretch: 3 s / (1 + 2 s)."""
-    assert cli._LIGHTNING == LIGHTNING
     for name, steps in zip(LIGHTNING, OFFICIAL["lightning"]["steps"], strict=True):
         run = PRESETS[name].sampling()
         assert run.num_inference_steps == steps and run.true_cfg_scale == 1 and run.negative_prompt is None
