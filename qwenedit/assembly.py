@@ -143,7 +143,7 @@ def other_files(
     """The components that come from files of their own, by the names of their folders.
 
     Raises:
-        ValueError: something else than a path.
+        ValueError: something else than a path, or nothing is there.
     """
     given = {"transformer": mmdit, "vae": vae, "text_encoder": text_encoder}
     argument = {"transformer": "mmdit"}
@@ -156,4 +156,6 @@ def other_files(
             name = argument.get(component, component)
             raise ValueError(f"{name} is {type(value).__name__}, wanted {wanted}")
         files[component] = Path(value)
+        if not files[component].exists():  # before the rest is downloaded
+            raise ValueError(f"no weights at {value}: no such file or folder")
     return files

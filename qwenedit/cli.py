@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     for option in ("--height", "--width"):
         plan.add_argument(option, type=_positive, metavar="N", help="of the output (default: the model's)")
     plan.add_argument("--pictures", type=_whole, metavar="N", help="how many are given (default: 1)")
+    plan.add_argument("--layers", type=_positive, default=4, metavar="N", help="of Layered (default: 4)")
     plan.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the accelerator, if any)")
     plan.add_argument("--dtype", metavar="T", help="(default: as stored; float32 on the CPU)")
     _file_options(plan)

@@ -115,6 +115,7 @@ def plan(options: argparse.Namespace) -> None:
             height=options.height,
             width=options.width,
             pictures=options.pictures,
+            layers=options.layers,
             revision=options.revision,
             files=_files(options),
         )
