@@ -17,7 +17,7 @@ import pytest
 import requests
 from huggingface_hub import constants, file_download
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, reset_sessions
 from safetensors.torch import load_file, save_file
 
 import qwenedit
@@ -157,7 +157,9 @@ def hub(tmp_path, monkeypatch):
     for variable in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(variable, "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    reset_sessions()  # one that a test before this made stays offline
     yield hub
+    reset_sessions()
     server.shutdown()
     server.server_close()
     thread.join()
