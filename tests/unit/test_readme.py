@@ -3,6 +3,7 @@
 A tiny folder of the same variant stands for the official checkpoint, and a drawn picture for the cat.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -76,15 +77,19 @@ def test_commands(here, command, capsys):
         assert output.is_file() or output.with_stem(f"{output.stem}-4").is_file()
 
 
+def recipe_of(rule):
+    """What make would run, also where make runs these tests: it hands its own state on to a make inside."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "-n", "--no-print-directory", rule]
+    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return run.stdout.strip().splitlines()
+
+
 def test_make_rules_exist_and_edit_edits(here):
     """The rules make environments of their own; what `edit` runs in its own is run here."""
-    for command in (line.split() for line in COMMANDS if line.startswith("make")):
-        recipe = subprocess.run(
-            ["make", "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        assert recipe.stdout
-    recipe = subprocess.run(["make", "-n", "edit"], cwd=ROOT, check=True, capture_output=True, text=True)
-    words = shlex.split(recipe.stdout.strip().splitlines()[-1])
+    rules = [line.split()[1] for line in COMMANDS if line.startswith("make")]
+    assert rules == ["edit", "test"] and all(recipe_of(rule) for rule in rules)
+    words = shlex.split(recipe_of("edit")[-1])
     subprocess.run([sys.executable, *words[1:], "--out", here], cwd=ROOT, check=True, capture_output=True)
     assert (here / "edited.png").is_file() and (here / "before-after.png").is_file()
 
