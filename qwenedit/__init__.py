@@ -19,7 +19,6 @@ with warnings.catch_warnings():
     from qwenedit.assembly import load
     from qwenedit.attention_maps import AttentionMaps, attention_map
     from qwenedit.conditioning import Conditioning
-    from qwenedit.conditioning_cache import ConditioningCache
     from qwenedit.determinism import deterministic
     from qwenedit.instruments import Recorder, patch_from, share_from, zero
     from qwenedit.inversion import invert, picture_latents
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "ConditioningCache", "Guidance", "QwenImageEdit", "Recorder",
+    "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder",
     "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate",
     "attention_map", "deterministic", "flow_matching_loss", "invert", "load", "patch_from",
     "picture_latents", "scope", "share_from", "swapped", "tap_names", "taps", "trace_ops", "zero",

@@ -23,7 +23,7 @@ from qwenedit.prefix import encode_together
 from qwenedit.processor import TEXT_TO_IMAGE, Processor, ProcessorOutput, resize_rgb, vae_pixels
 from qwenedit.residency import present
 from qwenedit.sampler import require_finite
-from qwenedit.taps import is_tapped, scope
+from qwenedit.taps import observed, scope
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 
@@ -124,7 +124,7 @@ class PromptEncoder:
         if negatives is None:
             return self._kept(batch, self._run(batch, pictures, "cond")), []
         other = self._tokens(negatives, resized if self.negative_sees else None)
-        if self.negative_sees and self.share_prefix and not is_tapped(self.vision_language):
+        if self.negative_sees and self.share_prefix and not observed(self.vision_language):
             hidden = encode_together(self.vision_language, batch, other, pictures)
         else:
             others = pictures if self.negative_sees else None

@@ -49,7 +49,7 @@ from qwenedit.mmdit import (
 )
 from qwenedit.residency import home
 from qwenedit.streaming import Streamed
-from qwenedit.taps import is_tapped
+from qwenedit.taps import observed
 
 __all__ = [
     "FastRun", "FastStep", "compile_blocks", "possible", "require_compiler", "timestep_of",
@@ -81,7 +81,7 @@ def possible(mmdit: nn.Module) -> bool:
         and not _has_any_global_hook()
         and not mmdit.checkpointing
         and _all_known(mmdit)
-        and not is_tapped(mmdit)
+        and not observed(mmdit)
     )
 
 

@@ -181,6 +181,7 @@ def _delta(
 class LowRank(nn.Module):
     """One LoRA's part in one layer; `scale` is the user's."""
 
+    transparent = True  # see `taps.modified`
     down: Tensor
     up: Tensor
 
@@ -199,6 +200,8 @@ class LowRankLinear(nn.Module):
 
     Source: peft's `Linear.forward`; changes at scale 0 are not computed.
     """
+
+    transparent = True  # see `taps.modified`
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -26,7 +26,6 @@ from qwenedit.ablation import running
 from qwenedit.ablation.switches import Switches
 from qwenedit.checkpoints import Variant, find_local
 from qwenedit.conditioning import Conditioning
-from qwenedit.conditioning_cache import ConditioningCache
 from qwenedit.encoding import encode_rows
 from qwenedit.geometry import Areas
 from qwenedit.guidance import TrueCFG
@@ -83,8 +82,6 @@ class QwenImageEdit(Loras, Layers):
             the pictures among it: about half the time, and other last bits. False, as the reference runs.
         micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
             a generator a row, each row is its single run bit by bit.
-        conditioning_cache: what the encoders made, kept for runs that ask for the same (not by `decompose`);
-            None: nothing is.
     """
 
     def __init__(
@@ -108,7 +105,6 @@ class QwenImageEdit(Loras, Layers):
         self.progress = True
         self.share_prefix = False
         self.micro_batch: int | None = None
-        self.conditioning_cache: ConditioningCache | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
@@ -429,8 +425,7 @@ class QwenImageEdit(Loras, Layers):
     ) -> Conditioning:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-        encode = encode_rows if self.conditioning_cache is None else self.conditioning_cache.encode_rows
-        conditioning = encode(
+        conditioning = encode_rows(
             rows,
             guided=guided,
             max_tokens=max_tokens,

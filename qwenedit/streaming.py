@@ -179,6 +179,8 @@ class Streamed(nn.ModuleList):
     Nothing is read but by a loop over the list: not by its length, an index, or a walk over modules.
     """
 
+    transparent = True  # see `taps.modified`
+
     def __init__(
         self, blocks: Iterable[nn.Module] = (), turns: Sequence[Turn] = (), *, precomputed: bool = False
     ) -> None:

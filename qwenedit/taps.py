@@ -18,25 +18,32 @@ import fnmatch
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import einops
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BranchState", "Op", "Site", "TapFunction", "Tapped", "by_heads", "cache_context", "current_labels",
-    "is_tapped", "named_modules", "scope", "swapped", "tap_names", "taps", "trace_ops",
+    "BranchState", "Fingerprint", "Op", "Site", "TapFunction", "Tapped", "by_heads", "cache_context",
+    "current_labels", "fingerprint", "modified", "named_modules", "observed", "scope", "swapped",
+    "tap_names", "taps", "trace_ops",
 ]  # fmt: skip
 
 State = TypeVar("State")
 NewModule = TypeVar("NewModule", bound=nn.Module)
+
+_PLAIN_LAYERS = (
+    nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList
+)  # fmt: skip
 
 MAX_MAP = 2**28  # elements of an attention map: a larger one is made some heads at a time
 
@@ -228,15 +235,69 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def is_tapped(model: nn.Module) -> bool:
-    """Does anybody look inside: a tap, or a hook of torch's own, on any module of the model?
+def observed(model: nn.Module) -> bool:
+    """True if anything beside the model's own code sees or changes what its modules compute.
 
-    For who can compute the model's output in a shorter way, which would pass them by.
+    That is gradients, autocast, a torch function mode, taps, hooks, and foreign modules or forwards (see
+    `modified`). What is otherwise cached between steps, or skipped because nobody reads it, must then be
+    computed.
     """
-    return any(
-        module.__dict__.get("_taps") is not None or module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
+    return (
+        torch.is_grad_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+        or any("_taps" in module.__dict__ for module in model.modules())
+        or modified(model)
     )
+
+
+def modified(model: nn.Module) -> bool:
+    """True if a module of the model has a hook of torch's, or a class or forward that is not the model's own.
+
+    The model's own classes are those of its folder, torch's plain layers, and classes that declare
+    `transparent = True`: what their forward returns depends on its arguments and weights alone.
+    """
+    modules = list(model.modules())
+    package = type(model).__module__.rpartition(".")[0]
+    return (
+        _has_any_global_hook()
+        or model._compiled_call_impl is not None
+        or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
+        or not all(_own(kind, package) for kind in {type(module) for module in modules})
+    )
+
+
+def _own(kind: type[nn.Module], package: str) -> bool:
+    """Is it a class of the package, a transparent one or a plain layer of torch's, with its own forward?"""
+    if kind in _PLAIN_LAYERS:
+        return kind.forward.__module__.startswith("torch.nn.")
+    known = kind.__module__.rpartition(".")[0] == package or kind.__dict__.get("transparent", False)
+    return known and kind.forward.__module__ in (kind.__module__, "torch.nn.modules.module")
+
+
+def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] = ()) -> Fingerprint | None:
+    """What changes when a weight of the modules or one of the tensors is replaced or written to.
+
+    Numbers that a module holds, such as a LoRA's scale, are part of it. None if a tensor does not count its
+    changes, as in inference mode. (Writing through `.data` in place is not counted by torch.)
+    """
+    parts = [part for module in modules for part in module.modules()]
+    held = [x for x in tensors if x is not None]
+    for part in parts:
+        held += [x for x in (*part._parameters.values(), *part._buffers.values()) if x is not None]
+    if any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in held):
+        return None
+    numbers = tuple(tuple(x for x in vars(part).values() if type(x) in (int, float, bool)) for part in parts)
+    versions = tuple((id(x), x._version, x.data_ptr(), x.shape, x.dtype, x.device) for x in held)
+    return Fingerprint((versions, numbers), held)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A value to compare. It keeps its tensors alive, so that no other tensor can take over their ids."""
+
+    value: tuple[Any, ...]
+    tensors: list[Tensor] = field(compare=False, repr=False)
 
 
 def tap_names(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ MODULES = sorted(
 # What researchers import from, beside the package itself.
 PUBLIC = (
     "qwenedit", "qwenedit.ablation", "qwenedit.ablation.switches", "qwenedit.assembly",
-    "qwenedit.attention_maps", "qwenedit.conditioning", "qwenedit.conditioning_cache", "qwenedit.determinism",
+    "qwenedit.attention_maps", "qwenedit.conditioning", "qwenedit.determinism",
     "qwenedit.geometry", "qwenedit.guidance", "qwenedit.instruments", "qwenedit.inversion",
     "qwenedit.latents", "qwenedit.layered", "qwenedit.lora", "qwenedit.mini.oracle", "qwenedit.mmdit",
     "qwenedit.parity", "qwenedit.pipeline", "qwenedit.plan", "qwenedit.presets", "qwenedit.processor",
