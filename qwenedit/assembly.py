@@ -11,7 +11,7 @@ import torch
 
 from qwenedit import mini
 from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.fast import compile_blocks, require_compiler
+from qwenedit.compiling import compile_blocks, require_compiler
 from qwenedit.inputs import device_of, dtype_of, warn_of_float16
 from qwenedit.loading import check_together, load_networks, load_scheduler
 from qwenedit.pipeline import QwenImageEdit

@@ -231,7 +231,7 @@ def _folder(options: argparse.Namespace) -> Path:
     from qwenedit import mini
     from qwenedit.assembly import modes_of
     from qwenedit.checkpoints import resolve
-    from qwenedit.fast import require_compiler
+    from qwenedit.compiling import require_compiler
     from qwenedit.inputs import device_of, dtype_of
 
     dtype_of(options.dtype, device_of(options.device))

@@ -22,8 +22,7 @@ from qwenedit.latents import normalise, pack
 from qwenedit.prefix import encode_together
 from qwenedit.processor import TEXT_TO_IMAGE, Processor, ProcessorOutput, resize_rgb, vae_pixels
 from qwenedit.residency import present
-from qwenedit.sampler import require_finite
-from qwenedit.taps import observed, scope
+from qwenedit.taps import observed, require_finite, scope
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 

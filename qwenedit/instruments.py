@@ -186,7 +186,7 @@ class Recorder(Records):
         ValueError: `to` is no device; the folder has something in it, or cannot be made or written; `to` with
             detach=False; while recording, `steps` or `branch` where no such label is in force.
 
-    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.mmdit_layers import MLP
     >>> from qwenedit.taps import scope, taps
     >>> mlp, recorder = MLP(4), Recorder(steps=[1, 2])
     >>> with taps(mlp, {"*": recorder}):
@@ -261,7 +261,7 @@ def patch_from(records: Records) -> TapFunction:
     Raises:
         KeyError: while running, there is no such record, or several (two edits in one recording).
 
-    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.mmdit_layers import MLP
     >>> from qwenedit.taps import taps
     >>> mlp, recorder = MLP(4), Recorder()
     >>> with taps(mlp, {"mlp_hidden": recorder}):
@@ -285,7 +285,7 @@ def share_from(row: int = 0) -> TapFunction:
         ValueError: while running, the row is not among those that run together, or the tensor's first axis is
             not the batch (`temb` with zero_cond_t).
 
-    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.mmdit_layers import MLP
     >>> from qwenedit.taps import taps
     >>> mlp = MLP(4)
     >>> with taps(mlp, {"mlp_hidden": share_from(row=1)}):

@@ -34,7 +34,7 @@ from qwenedit.inputs import Row, check_count, check_output_type, guidance_of, ro
 from qwenedit.latents import normalise, pack
 from qwenedit.mmdit import Grid
 from qwenedit.residency import home, present
-from qwenedit.sampler import require_finite
+from qwenedit.taps import require_finite
 from qwenedit.vae import VAE
 
 if TYPE_CHECKING:

@@ -12,20 +12,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from qwenedit.mmdit_layers import (
+    MLP,
+    AdaLayerNormOut,
+    AdaLN,
+    Grid,
+    Modulation,
+    RMSNorm,
+    Rope,
+    TimeEmbedding,
+    both_halves,
+    gated,
+    joint_key_mask,
+    joint_rope,
+    layer_norm,
+    modulated,
+    rotate,
+)
 from qwenedit.recomputation import recomputed
-from qwenedit.taps import Tapped, by_heads
+from qwenedit.taps import Fingerprint, Tapped, by_heads, fingerprint
 
-__all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig"]
-
-Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
+__all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +91,12 @@ class MMDiT(Tapped):
         `txt` (B, T, joint_attention_dim); `timestep` (B,); `grids` the token grid of the target, then of
         each reference, the same for the whole batch; `txt_mask` (B, T) bool, True at real tokens, or None
         where nothing is padded; `addition_t` (B,) int64, Layered's alone: its pipeline's `is_rgb`, 0.
-        Returns (B, S, in_channels); the caller keeps the target's part.
+        Returns (B, S, in_channels), or with `target_only` the target's tokens of it.
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.
+    Caching: `cache` keeps step-invariant tensors from one call to the next, see `RunCache`. With
+        `target_only` the last block computes the target's tokens alone. Give neither where somebody looks
+        inside (`taps.observed`), so that every tap and hook fires on every token at every step.
     Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
     Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
     """
@@ -107,34 +124,143 @@ class MMDiT(Tapped):
         grids: Sequence[Grid],
         txt_mask: Tensor | None = None,
         addition_t: Tensor | None = None,
+        *,
+        cache: RunCache | None = None,
+        target_only: bool = False,
     ) -> Tensor:
         lengths = [math.prod(grid) for grid in grids]
         if sum(lengths) != img.shape[1]:
             raise ValueError(f"grids {list(grids)} hold {sum(lengths)} tokens, but img has {img.shape[1]}")
-        split = (lengths[0], sum(lengths[1:]))  # target, references
-        batch = img.shape[0]
+        target, references = img.split([lengths[0], sum(lengths[1:])], dim=1)
+        if cache is None:
+            fixed = self.step_invariant(references, txt, grids, txt_mask)
+        else:
+            fixed = cache.step_invariant(self, references, txt, grids, txt_mask)
+        txt, rope, key_mask = fixed.txt, fixed.rope, fixed.key_mask
+        img = self.tap("img_in", torch.cat([self.img_in(target), *fixed.references], dim=1), "B S D")
+        if cache is None:
+            temb, modulation = self.embed_time(timestep, img.dtype, addition_t), None
+        else:
+            modulation = cache.modulation(self, timestep, img.dtype, addition_t)
+            temb = modulation.temb
 
-        img = self.tap("img_in", self.img_in(img), "B S D")
-        txt = self.tap("txt_in", self.txt_in(self.txt_norm(txt)), "B T D")
-        timestep = timestep.to(img.dtype)  # where the reference rounds: 0.873 is 0.871 in bfloat16
-        if self.config.zero_cond_t:
-            timestep = torch.cat([timestep, timestep * 0])  # rows B: are for the reference tokens
-            addition_t = None if addition_t is None else addition_t.repeat(2)
-        temb = self.tap("temb", self.time_embed(timestep, img.dtype, addition_t), "R D")
-        rope = self.rope(grids, txt.shape[1], img.device)
-        key_mask = None if txt_mask is None else joint_key_mask(txt_mask, img.shape[1])
-
-        for block in self.blocks:
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            mod = None if modulation is None else modulation.of(number, block, img.shape[0])
+            wanted = lengths[0] if target_only and number == last else None
             run = recomputed(block) if self.checkpointing else block
-            img, txt = run(img, txt, temb, rope, key_mask, split)
+            img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted)
 
-        return self.tap("velocity", self.proj_out(self.norm_out(img, temb[:batch])), "B S C")
+        return self.tap("velocity", self.proj_out(self.norm_out(img, temb[: img.shape[0]])), "B S C")
+
+    def step_invariant(
+        self, references: Tensor, txt: Tensor, grids: Sequence[Grid], txt_mask: Tensor | None
+    ) -> StepInvariant:
+        """What all steps of a run share: prompt and references at the blocks' width, RoPE, key mask."""
+        txt = self.tap("txt_in", self.txt_in(self.txt_norm(txt)), "B T D")
+        img_length = math.prod(grids[0]) + references.shape[1]
+        return StepInvariant(
+            txt,
+            [self.img_in(references)] if references.shape[1] else [],
+            joint_rope(*self.rope(grids, txt.shape[1], txt.device)),
+            None if txt_mask is None else joint_key_mask(txt_mask, img_length),
+        )
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None) -> Tensor:
+        """`temb` (R, D): B rows, and under `zero_cond_t` B more at sigma 0, for the reference tokens."""
+        timestep = timestep.to(dtype)  # where the reference rounds: 0.873 is 0.871 in bfloat16
+        if self.config.zero_cond_t:
+            timestep = torch.cat([timestep, timestep * 0])
+            addition_t = None if addition_t is None else addition_t.repeat(2)
+        return self.tap("temb", self.time_embed(timestep, dtype, addition_t), "R D")
+
+
+class StepInvariant(NamedTuple):
+    """What `MMDiT.step_invariant` makes, of one prompt and its references."""
+
+    txt: Tensor  # B T D
+    references: list[Tensor]  # one B R D, or none
+    rope: tuple[Tensor, Tensor]  # see `joint_rope`
+    key_mask: Tensor | None  # B 1 1 J
+
+
+class BlockModulation(NamedTuple):
+    """The adaLN vectors of one block. Two parts of the image stream's: the target's, the references'."""
+
+    img_attn: list[AdaLN]
+    img_mlp: list[AdaLN]
+    txt_attn: list[AdaLN]
+    txt_mlp: list[AdaLN]
+
+
+@dataclass(frozen=True, eq=False)
+class StepModulation:
+    """`temb` (R, D) of one timestep and what the blocks make of it: each when its turn comes, and once."""
+
+    temb: Tensor
+    blocks: list[BlockModulation] = field(default_factory=list)
+
+    def of(self, number: int, block: nn.Module, batch: int) -> BlockModulation:
+        if number == len(self.blocks):
+            assert isinstance(block, Block)
+            self.blocks.append(block.modulate(self.temb, batch))
+        return self.blocks[number]
+
+
+class RunCache:
+    """Step-invariant tensors of one sampling run, computed by the first `MMDiT.forward` that is given it.
+
+        once a run   for each prompt: `StepInvariant`
+        once a step  the modulation of every block, which both CFG branches share
+
+    The arithmetic is that of a forward without a cache. A `txt` tensor stands for its prompt: calls with the
+    same one must have the same reference tokens. What was made of weights or a prompt that were replaced or
+    written to is made again (`taps.fingerprint`). Use a fresh cache for every run.
+    """
+
+    def __init__(self) -> None:
+        self._fixed: dict[tuple[int, tuple[Grid, ...]], tuple[Fingerprint | None, StepInvariant]] = {}
+        self._steps: dict[int, tuple[Tensor, Tensor | None, StepModulation]] = {}
+
+    def step_invariant(
+        self,
+        mmdit: MMDiT,
+        references: Tensor,
+        txt: Tensor,
+        grids: Sequence[Grid],
+        txt_mask: Tensor | None,
+    ) -> StepInvariant:
+        key = id(txt), tuple(grids)
+        made_of = fingerprint((mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), (txt, txt_mask))
+        if key not in self._fixed or made_of is None or self._fixed[key][0] != made_of:
+            fixed = mmdit.step_invariant(references, txt, grids, txt_mask)
+            # A clone: as a view, the first block's input would be compiled apart from the others'.
+            self._fixed[key] = made_of, fixed._replace(txt=fixed.txt.clone())
+        return self._fixed[key][1]
+
+    def modulation(
+        self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
+    ) -> StepModulation:
+        """That of the last call with so many rows, if it was given the same two tensors."""
+        step = self._steps.get(len(timestep))
+        if step is None or step[0] is not timestep or step[1] is not addition_t:
+            modulation = self.new_step(mmdit, timestep, dtype, addition_t)
+            step = self._steps[len(timestep)] = timestep, addition_t, modulation
+        return step[2]
+
+    def new_step(
+        self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
+    ) -> StepModulation:
+        return StepModulation(mmdit.embed_time(timestep, dtype, addition_t))
 
 
 class Block(Tapped):
     """One dual-stream block: joint attention, then an MLP a stream, all under adaLN modulation from `temb`.
 
-    Shapes: `temb` (R, D) with R = B, or 2 B under `zero_cond_t` (rows B: for the reference tokens).
+    Shapes: `temb` (R, D) with R = B, or 2 B under `zero_cond_t` (rows B: for the reference tokens); `target`
+        the number of the target's tokens; `mod` what `modulate` makes of `temb`, where that is cached.
+        With `wanted` the image stream is cut to its first tokens and the text stays as it came: nobody reads
+        what the last block makes of the others. Returns both streams.
     Source: `QwenImageTransformerBlock`, which takes (img, txt) and returns (txt, img); we keep one order.
     """
 
@@ -163,37 +289,50 @@ class Block(Tapped):
         temb: Tensor,
         rope: tuple[Tensor, Tensor],
         key_mask: Tensor | None,
-        split: tuple[int, int],
+        target: int,
+        mod: BlockModulation | None = None,
+        wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        batch = img.shape[0]
-        img_mod = per_token(self.tap("img_mod", self.img_mod(temb), "R M"), batch, split)
-        txt_mod = self.tap("txt_mod", self.txt_mod(temb[:batch]), "B M")[:, None]
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, dim=-1)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, dim=-1)
+        mod = self.modulate(temb, img.shape[0]) if mod is None else mod
 
-        img_h = self.tap("img_attn_in", self.img_norm1(img) * (1 + img_scale1) + img_shift1, "B S D")
-        txt_h = self.tap("txt_attn_in", self.txt_norm1(txt) * (1 + txt_scale1) + txt_shift1, "B T D")
-        img_a, txt_a = self.attn(img_h, txt_h, rope, key_mask)
-        img = self.tap("img_mid", img + self.tap("img_attn_add", img_gate1 * img_a, "B S D"), "B S D")
-        txt = self.tap("txt_mid", txt + self.tap("txt_attn_add", txt_gate1 * txt_a, "B T D"), "B T D")
+        img_h = self.tap("img_attn_in", modulated(self.img_norm1(img), mod.img_attn, target), "B S D")
+        txt_h = self.tap("txt_attn_in", modulated(self.txt_norm1(txt), mod.txt_attn, target), "B T D")
+        img_a, txt_a = self.attn(img_h, txt_h, rope, key_mask, wanted)
+        img_add = self.tap("img_attn_add", gated(img_a, mod.img_attn, target), "B S D")
+        img = self.tap("img_mid", img[:, :wanted] + img_add, "B S D")
+        img_h = self.tap("img_mlp_in", modulated(self.img_norm2(img), mod.img_mlp, target), "B S D")
+        img_add = self.tap("img_mlp_add", gated(self.img_mlp(img_h), mod.img_mlp, target), "B S D")
+        img = self.tap("img_out", clipped(img + img_add), "B S D")
+        if wanted is not None:
+            return img, txt
 
-        img_h = self.tap("img_mlp_in", self.img_norm2(img) * (1 + img_scale2) + img_shift2, "B S D")
-        txt_h = self.tap("txt_mlp_in", self.txt_norm2(txt) * (1 + txt_scale2) + txt_shift2, "B T D")
-        img_m = self.img_mlp(img_h)
-        txt_m = self.txt_mlp(txt_h)
-        img = img + self.tap("img_mlp_add", img_gate2 * img_m, "B S D")
-        txt = txt + self.tap("txt_mlp_add", txt_gate2 * txt_m, "B T D")
-        if img.dtype == torch.float16:  # the residual stream outgrows float16; the reference clips it here
-            img = img.clip(-65504, 65504)
-            txt = txt.clip(-65504, 65504)
-        return self.tap("img_out", img, "B S D"), self.tap("txt_out", txt, "B T D")
+        txt_add = self.tap("txt_attn_add", gated(txt_a, mod.txt_attn, target), "B T D")
+        txt = self.tap("txt_mid", txt + txt_add, "B T D")
+        txt_h = self.tap("txt_mlp_in", modulated(self.txt_norm2(txt), mod.txt_mlp, target), "B T D")
+        txt_add = self.tap("txt_mlp_add", gated(self.txt_mlp(txt_h), mod.txt_mlp, target), "B T D")
+        txt = self.tap("txt_out", clipped(txt + txt_add), "B T D")
+        return img, txt
+
+    def modulate(self, temb: Tensor, batch: int) -> BlockModulation:
+        """The block's adaLN vectors; under `zero_cond_t` the image stream has others for the references."""
+        img_mod = self.tap("img_mod", self.img_mod(temb), "R M")
+        txt_mod = self.tap("txt_mod", self.txt_mod(temb[:batch]), "B M")
+        img_halves = [both_halves(rows) for rows in img_mod.split(batch)]
+        txt_attn, txt_mlp = both_halves(txt_mod)
+        return BlockModulation([h[0] for h in img_halves], [h[1] for h in img_halves], [txt_attn], [txt_mlp])
+
+
+def clipped(x: Tensor) -> Tensor:
+    """In float16, which the residual stream outgrows, clipped to what it holds, as in the reference."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 class JointAttention(Tapped):
     """Attention over the tokens of both streams at once, in the order [text, image].
 
-    Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (S, K/2, 2) and (T, K/2, 2), `key_mask` (B,
-        1, 1, J) bool or None. Returns what each stream is given, before its gate.
+    Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (J, 1, K), `key_mask` (B, 1, 1, J) bool or
+        None. Returns what each stream is given, before its gate; with `wanted` only its first tokens of the
+        image ask, and for the text comes back as it was.
     Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
         heads at a time if the maps are large (`by_heads`).
     """
@@ -222,40 +361,55 @@ class JointAttention(Tapped):
         self.txt_out = nn.Linear(width, width)
 
     def forward(
-        self, img: Tensor, txt: Tensor, rope: tuple[Tensor, Tensor], key_mask: Tensor | None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        img_rope, txt_rope = rope
+        lengths = [txt.shape[1], img.shape[1]]
         # QK-norm comes before RoPE.
-        img_q = self.tap("img_q", self.img_q_norm(self.split_heads(self.img_q(img))), "B S H K")
         img_k = self.tap("img_k", self.img_k_norm(self.split_heads(self.img_k(img))), "B S H K")
-        img_v = self.tap("img_v", self.split_heads(self.img_v(img)), "B S H K")
-        txt_q = self.tap("txt_q", self.txt_q_norm(self.split_heads(self.txt_q(txt))), "B T H K")
         txt_k = self.tap("txt_k", self.txt_k_norm(self.split_heads(self.txt_k(txt))), "B T H K")
+        img_v = self.tap("img_v", self.split_heads(self.img_v(img)), "B S H K")
         txt_v = self.tap("txt_v", self.split_heads(self.txt_v(txt)), "B T H K")
+        k = rotate(torch.cat([txt_k, img_k], dim=1), rope)  # B J H K
+        v = torch.cat([txt_v, img_v], dim=1)
+        # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
+        asking = img[:, :wanted].contiguous()
+        img_q = self.tap("img_q", self.img_q_norm(self.split_heads(self.img_q(asking))), "B S H K")
+        if wanted is not None:
+            own = slice(lengths[0], lengths[0] + wanted)
+            q = rotate(img_q, (rope[0][own], rope[1][own]))
+            return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
+        txt_q = self.tap("txt_q", self.txt_q_norm(self.split_heads(self.txt_q(txt))), "B T H K")
+        q = rotate(torch.cat([txt_q, img_q], dim=1), rope)
+        if self.tapped("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot"):
+            txt_q, img_q = q.split(lengths, dim=1)
+            txt_k, img_k = k.split(lengths, dim=1)
+            img_q = self.tap("img_q_rot", img_q, "B S H K")
+            img_k = self.tap("img_k_rot", img_k, "B S H K")
+            txt_q = self.tap("txt_q_rot", txt_q, "B T H K")
+            txt_k = self.tap("txt_k_rot", txt_k, "B T H K")
+            q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
 
-        img_q = self.tap("img_q_rot", rotate(img_q, img_rope), "B S H K")
-        img_k = self.tap("img_k_rot", rotate(img_k, img_rope), "B S H K")
-        txt_q = self.tap("txt_q_rot", rotate(txt_q, txt_rope), "B T H K")
-        txt_k = self.tap("txt_k_rot", rotate(txt_k, txt_rope), "B T H K")
-
-        q = torch.cat([txt_q, img_q], dim=1).transpose(1, 2)  # B H J K
-        k = torch.cat([txt_k, img_k], dim=1).transpose(1, 2)
-        v = torch.cat([txt_v, img_v], dim=1).transpose(1, 2)
-        if self.tapped("scores", "probs"):
-            heads = by_heads(self.explicit_attention, q, k, v, key_mask)
-        else:
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
-        txt_heads, img_heads = heads.transpose(1, 2).split([txt.shape[1], img.shape[1]], dim=1)
-
+        txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
         img_heads = self.tap("img_heads", img_heads, "B S H K")
         txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
-        # Contiguous as in the reference: a strided input takes another matrix kernel, with other last bits.
         img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
         txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
         return img_a, txt_a
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Scaled dot-product attention of (B, N, H, K) queries, explicit if its maps are tapped."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H N K
+        if self.tapped("scores", "probs"):
+            return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
+
     def split_heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b s (h k) -> b s h k", h=self.heads)
+        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
@@ -265,183 +419,6 @@ class JointAttention(Tapped):
         wide = torch.promote_types(scores.dtype, torch.float32)
         probs = self.tap("probs", torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype), "B H J J")
         return probs @ v
-
-
-class MLP(Tapped):
-    """Four times as wide inside, with the tanh form of GELU.
-
-    Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
-    """
-
-    TAPS = ("mlp_hidden",)
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.tap("mlp_hidden", F.gelu(self.up(x), approximate="tanh"), "B * E"))
-
-
-class Modulation(nn.Module):
-    """The six adaLN vectors of a stream: `temb` (R, D) -> (R, 6 D), twice (shift, scale, gate)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, 6 * width)
-
-    def forward(self, temb: Tensor) -> Tensor:
-        return self.linear(F.silu(temb))
-
-
-class AdaLayerNormOut(nn.Module):
-    """The last norm, modulated by `temb`; the scale comes *before* the shift (`AdaLayerNormContinuous`)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = layer_norm(width)
-        self.linear = nn.Linear(width, 2 * width)
-
-    def forward(self, img: Tensor, temb: Tensor) -> Tensor:
-        scale, shift = self.linear(F.silu(temb)).chunk(2, dim=-1)
-        return self.norm(img) * (1 + scale)[:, None] + shift[:, None]
-
-
-class TimeEmbedding(Tapped):
-    """Embed sigma: 256 sinusoids of 1000 sigma, then two linear layers. There is no text in it.
-
-    Shapes: `timestep` (R,), with `addition` also `addition_t` (R,), which of two vectors is added; -> (R, D)
-        in `dtype`.
-    Raises: ValueError for an `addition_t` without `addition`, or the other way round.
-    Source: `QwenTimestepProjEmbeddings` (official key prefix `time_text_embed`). The sinusoids are float32.
-    """
-
-    TAPS = ("sinusoids",)
-
-    def __init__(self, width: int, *, addition: bool = False) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(256, width)
-        self.linear_2 = nn.Linear(width, width)
-        self.addition = nn.Embedding(2, width) if addition else None
-
-    def forward(self, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None = None) -> Tensor:
-        waves = self.tap("sinusoids", sinusoids(timestep), "R W")
-        temb = self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
-        if (self.addition is None) != (addition_t is None):
-            got, wanted = ("None", "0 or 1 a row") if addition_t is None else ("given", "None")
-            raise ValueError(f"addition_t is {got}, wanted {wanted}: see use_additional_t_cond in the config")
-        return temb if self.addition is None else temb + self.addition(addition_t).to(dtype)
-
-
-def sinusoids(timestep: Tensor) -> Tensor:
-    """(R,) sigmas in [0, 1] -> (R, 256): cosines, then sines, of 1000 sigma at 128 frequencies, float32."""
-    exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
-    angles = 1000 * (timestep[:, None].float() * exponent.exp())
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the mean square in float32, the product in the weight's dtype.
-
-    Source: diffusers 0.39.0, models/normalization.py `RMSNorm`, eps 1e-6 everywhere in this network.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).mean(-1, keepdim=True)
-        return (x * torch.rsqrt(mean_square + 1e-6)).to(self.weight.dtype) * self.weight
-
-
-def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without parameters: adaLN supplies scale and shift."""
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-
-
-class Rope(Tapped):
-    """The rotary tables of both streams: three axes (frame, row, column), each with its own part of the head.
-
-    Shapes: returns float32 (S, K/2, 2) for the image tokens and (T, K/2, 2) for the text; [..., 0] is the
-        cosine, [..., 1] the sine.
-    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000; `layered`: `QwenEmbedLayer3DRope`, where each layer
-        is a grid of its own; ours are the frames of one. Without a reference, its last layer would be at -1.
-
-    +-- positions -----------------------------------------------------------------------------------------+
-    | frame   the picture's number: 0 the target, 1 the first reference, ...                               |
-    |         layered: 0, 1, ... the target's frames, -1 every reference                                   |
-    | row     centred: -(h - h//2) ... h//2 - 1; an odd grid has its extra row on the NEGATIVE side        |
-    | column  likewise                                                                                     |
-    | text    one number for all three axes, upwards from the largest h//2 or w//2 of any picture, over    |
-    |         the PADDED length (a mask does not shift it); layered: at least from the number of frames    |
-    +------------------------------------------------------------------------------------------------------+
-    """
-
-    TAPS = ("img", "txt")
-
-    def __init__(self, axes: tuple[int, int, int], *, layered: bool = False) -> None:
-        super().__init__()
-        self.axes = axes
-        self.layered = layered
-
-    def forward(self, grids: Sequence[Grid], txt_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        frames = [-1 if self.layered and i else i for i in range(len(grids))]
-        img_positions = torch.cat(
-            [picture_positions(frame, grid, device) for frame, grid in zip(frames, grids, strict=True)]
-        )
-        start = max(max(rows // 2, columns // 2) for _, rows, columns in grids)
-        if self.layered:
-            start = max(start, grids[0][0])
-        txt_positions = torch.arange(start, start + txt_length, device=device)[:, None].expand(-1, 3)
-        img = self.tap("img", rope_table(img_positions, self.axes), "S A 2")
-        txt = self.tap("txt", rope_table(txt_positions, self.axes), "T A 2")
-        return img, txt
-
-
-def picture_positions(first: int, grid: Grid, device: torch.device) -> Tensor:
-    """(frames * rows * columns, 3) positions of one picture's tokens, row by row, from frame `first`."""
-    frames, rows, columns = grid
-    frame = torch.arange(first, first + frames, device=device)
-    row = torch.arange(rows, device=device) - (rows - rows // 2)
-    column = torch.arange(columns, device=device) - (columns - columns // 2)
-    return torch.cartesian_prod(frame, row, column).reshape(-1, 3)
-
-
-def rope_table(positions: Tensor, axes: tuple[int, int, int]) -> Tensor:
-    """(N, 3) positions -> (N, K/2, 2) cosines and sines, in float32 whatever the model's dtype."""
-    angles = []
-    for axis, dim in enumerate(axes):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-        angles.append(positions[:, axis, None] * (1.0 / 10000**exponents))
-    angle = torch.cat(angles, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn NEIGHBOURING pairs (x0, x1), (x2, x3), ... of (B, N, H, K), in float32.
-
-    The language model's RoPE turns halves instead: x0 with x_{K/2}.
-    """
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]  # N 1 K/2
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def per_token(mod: Tensor, batch: int, split: tuple[int, int]) -> Tensor:
-    """Modulation rows as (B, 1, M), or under `zero_cond_t` (2 B rows) as (B, S, M)."""
-    if mod.shape[0] == batch:
-        return mod[:, None]
-    target, reference = mod[:batch, None], mod[batch:, None]
-    return torch.cat([target.expand(-1, split[0], -1), reference.expand(-1, split[1], -1)], dim=1)
-
-
-def joint_key_mask(txt_mask: Tensor, img_length: int) -> Tensor:
-    """(B, T) bool -> (B, 1, 1, J): padded text is no key; every image token is one."""
-    ones = txt_mask.new_ones(txt_mask.shape[0], img_length)
-    return torch.cat([txt_mask, ones], dim=1)[:, None, None, :]
 
 
 # official name -> ours; {n} is a number, {p} is weight or bias

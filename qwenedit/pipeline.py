@@ -46,9 +46,9 @@ from qwenedit.layered import Layers, layers_of, require_flat
 from qwenedit.lora import Loras
 from qwenedit.mmdit import Grid, MMDiT
 from qwenedit.processor import Processor
-from qwenedit.sampler import Step, euler, require_finite
+from qwenedit.sampler import Step, euler
 from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.taps import cache_context
+from qwenedit.taps import cache_context, require_finite
 from qwenedit.vae import VAE
 from qwenedit.vision_language import VisionLanguage
 

@@ -11,6 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,14 +188,22 @@ class Streamed(nn.ModuleList):
         super().__init__(blocks)
         self.turns = turns
         self.precomputed = precomputed
+        self._with_modulation = True
         self._loops: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator[Any]:
-        return self._loop([(turn.rest, turn.modulation) for turn in self.turns])
-
-    def without_modulation(self) -> Iterator[Any]:
-        """The blocks, for who knows their modulation already."""
+        if self._with_modulation:
+            return self._loop([(turn.rest, turn.modulation) for turn in self.turns])
         return self._loop([(turn.rest,) for turn in self.turns])
+
+    @contextmanager
+    def without_modulation(self) -> Iterator[None]:
+        """In the `with` block loops leave out the adaLN weights: what they make is known already."""
+        before, self._with_modulation = self._with_modulation, False
+        try:
+            yield
+        finally:
+            self._with_modulation = before
 
     def only_modulation(self) -> Iterator[Any]:
         """The blocks, for who wants nothing of them but their modulation."""

@@ -33,9 +33,9 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BranchState", "Fingerprint", "Op", "Site", "TapFunction", "Tapped", "by_heads", "cache_context",
-    "current_labels", "fingerprint", "modified", "named_modules", "observed", "scope", "swapped",
-    "tap_names", "taps", "trace_ops",
+    "BranchState", "Fingerprint", "NonFiniteError", "Op", "Site", "TapFunction", "Tapped", "by_heads",
+    "cache_context", "current_labels", "fingerprint", "modified", "named_modules", "observed",
+    "require_finite", "scope", "swapped", "tap_names", "taps", "trace_ops",
 ]  # fmt: skip
 
 State = TypeVar("State")
@@ -240,31 +240,34 @@ def observed(model: nn.Module) -> bool:
 
     That is gradients, autocast, a torch function mode, taps, hooks, and foreign modules or forwards (see
     `modified`). What is otherwise cached between steps, or skipped because nobody reads it, must then be
-    computed.
+    computed. A model that was compiled as a whole counts too: its graph has no room for a cache.
     """
     return (
         torch.is_grad_enabled()
+        or model._compiled_call_impl is not None
         or torch._C._is_any_autocast_enabled()
         or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
-        or any("_taps" in module.__dict__ for module in model.modules())
-        or modified(model)
+        or modified(model, also="_taps")
     )
 
 
-def modified(model: nn.Module) -> bool:
+def modified(model: nn.Module, also: str = "forward") -> bool:
     """True if a module of the model has a hook of torch's, or a class or forward that is not the model's own.
 
     The model's own classes are those of its folder, torch's plain layers, and classes that declare
-    `transparent = True`: what their forward returns depends on its arguments and weights alone.
+    `transparent = True`: what their forward returns depends on its arguments and weights alone. `also` is one
+    more attribute that none of the modules may have of its own.
     """
-    modules = list(model.modules())
+    kinds, modules = set(), [model]
+    while modules:  # the sampler asks at every step: `model.modules()` would take five times as long
+        module = modules.pop()
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or also in own:
+            return True
+        kinds.add(type(module))
+        modules += [child for child in own["_modules"].values() if child is not None]
     package = type(model).__module__.rpartition(".")[0]
-    return (
-        _has_any_global_hook()
-        or model._compiled_call_impl is not None
-        or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
-        or not all(_own(kind, package) for kind in {type(module) for module in modules})
-    )
+    return _has_any_global_hook() or not all(_own(kind, package) for kind in kinds)
 
 
 def _own(kind: type[nn.Module], package: str) -> bool:
@@ -290,6 +293,16 @@ def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] =
     numbers = tuple(tuple(x for x in vars(part).values() if type(x) in (int, float, bool)) for part in parts)
     versions = tuple((id(x), x._version, x.data_ptr(), x.shape, x.dtype, x.device) for x in held)
     return Fingerprint((versions, numbers), held)
+
+
+class NonFiniteError(ArithmeticError):
+    """A tensor of the run holds NaN or infinity; the message names the component and the step."""
+
+
+def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
+    """Raise NonFiniteError where `x` holds NaN or infinity, saying what it is and where to look."""
+    if not torch.isfinite(x).all():
+        raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
 
 @dataclass(frozen=True)
@@ -338,7 +351,7 @@ def taps(
     On exit, by exception too, every module is exactly as it was before.
 
     >>> import qwenedit
-    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.mmdit_layers import MLP
     >>> mlp, x = MLP(4), torch.ones(1, 3, 4)
     >>> with taps(mlp, {"mlp_hidden": lambda hidden, site: print(site.full, tuple(hidden.shape))}):
     ...     before = mlp(x)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from qwenedit.ablation.switches import Interval, References, Switches, Time, own_generator
 from qwenedit.conditioning import Conditioning
-from qwenedit.mmdit import Block, MMDiT, Rope, joint_key_mask, picture_positions, rope_table, sinusoids
-from qwenedit.sampler import Predict, predictor
+from qwenedit.mmdit import Block, MMDiT
+from qwenedit.mmdit_layers import Rope, joint_key_mask, picture_positions, rope_table, sinusoids
+from qwenedit.predictor import predictor
+from qwenedit.sampler import Predict
 from qwenedit.scheduler import FlowMatchScheduler, given_sigmas
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
@@ -222,13 +224,13 @@ def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
     """Hide the reference tokens from the text and the target in all blocks but these."""
 
     def hide(_block: nn.Module, inputs: tuple) -> tuple:
-        img, txt, temb, rope, key_mask, split = inputs
+        img, txt, temb, rope, key_mask, target, *others = inputs
         if key_mask is None:
             key_mask = joint_key_mask(txt.new_ones(1, txt.shape[1], dtype=torch.bool), img.shape[1])
-        first = txt.shape[1] + split[0]  # reference token, in the order of the attention
+        first = txt.shape[1] + target  # reference token, in the order of the attention
         visible = key_mask.expand(-1, -1, key_mask.shape[-1], -1).clone()
         visible[:, :, :first, first:] = False
-        return img, txt, temb, rope, visible, split
+        return img, txt, temb, rope, visible, target, *others
 
     if mmdit.checkpointing and torch.is_grad_enabled():
         raise ValueError(

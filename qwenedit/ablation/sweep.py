@@ -51,7 +51,7 @@ from qwenedit.loading import load_scheduler, network_config
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import to_pil
-from qwenedit.sampler import require_finite
+from qwenedit.taps import require_finite
 
 __all__ = ["MOST_EDITS", "ablate", "fingerprint"]
 

@@ -24,7 +24,8 @@ from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, 
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
 from qwenedit.mini.sheet import sheet
 from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.mmdit import Grid, MMDiT, MMDiTConfig, Modulation
+from qwenedit.mmdit import Grid, MMDiT, MMDiTConfig
+from qwenedit.mmdit_layers import Modulation
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.processor import EDIT, Processor
 from qwenedit.scheduler import FlowMatchScheduler

@@ -1,0 +1,237 @@
+"""What the MMDiT is built of: time embedding, adaLN, RoPE, norms, the MLP. mmdit.py has the network.
+
+Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py, normalization.py, embeddings.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenedit.taps import Tapped
+
+__all__ = [
+    "MLP", "AdaLN", "AdaLayerNormOut", "Grid", "Modulation", "RMSNorm", "Rope", "TimeEmbedding",
+    "both_halves", "gated", "joint_key_mask", "joint_rope", "layer_norm", "modulated", "picture_positions",
+    "rope_table", "rotate", "sinusoids",
+]  # fmt: skip
+
+Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
+
+
+class TimeEmbedding(Tapped):
+    """Embed sigma: 256 sinusoids of 1000 sigma, then two linear layers. There is no text in it.
+
+    Shapes: `timestep` (R,), with `addition` also `addition_t` (R,), which of two vectors is added; -> (R, D)
+        in `dtype`.
+    Raises: ValueError for an `addition_t` without `addition`, or the other way round.
+    Source: `QwenTimestepProjEmbeddings` (official key prefix `time_text_embed`). The sinusoids are float32.
+    """
+
+    TAPS = ("sinusoids",)
+
+    def __init__(self, width: int, *, addition: bool = False) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(256, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.addition = nn.Embedding(2, width) if addition else None
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None = None) -> Tensor:
+        waves = self.tap("sinusoids", sinusoids(timestep), "R W")
+        temb = self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+        if (self.addition is None) != (addition_t is None):
+            got, wanted = ("None", "0 or 1 a row") if addition_t is None else ("given", "None")
+            raise ValueError(f"addition_t is {got}, wanted {wanted}: see use_additional_t_cond in the config")
+        return temb if self.addition is None else temb + self.addition(addition_t).to(dtype)
+
+
+def sinusoids(timestep: Tensor) -> Tensor:
+    """(R,) sigmas in [0, 1] -> (R, 256): cosines, then sines, of 1000 sigma at 128 frequencies, float32."""
+    exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
+    angles = 1000 * (timestep[:, None].float() * exponent.exp())
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class MLP(Tapped):
+    """Four times as wide inside, with the tanh form of GELU.
+
+    Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
+    """
+
+    TAPS = ("mlp_hidden",)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.tap("mlp_hidden", F.gelu(self.up(x), approximate="tanh"), "B * E"))
+
+
+class AdaLN(NamedTuple):
+    """What `temb` makes of one half of a block, for one stream: x * scale + shift, later x + gate * change.
+
+    Shapes: each (B, 1, D). The 1 of 1 + scale is added already.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Modulation(nn.Module):
+    """The adaLN vectors of a stream: `temb` (R, D) -> (R, 6 D), shift, scale, gate of attention and MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, temb: Tensor) -> Tensor:
+        return self.linear(F.silu(temb))
+
+
+def both_halves(mod: Tensor) -> tuple[AdaLN, AdaLN]:
+    """Modulation (B, 6 D) -> that of the attention, that of the MLP."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = mod.unflatten(-1, (6, 1, -1)).unbind(1)
+    return AdaLN(shift1, 1 + scale1, gate1), AdaLN(shift2, 1 + scale2, gate2)
+
+
+def modulated(x: Tensor, parts: Sequence[AdaLN], target: int) -> Tensor:
+    """x * scale + shift, tokens from `target` on with the second of two parts (`zero_cond_t`)."""
+    if len(parts) == 1:
+        return x * parts[0].scale + parts[0].shift
+    pieces = zip(x.tensor_split([target], dim=1), parts, strict=True)
+    return torch.cat([piece * part.scale + part.shift for piece, part in pieces], dim=1)
+
+
+def gated(x: Tensor, parts: Sequence[AdaLN], target: int) -> Tensor:
+    """gate * x, tokens from `target` on with the second of two parts (`zero_cond_t`)."""
+    if len(parts) == 1:
+        return parts[0].gate * x
+    pieces = zip(x.tensor_split([target], dim=1), parts, strict=True)
+    return torch.cat([part.gate * piece for piece, part in pieces], dim=1)
+
+
+class AdaLayerNormOut(nn.Module):
+    """The last norm, modulated by `temb`; the scale comes *before* the shift (`AdaLayerNormContinuous`)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, img: Tensor, temb: Tensor) -> Tensor:
+        scale, shift = self.linear(F.silu(temb)).chunk(2, dim=-1)
+        return self.norm(img) * (1 + scale)[:, None] + shift[:, None]
+
+
+class Rope(Tapped):
+    """The rotary tables of both streams: three axes (frame, row, column), each with its own part of the head.
+
+    Shapes: returns float32 (S, K/2, 2) for the image tokens and (T, K/2, 2) for the text; [..., 0] is the
+        cosine, [..., 1] the sine.
+    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000; `layered`: `QwenEmbedLayer3DRope`, where each layer
+        is a grid of its own; ours are the frames of one. Without a reference, its last layer would be at -1.
+
+    +-- positions -----------------------------------------------------------------------------------------+
+    | frame   the picture's number: 0 the target, 1 the first reference, ...                               |
+    |         layered: 0, 1, ... the target's frames, -1 every reference                                   |
+    | row     centred: -(h - h//2) ... h//2 - 1; an odd grid has its extra row on the NEGATIVE side        |
+    | column  likewise                                                                                     |
+    | text    one number for all three axes, upwards from the largest h//2 or w//2 of any picture, over    |
+    |         the PADDED length (a mask does not shift it); layered: at least from the number of frames    |
+    +------------------------------------------------------------------------------------------------------+
+    """
+
+    TAPS = ("img", "txt")
+
+    def __init__(self, axes: tuple[int, int, int], *, layered: bool = False) -> None:
+        super().__init__()
+        self.axes = axes
+        self.layered = layered
+
+    def forward(self, grids: Sequence[Grid], txt_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        frames = [-1 if self.layered and i else i for i in range(len(grids))]
+        img_positions = torch.cat(
+            [picture_positions(frame, grid, device) for frame, grid in zip(frames, grids, strict=True)]
+        )
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in grids)
+        if self.layered:
+            start = max(start, grids[0][0])
+        txt_positions = torch.arange(start, start + txt_length, device=device)[:, None].expand(-1, 3)
+        img = self.tap("img", rope_table(img_positions, self.axes), "S A 2")
+        txt = self.tap("txt", rope_table(txt_positions, self.axes), "T A 2")
+        return img, txt
+
+
+def picture_positions(first: int, grid: Grid, device: torch.device) -> Tensor:
+    """(frames * rows * columns, 3) positions of one picture's tokens, row by row, from frame `first`."""
+    frames, rows, columns = grid
+    frame = torch.arange(first, first + frames, device=device)
+    row = torch.arange(rows, device=device) - (rows - rows // 2)
+    column = torch.arange(columns, device=device) - (columns - columns // 2)
+    return torch.cartesian_prod(frame, row, column).reshape(-1, 3)
+
+
+def rope_table(positions: Tensor, axes: tuple[int, int, int]) -> Tensor:
+    """(N, 3) positions -> (N, K/2, 2) cosines and sines, in float32 whatever the model's dtype."""
+    angles = []
+    for axis, dim in enumerate(axes):
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+        angles.append(positions[:, axis, None] * (1.0 / 10000**exponents))
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def joint_rope(img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables of both streams as `rotate` takes them, for [text, image]: cosines and sines (J, 1, K).
+
+    Each cosine stands there twice, each sine as (-sin, sin).
+    """
+    cos, sin = torch.cat([txt, img])[:, None].unbind(-1)
+    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn NEIGHBOURING pairs (x0, x1), (x2, x3), ... of (B, N, H, K), in float32.
+
+    (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin). The language model's RoPE turns halves instead: x0
+    with x_{K/2}.
+    """
+    cos, sin = rope
+    wide = x.float()
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    exchanged = torch.stack([odd, even], dim=-1).flatten(-2)
+    return (wide * cos + exchanged * sin).to(x.dtype)
+
+
+def joint_key_mask(txt_mask: Tensor, img_length: int) -> Tensor:
+    """(B, T) bool -> (B, 1, 1, J): padded text is no key; every image token is one."""
+    ones = txt_mask.new_ones(txt_mask.shape[0], img_length)
+    return torch.cat([txt_mask, ones], dim=1)[:, None, None, :]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean square in float32, the product in the weight's dtype.
+
+    Source: diffusers 0.39.0, models/normalization.py `RMSNorm`, eps 1e-6 everywhere in this network.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.float().pow(2).sum(-1, keepdim=True) / x.shape[-1]  # sooner than mean(), bit by bit
+        return (x * torch.rsqrt(mean_square + 1e-6)).to(self.weight.dtype) * self.weight
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without parameters: adaLN supplies scale and shift."""
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
