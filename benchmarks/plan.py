@@ -139,8 +139,9 @@ def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
 
 
 def transformer(folder: Path, dtype: torch.dtype) -> Part:
-    from qwenedit.conditioning import Prompt
     from qwenedit.fast import FastRun
+
+    from qwenedit.conditioning import Prompt
     from qwenedit.mmdit import MMDiT
 
     config = network_config(folder, "transformer")

@@ -86,8 +86,9 @@ def form_of_ours(setting: Setting, form: str) -> Callable[[float], Callable[[], 
     network = loaded(setting, "transformer")
 
     def at(tokens: float) -> Callable[[], Any]:
-        from qwenedit.conditioning import Prompt
         from qwenedit.fast import FastRun
+
+        from qwenedit.conditioning import Prompt
 
         img, txt, timestep = inputs_of(setting, tokens)
         target, reference = img.chunk(2, dim=1)
@@ -181,12 +182,13 @@ def step_ours(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
     """A guided step as the sampler takes it, after the first; `sizes` are other ones than the official."""
 
     def factory(setting: Setting) -> At:
+        from qwenedit.fast import compile_blocks
+
         from benchmarks.files import OFFICIAL
         from qwenedit.conditioning import Conditioning, Prompt
-        from qwenedit.fast import compile_blocks
         from qwenedit.loading import ours_to_official
         from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-        from qwenedit.sampler import predictor
+        from qwenedit.predictor import predictor
 
         config = MMDiTConfig(**{**OFFICIAL, "num_layers": DEPTH, **sizes})
         network = random_network(

@@ -206,8 +206,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = rope
     wide = x.float()
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    exchanged = torch.stack([odd, even], dim=-1).flatten(-2)
+    exchanged = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1, x0, x3, x2, ...
     return (wide * cos + exchanged * sin).to(x.dtype)
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qwenedit
-from qwenedit.fast import FastRun
 from qwenedit.layered import rgba_pictures, rgba_pixels
 from qwenedit.loading import load_scheduler
-from qwenedit.mmdit import Rope, TimeEmbedding
+from qwenedit.mmdit import RunCache
+from qwenedit.mmdit_layers import Rope, TimeEmbedding
 from qwenedit.taps import tap_names, taps
 from qwenedit.vae import KEY_TABLE, VAE
 from qwenedit.vae_pictures import for_pictures
@@ -153,22 +153,19 @@ def test_every_tap_of_the_transformer():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_short_form_is_the_plain_one(dtype):
+def test_a_cached_forward_is_the_plain_one(dtype):
     pipe = qwenedit.load(checkpoint("layered"), device="cpu", dtype=dtype, progress=False)
-    from qwenedit.conditioning import Prompt
-
     generator = torch.Generator().manual_seed(1)
     target, references, embeds = (
         torch.randn(2, tokens, width, generator=generator).to(dtype)
         for tokens, width in ((24, 64), (6, 64), (5, 24))
     )
-    grids, addition_t, timestep = [(4, 3, 2), (1, 3, 2)], torch.tensor([0, 1]), torch.tensor(0.4).to(dtype)
-    step = FastRun(pipe.mmdit).step(timestep)
-    assert step is not None
-    got = step.velocity(target, references, Prompt(embeds), grids, addition_t)
-    img = torch.cat([target, references], dim=1)
-    wanted = pipe.mmdit(img, embeds, timestep.expand(2), grids, None, addition_t)[:, :24]
-    assert_close(got, wanted, {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype])
+    img, timestep = torch.cat([target, references], dim=1), torch.tensor([0.4, 0.4]).to(dtype)
+    args = img, embeds, timestep, [(4, 3, 2), (1, 3, 2)], None, torch.tensor([0, 1])
+    wanted, cache = pipe.mmdit(*args)[:, :24], RunCache()
+    for _ in range(2):
+        got = pipe.mmdit(*args, cache=cache, target_only=True)
+        assert_close(got, wanted, 16 * torch.finfo(dtype).eps)
 
 
 def test_a_condition_that_the_config_does_not_have_or_lacks_is_named():

@@ -13,7 +13,7 @@ from qwenedit import mini
 from qwenedit.attention_maps import AttentionMaps, attention_map, token_groups
 from qwenedit.instruments import Recorder
 from qwenedit.latents import Layout
-from qwenedit.mmdit import joint_key_mask
+from qwenedit.mmdit_layers import joint_key_mask
 from qwenedit.taps import scope, taps
 from tests.properties import test_mmdit as mmdit
 from tests.tiny import checkpoint, picture

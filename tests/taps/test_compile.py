@@ -9,13 +9,13 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 
 import qwenedit
-from qwenedit import fast
-from qwenedit.fast import compile_blocks
-from qwenedit.sampler import predictor
+from qwenedit import predictor as predicting
+from qwenedit.compiling import compile_blocks
+from qwenedit.predictor import predictor
 from qwenedit.taps import swapped, tap_names, taps
 from tests.properties import test_mmdit as mmdit
 from tests.properties.test_vision_language import CONFIG
-from tests.unit import test_fast
+from tests.unit import test_run_cache
 from tests.vision_language import network
 
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
@@ -75,43 +75,41 @@ RUNS = (  # of other numbers of tokens: of the text, of the references, of the t
 def traced(monkeypatch):
     """Blocks are traced into a graph, as ever, but the graph runs as it is: seconds instead of minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    fast._compiled.cache_clear()
     counters.clear()
     yield counters["stats"]
-    fast._compiled.cache_clear()
 
 
 @torch.no_grad()
 def predictions(model, **of_run):
-    whole = test_fast.conditioning(**of_run)
+    whole = test_run_cache.conditioning(**of_run)
     grid = whole.target_grid
-    return predictor(model, whole, guided=True)(test_fast.latents(1, tokens=grid[1] * grid[2]), 0.5)
+    return predictor(model, whole, guided=True)(test_run_cache.latents(1, tokens=grid[1] * grid[2]), 0.5)
 
 
-@pytest.mark.parametrize("form, zero_cond_t", [("fast", True), ("plain", False)])
-def test_blocks_are_compiled_once_for_all_blocks_and_sizes(form, zero_cond_t, traced, monkeypatch):
-    if form == "plain":
-        monkeypatch.setattr(fast, "possible", lambda _mmdit: False)
-    model = test_fast.network(num_layers=4, zero_cond_t=zero_cond_t)
+@pytest.mark.parametrize("cached, zero_cond_t", [(True, True), (False, False)])
+def test_blocks_are_compiled_once_for_all_blocks_and_sizes(cached, zero_cond_t, traced, monkeypatch):
+    if not cached:
+        monkeypatch.setattr(predicting, "observed", lambda _mmdit: True)
+    model = test_run_cache.network(num_layers=4, zero_cond_t=zero_cond_t)
     wanted = [predictions(model, **run) for run in RUNS]
     compile_blocks(model)
     for run, of_run in zip(RUNS, wanted, strict=True):
         got = predictions(model, **run)
         assert all(torch.equal(a, b) for a, b in zip(got, of_run, strict=True))
-        # The fast form has two, of a block and of the last. In the plain form, the first block's inputs are
-        # views, and compiled apart.
+        # With a cache there are two, of a block and of the last. Without, the first block's inputs are views,
+        # and compiled apart.
         assert traced["unique_graphs"] == 2
 
 
 def test_taps_hooks_and_modules_that_are_put_in_work_in_compiled_blocks(traced):
-    model = test_fast.network()
-    fast_form = predictions(model)
+    model = test_run_cache.network()
+    cached = predictions(model)
     with taps(model, {"blocks.1.img_mid": lambda x, site: None}):
         plain = predictions(model)
     with taps(model, {"blocks.1.img_mid": half}):
         changed = predictions(model)
     compile_blocks(model)
-    assert all(torch.equal(a, b) for a, b in zip(predictions(model), fast_form, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(predictions(model), cached, strict=True))
     assert traced["unique_graphs"] == 2
 
     with taps(model, {"blocks.1.img_mid": half}):
@@ -125,7 +123,7 @@ def test_taps_hooks_and_modules_that_are_put_in_work_in_compiled_blocks(traced):
     with swapped(model, "blocks.1.img_mlp", lambda old: nn.Sequential(old, Printing())) as module:
         predictions(model)
         assert module[1].calls == 2
-    assert all(torch.equal(a, b) for a, b in zip(predictions(model), fast_form, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(predictions(model), cached, strict=True))
 
 
 class Printing(nn.Module):

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from qwenedit.fast import BlockMods, Mod
 from torch import nn
 
 import benchmarks.__main__ as program
@@ -20,7 +21,6 @@ from benchmarks.frame import Case, Comparison, Reading, Setting
 from benchmarks.products import floor_of, products_of
 from benchmarks.transformer import call_of, call_of_form
 from qwenedit import fast
-from qwenedit.fast import BlockMods, Mod
 from qwenedit.loading import load_network
 from tests.properties.test_vae import config
 from tests.support import assert_close

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from qwenedit import assembly, cli, fast, mini
+from qwenedit import assembly, cli, compiling, mini
 from qwenedit.inputs import open_picture
 
 QUICK = ["--steps", "1", "--quiet", "--device", "cpu"]
@@ -292,7 +292,7 @@ def test_compile_reaches_load(picture, monkeypatch, words):
         given.append(compile)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(fast, "require_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
     monkeypatch.setattr(assembly, "load", uncompiled)
     assert run(*words, "-o", "out.png", *QUICK) == run(*words, "-o", "out.png", "--compile", *QUICK) == 0
     assert given == [False, True]
@@ -316,7 +316,7 @@ def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys, m
     ],
 )
 def test_how_to_run_is_checked_before_a_download(picture, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(fast, "require_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
     model = ["--model", "no/such-model"]
     assert message in fails(capsys, "edit", picture, "x", "-o", "x.png", *model, *QUICK, *options)
 

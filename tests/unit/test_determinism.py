@@ -16,7 +16,8 @@ from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.determinism import deterministic
 from qwenedit.guidance import Guidance, TrueCFG
 from qwenedit.mmdit import MMDiT, MMDiTConfig
-from qwenedit.sampler import euler, predictor
+from qwenedit.predictor import predictor
+from qwenedit.sampler import euler
 from qwenedit.taps import taps
 from tests.support import FP32, assert_close, randomise_
 

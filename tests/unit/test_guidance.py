@@ -12,8 +12,9 @@ from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.guidance import NORMS, Guidance, TrueCFG
 from qwenedit.latents import pack, unpack
 from qwenedit.mmdit import MMDiT, MMDiTConfig
-from qwenedit.sampler import NonFiniteError, euler, predictor
-from qwenedit.taps import taps
+from qwenedit.predictor import predictor
+from qwenedit.sampler import euler
+from qwenedit.taps import NonFiniteError, taps
 from tests.support import FP32, FP64, assert_close, randomise_
 
 B, S, C, GRID = 3, 6, 64, (1, 2, 3)

@@ -10,11 +10,11 @@ import qwenedit
 import qwenedit.plan as planning
 from qwenedit import cli, mini
 from qwenedit.downloads import HubError
-from qwenedit.fast import FastRun, timestep_of
 from qwenedit.inputs import device_of
 from qwenedit.loading import load_networks
 from qwenedit.mmdit import MMDiT
 from qwenedit.plan import RESIDENCIES, STAGES, Mode, choose, parse_bytes, plan, weights_of
+from qwenedit.precomputed import PrecomputedCache
 from qwenedit.taps import taps
 from tests.sparse import no_holes, write_sparse
 from tests.tiny import checkpoint, picture
@@ -143,15 +143,16 @@ def test_the_residency_depends_on_the_other_modes(official, monkeypatch, free, h
 def test_precomputed_modulation_takes_what_is_planned(zero_cond_t):
     folder = checkpoint("plus", zero_cond_t=zero_cond_t)
     pipe = qwenedit.load(folder, device="cpu", modulation="precomputed", progress=False)
-    run, img = FastRun(pipe.mmdit, [1.0, 0.7, 0.3]), torch.zeros(1, 1, 1)
+    cache = PrecomputedCache([1.0, 0.7, 0.3])
     with torch.no_grad():
-        run.mods(timestep_of(1.0, img), 1, img)
+        cache.modulation(pipe.mmdit, torch.ones(1), torch.float32, None)
     kept = [
         x.untyped_storage()
-        for mods in run._ahead.values()
-        for block in mods.blocks
-        for mod in block
-        for x in mod or ()
+        for step in cache._ahead.values()
+        for block in step.blocks
+        for parts in block
+        for part in parts
+        for x in part
     ]
     size = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
     assert size == planning._table(folder, torch.float32, 3)

@@ -19,14 +19,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qwenedit
-from qwenedit import cli, fast, mini, reading
+from qwenedit import cli, mini, reading
 from qwenedit.ablation import Switches
 from qwenedit.ablation.first_block_cache import first_block_cache
-from qwenedit.fast import FastStep
 from qwenedit.inversion import invert, picture_latents
+from qwenedit.mmdit import RunCache
+from qwenedit.predictor import predictor
 from qwenedit.residency import Modes, home, present
-from qwenedit.sampler import predictor
 from qwenedit.streaming import Absent, Source, Streamed
+from qwenedit.taps import observed as looked_at
 from qwenedit.taps import swapped, tap_names, taps, trace_ops
 from tests.tiny import checkpoint, embedded_plus, picture
 from tests.unit.test_formats import as_published, needs_gguf, scaled, tensors_of, wide, write_gguf
@@ -92,9 +93,9 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def forms(monkeypatch):
-    """How often the short form ran."""
-    ran, velocity = [], FastStep.velocity
-    monkeypatch.setattr(FastStep, "velocity", lambda *args: ran.append(1) or velocity(*args))
+    """How often the transformer ran with a cache."""
+    ran, make = [], RunCache.step_invariant
+    monkeypatch.setattr(RunCache, "step_invariant", lambda *args: ran.append(1) or make(*args))
     return ran
 
 
@@ -493,7 +494,7 @@ def test_looking_reads_nothing(reads, modes):
     with swapped(pipe.mmdit, "blocks.1.img_mlp", lambda old: nn.Sequential(old)):
         pass
     with torch.no_grad():
-        assert fast.possible(pipe.mmdit)
+        assert not looked_at(pipe.mmdit)
     assert not reads
 
 

@@ -9,8 +9,9 @@ from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.guidance import TrueCFG
 from qwenedit.latents import Layout
 from qwenedit.mmdit import MMDiT, MMDiTConfig
-from qwenedit.sampler import NonFiniteError, euler, predictor
-from qwenedit.taps import current_labels, taps
+from qwenedit.predictor import predictor
+from qwenedit.sampler import euler
+from qwenedit.taps import NonFiniteError, current_labels, taps
 from tests.support import FP32, assert_close, randomise_
 
 SIGMAS = [1.0, 0.7, 0.3, 0.0]

@@ -19,9 +19,10 @@ from qwenedit.conditioning import Conditioning, Prompt
 from qwenedit.guidance import TrueCFG
 from qwenedit.inputs import rows_of
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
-from qwenedit.mmdit import picture_positions, rope_table
+from qwenedit.mmdit_layers import picture_positions, rope_table
+from qwenedit.predictor import predictor
 from qwenedit.processor import resize_rgb, vae_pixels
-from qwenedit.sampler import euler, predictor
+from qwenedit.sampler import euler
 from qwenedit.taps import taps
 from tests.tiny import embedded_plus
 
