@@ -144,11 +144,11 @@ def test_block(config, grids, batch, length, masked, seed):
     target = grids[0][1] * grids[0][2]
     index = torch.tensor([[0] * target + [1] * (tokens - target)] * batch) if config.zero_cond_t else None
     with torch.no_grad():
-        rope = ours.rope(grids, length, img.device)
+        rope = joint_rope(*ours.rope(grids, length, img.device))
         key_mask = None
         if masked:
             key_mask = torch.cat([mask, mask.new_ones(batch, tokens)], dim=1)[:, None, None]
-        got_img, got_txt = ours.blocks[0](img, txt, temb, rope, key_mask, (target, tokens - target))
+        got_img, got_txt = ours.blocks[0](img, txt, temb, rope, key_mask, target)
         wanted_txt, wanted_img = reference.transformer_blocks[0](
             hidden_states=img,
             encoder_hidden_states=txt,
@@ -172,7 +172,7 @@ def test_joint_attention(config, grids, batch, length, masked, seed):
     mask = inputs(config, grids, batch, length, masked, seed)[-1]
     with torch.no_grad():
         key_mask = None if mask is None else joint_key_mask(mask, tokens)
-        got = ours.blocks[0].attn(img, txt, ours.rope(grids, length, img.device), key_mask)
+        got = ours.blocks[0].attn(img, txt, joint_rope(*ours.rope(grids, length, img.device)), key_mask)
         wanted = reference.transformer_blocks[0].attn(
             hidden_states=img,
             encoder_hidden_states=txt,
