@@ -16,6 +16,7 @@ from qwenedit.taps import Tapped
 FP32 = 1e-5  # max |difference| against max |reference|, per component (architecture: numerics)
 FP64 = 1e-9  # what stays above this in float64 is a bug; where the reference itself rounds to fp32, FP64_CAST
 FP64_CAST = 1e-6
+EPS = torch.finfo(torch.float32).eps
 
 
 @torch.no_grad()
@@ -46,7 +47,23 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def assert_close(ours: Tensor, reference: Tensor, tolerance: float, what: str = "output") -> None:
     error = relative_error(ours, reference)
-    assert error <= tolerance, f"{what}: relative error {error:.3g}, wanted at most {tolerance:.0e}"
+    assert error <= tolerance, f"{what}: relative error {error:.3g}, wanted at most {tolerance:.2g}"
+
+
+def assert_as_close_as(
+    got: Tensor, plain: Tensor, exact: Tensor, factor: float = 4.0, what: str = "output"
+) -> None:
+    """Hold `got` to what the plain form itself loses by rounding: at most `factor` times as far from `exact`.
+
+    `exact` is the plain form in float64, on the same numbers; `plain` is the plain form as it is. The same
+    sums in another order lose about as much, on any machine; the factor is for luck. If `plain` is of a lower
+    precision than `got`, its loss is taken in last digits. 8 last digits of the largest value (of float32, if
+    its own are longer) are allowed in any case: a plain form that is exact by chance would allow nothing.
+    """
+    assert exact.dtype == torch.float64, f"exact is {exact.dtype}"
+    eps = torch.finfo(got.dtype).eps
+    lost = relative_error(plain, exact) * eps / torch.finfo(plain.dtype).eps
+    assert_close(got, exact, max(factor * lost, 8 * min(eps, EPS)), what)
 
 
 def copy_weights(ours: nn.Module, reference: nn.Module, table: tuple[tuple[str, str], ...]) -> None:

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-from qwenedit.mmdit_layers import Rope, TimeEmbedding, joint_key_mask, rotate
-from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_
+from qwenedit.mmdit_layers import Rope, TimeEmbedding, joint_key_mask, joint_rope, rotate
+from tests.support import EPS, FP32, FP64_CAST, assert_close, copy_weights, randomise_
 
 AXES = [(2, 4, 6), (4, 4, 8), (8, 12, 12), (4, 2, 10)]
 
@@ -221,8 +221,9 @@ def test_rope_is_the_references_complex_table(axes, grids, length):
     wanted_img, wanted_txt = QwenEmbedRope(10000, list(axes), scale_rope=True)(
         [grids], device=torch.device("cpu"), max_txt_seq_len=length
     )
-    assert_close(img, torch.view_as_real(wanted_img), 1e-6, "img")
-    assert_close(txt, torch.view_as_real(wanted_txt), 1e-6, "txt")
+    # The angles are the same numbers; a cosine or sine is within a few last digits, whose ever it is.
+    assert_close(img, torch.view_as_real(wanted_img), 8 * EPS, "img")
+    assert_close(txt, torch.view_as_real(wanted_txt), 8 * EPS, "txt")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -233,7 +234,8 @@ def test_rotation_equals_the_complex_product(dtype, tokens, heads, pairs, seed):
     angle = torch.randn(tokens, pairs, generator=generator)
     table = torch.stack([angle.cos(), angle.sin()], dim=-1)
     wanted = apply_rotary_emb_qwen(x, torch.view_as_complex(table), use_real=False)
-    assert_close(rotate(x, table), wanted, 2e-7)  # some complex kernels fuse the product and the sum
+    # Two products and a sum, each rounded, on both sides; some complex kernels fuse the product and the sum.
+    assert_close(rotate(x, joint_rope(table, table[:0])), wanted, 4 * EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -309,7 +309,7 @@ def test_a_browser_shows_the_table_and_sorts_it(tmp_path, hash, order):
     page(sweep)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path}/report.html{hash}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True, encoding="utf-8")
     shown = Page(done.stdout)
     head, *rows = shown.rows("sortable")
     cells = [(text[0][1], float(text[1][1])) for text in rows]

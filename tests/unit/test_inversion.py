@@ -133,7 +133,7 @@ def test_the_round_trip_on_the_embedded_model(pipe, described, picture):
     latents, grid = picture_latents(pipe, picture)
     assert grid == described.target_grid
     explicit = [round_trip(pipe, described, latents, steps, 0) for steps in (5, 10, 20)]
-    assert all(later < 0.6 * earlier for earlier, later in pairwise(explicit)), explicit  # .61, .21, .092
+    assert all(later < 0.6 * earlier for earlier, later in pairwise(explicit)), explicit  # of first order
     assert explicit[-1] < 0.15
     iterated = [round_trip(pipe, described, latents, 10, iterations) for iterations in (2, 7)]
     assert iterated[0] < 0.1 * explicit[1] and iterated[1] < 1e-3, iterated

@@ -15,7 +15,6 @@ from tests.sparse import no_holes, write_sparse
 
 # Bytes of the official files' tensors, and how many files they are in.
 TRANSFORMER, TEXT_ENCODER, VAE = 40_860_802_176, 16_584_333_312, 253_785_062
-OF_PYTHON = 0.3 * 2**30  # what an interpreter with torch takes
 SHARDS = {"Qwen-Image-Edit": 9, "Qwen-Image-Edit-2511": 5}
 
 
@@ -57,20 +56,26 @@ sys.exit(status)
 """
 
 
+def ran(*words):
+    """A command of its own process, and the peak of its memory in bytes: what it touched, which is the same
+    however busy the machine is. The timeout is there against hanging alone.
+    """
+    command = [sys.executable, "-c", PEAK, *map(str, words)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=7200)
+    assert run.returncode == 0, run.stderr
+    return run, int(run.stderr.split("peak")[1]) if "peak" in run.stderr else None
+
+
 @pytest.mark.parametrize("command", ["verify", "info"])
 def test_headers_answer_in_little_memory(official, command):
     folder, variant = official
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, command, str(folder)], capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
+    run, peak = ran(command, folder)
     plus = "-Plus" if variant == "Qwen-Image-Edit-2511" else ""
     assert run.stdout.startswith(f"{folder}: Qwen-Image-Edit{plus}\n")
     assert run.stdout.count("all names, shapes and dtypes fit") == 3
     assert "1933 tensors (1933 bfloat16), 20,430,401,088 parameters, 40,860,802,176 bytes" in run.stdout
     assert "1 known and not used" in run.stdout  # lm_head
-    if "peak" in run.stderr:
-        assert int(run.stderr.split()[1]) < 1e9
+    assert peak is None or peak < 1e9
 
 
 def test_the_readmes_table_is_what_is_planned(official):
@@ -100,14 +105,11 @@ def test_an_edit_streams_in_little_memory(official, tmp_path):
     Image.new("RGB", (256, 256), "red").save(tmp_path / "in.png")
     words = ["edit", tmp_path / "in.png", "make it blue", "-o", tmp_path / "out.png", "--model", folder]
     words += ["--residency", "stream", "--steps", 1, "--true-cfg-scale", 1, "--seed", 0, "--device", "cpu"]
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, *map(str, words)], capture_output=True, text=True, timeout=1500
-    )
-    assert run.returncode == 0, run.stderr
+    _, peak = ran(*words)
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.size == (256, 256)
-    if "peak" in run.stderr:
-        peak = int(run.stderr.split("peak")[1])
+    if peak is not None:
         assert peak < 6 * 2**30
+        _, of_python = ran("info", folder)  # an interpreter with torch
         streamed = plan(folder, device="cpu", height=256, width=256).peaks[Mode("stream")]
-        assert abs(max(streamed.values()) + OF_PYTHON - peak) < 0.15 * peak
+        assert abs(max(streamed.values()) + of_python - peak) < 0.15 * peak

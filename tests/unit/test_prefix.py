@@ -10,6 +10,7 @@ from qwenedit.ablation import Seen, Switches
 from qwenedit.prefix import common_prefix
 from qwenedit.processor import EDIT, TEXT_TO_IMAGE
 from qwenedit.taps import taps
+from tests.support import FP32, FP64
 from tests.tiny import checkpoint
 
 PROMPTS = ["make the circle red", "把左边的蓝色圆形变成红色 🔴, please, and all the rest of it as well", "x"]
@@ -28,7 +29,7 @@ def embeddings(pipe, image, prompt, negative=" ", **options):
 
 
 @pytest.mark.parametrize("kind", ["edit", "plus"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FP32), (torch.float64, FP64)])
 def test_one_pass_equals_two(kind, dtype, tolerance):
     pipe = qwenedit.load(checkpoint(kind), device="cpu", progress=False)
     pipe.vision_language.to(dtype)
@@ -100,7 +101,7 @@ def test_text_to_image_shares_its_template():
     plain = embeddings(pipe, None, PROMPTS, NEGATIVES)
     shared = embeddings(pipe, None, PROMPTS, NEGATIVES, share=True)
     for a, b in zip(plain, shared, strict=True):
-        assert (a.embeds - b.embeds).abs().max() <= 1e-5 * a.embeds.abs().max()
+        assert (a.embeds - b.embeds).abs().max() <= FP32 * a.embeds.abs().max()
 
 
 def test_the_common_prefix_ends_where_any_row_differs_or_is_padded():

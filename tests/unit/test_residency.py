@@ -286,9 +286,28 @@ def test_two_blocks_are_in_memory_at_most(alive, modulation, tapped):
     with taps(pipe.mmdit, {"blocks.*.img_out": look} if tapped else {}, strict=False):
         latents = run(pipe, "embedded")
     assert placed == (set(range(len(pipe.mmdit.blocks))) if tapped else set())
-    assert max(map(len, alive)) == 2 and len(alive) > 30
+    assert max(map(len, alive)) <= 2 and len(alive) > 30
     assert gone(pipe.mmdit, pipe.vision_language, pipe.vae) and torch.equal(latents, resident("embedded")[0])
     assert not [thread for thread in threading.enumerate() if "qwenedit" in thread.name]
+
+
+def test_the_next_block_is_read_while_one_has_its_turn(monkeypatch):
+    read, ended = Source.read, {}
+
+    def seen(self, places, bar=None):
+        made = read(self, places, bar)
+        for place in places:
+            if place.stored.name.startswith("transformer_blocks."):
+                ended[int(place.stored.name.split(".")[1])].set()
+        return made
+
+    pipe = load(residency="stream")
+    ended.update((number, threading.Event()) for number in range(len(pipe.mmdit.blocks)))
+    monkeypatch.setattr(Source, "read", seen)
+    with torch.no_grad(), present(pipe.mmdit):
+        for number, _ in enumerate(pipe.mmdit.blocks):
+            following = ended.get(number + 1)
+            assert following is None or following.wait(timeout=600)  # long, against hanging alone
 
 
 def test_a_schedules_modulation_is_read_once(reads):
@@ -616,9 +635,15 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("residency", ["resident", "stage"])
 def test_float8_is_close_and_small(residency):
     whole, parted = load(), load(residency=residency, storage="float8")
-    wanted, got = (run(pipe, "embedded", output_type="pt") for pipe in (whole, parted))
-    # seen: 0.007 on average, 0.13 at most; in 20 steps 0.002 and 0.06
-    assert 0 < (got - wanted).abs().mean() < 0.01 and (got - wanted).abs().max() < 0.25
+    plain, got = run(whole, "embedded"), run(parted, "embedded")
+    with torch.no_grad():
+        encoder = whole.vision_language
+        lists = [whole.mmdit.blocks, encoder.language.blocks, encoder.vision.blocks]
+        for weight in nn.ModuleList(lists).parameters():
+            if weight.ndim == 2:  # 3 bits of mantissa, below each row's own largest value
+                scale = weight.abs().amax(dim=1, keepdim=True) / 448
+                weight.copy_((weight / scale).to(torch.float8_e4m3fn).float() * scale)
+    assert torch.equal(got, run(whole, "embedded")) and not torch.equal(got, plain)
     network = parted.mmdit.__dict__["_comes_and_goes"]
     matrices = [x for x in parted.mmdit.blocks.parameters() if x.ndim == 2]
     assert all(isinstance(x, Absent) for x in matrices) and len(matrices) == 6 * 14

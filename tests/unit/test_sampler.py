@@ -143,9 +143,9 @@ def test_each_row_equals_its_single_run(mmdit, grids):
 def test_rows_come_back_in_order(mmdit):
     a, b = ((1, 2, 2),), ((1, 3, 1),)
     generator = torch.Generator().manual_seed(3)
-    grids = (a, b, a, b, b)
+    grids = (a, b, b, a)  # together 0 3 1 2: an order that is not its own inverse
     whole = Conditioning(
-        prompt=Prompt(torch.randn(5, 3, 10, generator=generator)),
+        prompt=Prompt(torch.randn(4, 3, 10, generator=generator)),
         negative=None,
         target_grid=GRID,
         reference_latents=tuple(
@@ -153,10 +153,10 @@ def test_rows_come_back_in_order(mmdit):
         ),
         reference_grids=grids,
     )
-    latents = torch.randn(5, 6, 8, generator=generator)
+    latents = torch.randn(4, 6, 8, generator=generator)
     together, none = predictor(mmdit, whole, guided=False)(latents, 0.5)
     assert none is None
-    for i in range(5):
+    for i in range(4):
         one = Conditioning(
             prompt=whole.prompt.rows(torch.tensor([i])),
             negative=None,
