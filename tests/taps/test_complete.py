@@ -21,19 +21,21 @@ PACKAGE = str(Path(qwenedit.__file__).parent)
 RMS_NORM = {f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")}
 ROTATION = {f"rotate: {op}": 1 for op in ("mul", "sub", "add")}
 MMDIT = {
-    **RMS_NORM,
-    **ROTATION,
-    "Block.forward: add": 4,  # 1 + scale, of two norms in two streams
-    "Block.forward: mul": 4,  # ... times the norm, before + shift
+    **{f"RMSNorm.forward: {op}": 1 for op in ("pow", "sum", "div", "add", "rsqrt", "mul")},
+    **{f"rotate: {op}": 1 for op in ("flip", "mul")},
+    "both_halves: add": 1,  # 1 + scale
+    "modulated: mul": 2,  # ... times the norm, before + shift
+    "modulated: add": 1,  # the pieces of the target and of the references, before they are joined
+    "gated: mul": 1,
+    **{f"joint_rope: {op}": 1 for op in ("cat", "neg", "stack", "repeat_interleave")},  # of the tapped tables
     "AdaLayerNormOut.forward: add": 1,  # 1 + scale
     "AdaLayerNormOut.forward: mul": 1,
     "AdaLayerNormOut.forward: silu": 1,  # of temb, as in the next one
     "Modulation.forward: silu": 1,
-    "per_token: cat": 1,  # the two rows of img_mod, repeated for each token
-    "JointAttention.forward: cat": 3,  # text and image tokens of q, k, v
+    "JointAttention.forward: cat": 4,  # text and image tokens of q, k, v, and of q and k after their taps
     "JointAttention.forward: contiguous": 2,  # the heads of each stream, copied
-    "MMDiT.forward: mul": 1,  # the timestep of the references, 0
-    "MMDiT.forward: cat": 1,
+    "MMDiT.embed_time: mul": 1,  # the timestep of the references, 0
+    "MMDiT.embed_time: cat": 1,
     **{f"sinusoids: {op}": 1 for op in ("arange", "div", "exp", "cos", "sin")},
     "sinusoids: mul": 2,
     "TimeEmbedding.forward: silu": 1,
@@ -141,8 +143,9 @@ def test_transformer_of_layered():
     img, txt, timestep, _ = mmdit.inputs([(1, 9, 5), (1, 3, 5)])
     grids = [(3, 3, 5), (1, 3, 5)]
     got = anonymous(ours, lambda: ours(img, txt, timestep, grids, None, torch.tensor([0, 1])))
-    of_zero_cond_t = ("per_token: cat", "MMDiT.forward: mul", "MMDiT.forward: cat")
-    assert got == {site: count for site, count in MMDIT.items() if site not in of_zero_cond_t}
+    of_zero_cond_t = ("MMDiT.embed_time: mul", "MMDiT.embed_time: cat", "gated: mul", "modulated: add")
+    wanted = {site: count for site, count in MMDIT.items() if site not in of_zero_cond_t}
+    assert got == {**wanted, "modulated: mul": 1}
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -159,7 +162,6 @@ def test_vision_language():
 
 
 def test_a_missing_tap_would_show():
-    more = run_mmdit(without=("blocks.0.img_mid", "blocks.1.img_mid", "blocks.1.attn.img_k_rot"))
-    assert more.pop("Block.forward: add") == MMDIT["Block.forward: add"] + 1
-    assert more.pop("rotate: stack") == 1
-    assert more == {site: count for site, count in MMDIT.items() if site != "Block.forward: add"}
+    more = run_mmdit(without=("blocks.0.img_mid", "blocks.1.img_mid", "temb"))
+    assert more.pop("Block.forward: add") == 1
+    assert more == MMDIT  # `temb` is also what a module returns

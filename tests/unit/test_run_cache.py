@@ -22,7 +22,7 @@ CONFIG = MMDiTConfig(
     joint_attention_dim=10, guidance_embeds=False, axes_dims_rope=(4, 8, 12),
 )  # fmt: skip
 ONE, TWO = ((1, 2, 2),), ((1, 3, 2), (1, 1, 4))
-# Where only the target is wanted, the last block's matrices have fewer rows; kernels may round them otherwise.
+# Where only the target is wanted, the last block's matrices have fewer rows; kernels may round otherwise.
 # (RoPE and the QK norm round to float32 also in a float64 network.)
 CLOSE = {torch.float32: FP32, torch.float64: FP64_CAST}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
