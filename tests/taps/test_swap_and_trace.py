@@ -148,8 +148,8 @@ def test_every_operation_with_its_module_and_line(model):
     assert "F.scaled_dot_product_attention" in Path(file).read_text().splitlines()[int(line) - 1]
     norm = [op for op in ops if op.module == "blocks.0.attn.img_q_norm"]
     assert [op.name for op in norm] == ["float", "pow", "sum", "div", "add", "rsqrt", "mul", "to", "mul"]
-    chunks = [op for op in ops if op.module == "blocks.0" and op.name == "chunk"]
-    assert [op.shape for op in chunks] == [(2, 1, 48)] * 12
+    vectors = [op for op in ops if op.module == "blocks.0" and op.name == "unbind"]
+    assert [op.shape for op in vectors] == [(2, 1, 48)] * 12
     lines = {op.line for op in ops}
     assert all(line.rsplit(":", 1)[0].endswith(("mmdit.py", "taps.py")) for line in lines)
 
