@@ -149,8 +149,8 @@ def text_shared(setting: Setting) -> At:
     """With `share_prefix`."""
     import torch
 
-    from qwenedit.prefix import encode_together
-    from qwenedit.processor import ProcessorOutput
+    from qwenedit.encoding.prefix import encode_together
+    from qwenedit.inputs.processor import ProcessorOutput
 
     network = loaded(setting, "text_encoder")
     inputs = [text_inputs(setting, negative) for negative in (False, True)]

@@ -24,10 +24,10 @@ from torch import nn
 
 from benchmarks.files import write_text_encoder
 from benchmarks.frame import watched
-from qwenedit import geometry
-from qwenedit.checkpoints import read_areas, read_variant
-from qwenedit.loading import load_network, network_config
-from qwenedit.plan import Mode, activations, plan
+from qwenedit.inputs import geometry
+from qwenedit.memory.plan import Mode, activations, plan
+from qwenedit.weights.checkpoints import read_areas, read_variant
+from qwenedit.weights.loading import load_network, network_config
 from tests.sparse import write_sparse
 
 SIDES = (256, 512)
@@ -139,9 +139,9 @@ def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
 
 
 def transformer(folder: Path, dtype: torch.dtype) -> Part:
-    from qwenedit.conditioning import Prompt
-    from qwenedit.fast import FastRun
-    from qwenedit.mmdit import MMDiT
+    from qwenedit.encoding.conditioning import Prompt
+    from qwenedit.networks.mmdit import MMDiT
+    from qwenedit.sampling.fast import FastRun
 
     config = network_config(folder, "transformer")
     with torch.device("meta"):

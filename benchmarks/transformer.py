@@ -41,7 +41,7 @@ def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
 
 def call_of_form(form: str, whole: Callable[[], Any]) -> Callable[[], Any]:
     """The call that a function of `qwenedit.fast` gets from a step, to be made by itself."""
-    from qwenedit import fast
+    from qwenedit.sampling import fast
 
     seen: list[Any] = []
 
@@ -86,8 +86,8 @@ def form_of_ours(setting: Setting, form: str) -> Callable[[float], Callable[[], 
     network = loaded(setting, "transformer")
 
     def at(tokens: float) -> Callable[[], Any]:
-        from qwenedit.conditioning import Prompt
-        from qwenedit.fast import FastRun
+        from qwenedit.encoding.conditioning import Prompt
+        from qwenedit.sampling.fast import FastRun
 
         img, txt, timestep = inputs_of(setting, tokens)
         target, reference = img.chunk(2, dim=1)
@@ -182,11 +182,11 @@ def step_ours(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
 
     def factory(setting: Setting) -> At:
         from benchmarks.files import OFFICIAL
-        from qwenedit.conditioning import Conditioning, Prompt
-        from qwenedit.fast import compile_blocks
-        from qwenedit.loading import ours_to_official
-        from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-        from qwenedit.sampler import predictor
+        from qwenedit.encoding.conditioning import Conditioning, Prompt
+        from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+        from qwenedit.sampling.fast import compile_blocks
+        from qwenedit.sampling.sampler import predictor
+        from qwenedit.weights.loading import ours_to_official
 
         config = MMDiTConfig(**{**OFFICIAL, "num_layers": DEPTH, **sizes})
         network = random_network(

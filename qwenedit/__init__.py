@@ -7,8 +7,6 @@ result = pipe.edit(picture, "make the circle red")
 result.images[0].save("out.png")
 """
 
-__version__ = "0.1.0"
-
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +15,16 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
     from qwenedit.assembly import load
-    from qwenedit.attention_maps import AttentionMaps, attention_map
-    from qwenedit.conditioning import Conditioning
-    from qwenedit.conditioning_cache import ConditioningCache
-    from qwenedit.determinism import deterministic
-    from qwenedit.instruments import Recorder, patch_from, share_from, zero
-    from qwenedit.inversion import invert, picture_latents
+    from qwenedit.encoding.cache import ConditioningCache
+    from qwenedit.encoding.conditioning import Conditioning
+    from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
+    from qwenedit.instruments.determinism import deterministic
+    from qwenedit.instruments.inversion import invert, picture_latents
+    from qwenedit.instruments.records import Recorder, patch_from, share_from, zero
     from qwenedit.pipeline import QwenImageEdit, Result
     from qwenedit.taps import scope, swapped, tap_names, taps, trace_ops
-    from qwenedit.training import TrainingBatch, flow_matching_loss
+    from qwenedit.training.loss import TrainingBatch, flow_matching_loss
+    from qwenedit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate

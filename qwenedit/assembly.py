@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from qwenedit import mini
-from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.fast import compile_blocks, require_compiler
-from qwenedit.inputs import device_of, dtype_of, warn_of_float16
-from qwenedit.loading import check_together, load_networks, load_scheduler
+from qwenedit.inputs.processor import Processor
+from qwenedit.inputs.rows import device_of, dtype_of, warn_of_float16
+from qwenedit.memory.residency import Modes
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import Processor
-from qwenedit.residency import Modes
+from qwenedit.sampling.fast import compile_blocks, require_compiler
+from qwenedit.weights.checkpoints import COMPONENTS, read_areas, read_variant, resolve
+from qwenedit.weights.loading import check_together, load_networks, load_scheduler
 
 __all__ = ["load", "modes_of", "other_files"]
 
@@ -90,7 +90,7 @@ def load(
         warn_of_float16(dtype)
 
     if modes.residency == "auto":
-        from qwenedit.plan import choose
+        from qwenedit.memory.plan import choose
 
         with_text = "text_encoder" in names
         chosen = choose(

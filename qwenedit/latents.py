@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from qwenedit.mmdit import Grid
+from qwenedit.networks.mmdit import Grid
 
 __all__ = ["Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
 

@@ -23,19 +23,20 @@ from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit import __version__, processor
-from qwenedit.ablation.switches import Switches
-from qwenedit.checkpoints import Variant
-from qwenedit.conditioning import Conditioning
-from qwenedit.encoding import PromptEncoder
-from qwenedit.geometry import Areas
-from qwenedit.guidance import Guidance, TrueCFG
-from qwenedit.inputs import Row, check_count, check_output_type, guidance_of, rows_of
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import PromptEncoder
+from qwenedit.inputs import processor
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.rows import Row, check_count, check_output_type, guidance_of, rows_of
 from qwenedit.latents import normalise, pack
-from qwenedit.mmdit import Grid
-from qwenedit.residency import home, present
-from qwenedit.sampler import require_finite
-from qwenedit.vae import VAE
+from qwenedit.memory.residency import home, present
+from qwenedit.networks.mmdit import Grid
+from qwenedit.networks.vae import VAE
+from qwenedit.sampling.guidance import Guidance, TrueCFG
+from qwenedit.sampling.sampler import require_finite
+from qwenedit.switches import Switches
+from qwenedit.version import __version__
+from qwenedit.weights.checkpoints import Variant
 
 if TYPE_CHECKING:
     from qwenedit.pipeline import QwenImageEdit, Result

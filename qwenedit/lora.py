@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenedit.loading import ours_to_official
-from qwenedit.mmdit import KEY_TABLE, MMDiT
-from qwenedit.residency import home, require_staying
+from qwenedit.memory.residency import home, require_staying
+from qwenedit.networks.mmdit import KEY_TABLE, MMDiT
+from qwenedit.weights.loading import ours_to_official
 
 __all__ = ["Delta", "Loras", "LowRankLinear", "read_lora"]
 

@@ -21,16 +21,13 @@ from PIL import Image
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit import processor, residency
-from qwenedit.ablation import running
-from qwenedit.ablation.switches import Switches
-from qwenedit.checkpoints import Variant, find_local
-from qwenedit.conditioning import Conditioning
-from qwenedit.conditioning_cache import ConditioningCache
-from qwenedit.encoding import encode_rows
-from qwenedit.geometry import Areas
-from qwenedit.guidance import TrueCFG
-from qwenedit.inputs import (
+from qwenedit.encoding.cache import ConditioningCache
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import encode_rows
+from qwenedit.inputs import processor
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.processor import Processor
+from qwenedit.inputs.rows import (
     CALL_OPTIONS,
     LOAD_OPTIONS,
     Row,
@@ -45,13 +42,17 @@ from qwenedit.inputs import (
 from qwenedit.latents import denormalise, initial_noise, unpack
 from qwenedit.layered import Layers, layers_of, require_flat
 from qwenedit.lora import Loras
-from qwenedit.mmdit import Grid, MMDiT
-from qwenedit.processor import Processor
-from qwenedit.sampler import Step, euler, require_finite
-from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.memory import residency
+from qwenedit.networks.mmdit import Grid, MMDiT
+from qwenedit.networks.vae import VAE
+from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.sampling import switched as running
+from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.sampler import Step, euler, require_finite
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.switches import Switches
 from qwenedit.taps import cache_context
-from qwenedit.vae import VAE
-from qwenedit.vision_language import VisionLanguage
+from qwenedit.weights.checkpoints import Variant, find_local
 
 __all__ = ["QwenImageEdit", "Result"]
 

@@ -277,7 +277,7 @@ def taps(
     On exit, by exception too, every module is exactly as it was before.
 
     >>> import qwenedit
-    >>> from qwenedit.mmdit import MLP
+    >>> from qwenedit.networks.mmdit import MLP
     >>> mlp, x = MLP(4), torch.ones(1, 3, 4)
     >>> with taps(mlp, {"mlp_hidden": lambda hidden, site: print(site.full, tuple(hidden.shape))}):
     ...     before = mlp(x)

@@ -4,7 +4,7 @@ switches.py holds what can be changed, pictures.py and running.py change it; spe
 report.py run a grid of changes and show the effect.
 """
 
-from qwenedit.ablation.switches import References, Seen, Switches, Time, VAEPath
-from qwenedit.guidance import Guidance
+from qwenedit.sampling.guidance import Guidance
+from qwenedit.switches import References, Seen, Switches, Time, VAEPath
 
 __all__ = ["Guidance", "References", "Seen", "Switches", "Time", "VAEPath"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwenedit.mmdit import MMDiT
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.taps import BranchState, current_labels, swapped
 
 __all__ = ["FirstBlockCache", "first_block_cache"]

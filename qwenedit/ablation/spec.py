@@ -42,11 +42,11 @@ from typing import Any
 
 from PIL import Image
 
-from qwenedit.ablation.switches import NAMES, Switches
-from qwenedit.guidance import Guidance
-from qwenedit.inputs import open_picture
+from qwenedit.inputs.rows import open_picture
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
+from qwenedit.sampling.guidance import Guidance
+from qwenedit.switches import NAMES, Switches
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 

@@ -39,19 +39,19 @@ from qwenedit.ablation.attention import Shares, target_attention
 from qwenedit.ablation.metrics import compare, curves
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
-from qwenedit.ablation.running import require_fitting, schedule
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.assembly import load
-from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.conditioning import Conditioning, replacing_file
-from qwenedit.determinism import deterministic
-from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
+from qwenedit.encoding.conditioning import Conditioning, replacing_file
+from qwenedit.inputs.processor import to_pil
+from qwenedit.inputs.rows import device_of, dtype_of, guidance_of, rows_of
+from qwenedit.instruments.determinism import deterministic
 from qwenedit.layered import require_flat
-from qwenedit.loading import load_scheduler, network_config
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import to_pil
-from qwenedit.sampler import require_finite
+from qwenedit.sampling.sampler import require_finite
+from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.weights.checkpoints import COMPONENTS, read_areas, read_variant, resolve
+from qwenedit.weights.loading import load_scheduler, network_config
 
 __all__ = ["MOST_EDITS", "ablate", "fingerprint"]
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.processor import to_pil
+from qwenedit.inputs.processor import to_pil
 
 __all__ = [
     "ACTIONS", "COLOURS", "DETERMINED", "EXAMPLE", "KINDS", "OPEN", "PLACES", "SIDE", "Background",

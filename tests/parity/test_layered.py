@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qwenedit
-from qwenedit.fast import FastRun
 from qwenedit.layered import rgba_pictures, rgba_pixels
-from qwenedit.loading import load_scheduler
-from qwenedit.mmdit import Rope, TimeEmbedding
+from qwenedit.networks.mmdit import Rope, TimeEmbedding
+from qwenedit.networks.vae import KEY_TABLE, VAE
+from qwenedit.networks.vae_pictures import for_pictures
+from qwenedit.sampling.fast import FastRun
 from qwenedit.taps import tap_names, taps
-from qwenedit.vae import KEY_TABLE, VAE
-from qwenedit.vae_pictures import for_pictures
+from qwenedit.weights.loading import load_scheduler
 from tests.parity.test_mmdit import configs, inputs, pair
 from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_, shapes_checked
 from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas
@@ -155,7 +155,7 @@ def test_every_tap_of_the_transformer():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_short_form_is_the_plain_one(dtype):
     pipe = qwenedit.load(checkpoint("layered"), device="cpu", dtype=dtype, progress=False)
-    from qwenedit.conditioning import Prompt
+    from qwenedit.encoding.conditioning import Prompt
 
     generator = torch.Generator().manual_seed(1)
     target, references, embeds = (

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig, Rope, TimeEmbedding, joint_key_mask, rotate
+from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig, Rope, TimeEmbedding, joint_key_mask, rotate
 from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_
 
 AXES = [(2, 4, 6), (4, 4, 8), (8, 12, 12), (4, 2, 10)]

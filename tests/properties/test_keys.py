@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenedit.checkpoints import VARIANTS
-from qwenedit.configs import config_from, vision_language_config
-from qwenedit.loading import (
+from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.networks.vae import VAEConfig
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.weights.checkpoints import VARIANTS
+from qwenedit.weights.configs import config_from, vision_language_config
+from qwenedit.weights.loading import (
     NETWORKS,
     network_config,
     official_to_ours,
     ours_to_official,
 )
-from qwenedit.mmdit import MMDiTConfig
-from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.vae import VAEConfig
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())

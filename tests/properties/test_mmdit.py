@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.mmdit import MMDiT, MMDiTConfig, Rope, rope_table, rotate
+from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, Rope, rope_table, rotate
 from qwenedit.taps import tap_names, taps
 from tests.support import FP32, assert_close, randomise_, shapes_checked
 
