@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def setting_of(threads: int, folder: Path) -> Setting:
     """float32 on the CPU, bfloat16 on an accelerator."""
-    from qwenedit.inputs.rows import device_of
+    from qwenedit.checks import device_of
 
     device = device_of(None).type
     return Setting(device, "float32" if device == "cpu" else "bfloat16", threads, folder)

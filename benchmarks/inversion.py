@@ -17,7 +17,8 @@ from torch import Tensor
 import qwenedit
 from benchmarks.mini import cases
 from qwenedit.ablation.charts import Line, chart
-from qwenedit.encoding.conditioning import Conditioning, replacing_file
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.files import replacing_file
 from qwenedit.instruments.inversion import invert, picture_latents
 from qwenedit.mini.scenes import DETERMINED, draw
 from qwenedit.pipeline import QwenImageEdit

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import qwenedit
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.inputs.processor import to_pil
+from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import Verdict, judge
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, SIDE, Request, Scene, draw, instruction

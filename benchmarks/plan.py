@@ -27,7 +27,8 @@ from benchmarks.frame import watched
 from qwenedit.inputs import geometry
 from qwenedit.memory.plan import Mode, activations, plan
 from qwenedit.weights.checkpoints import read_areas, read_variant
-from qwenedit.weights.loading import load_network, network_config
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.loading import load_network
 from tests.sparse import write_sparse
 
 SIDES = (256, 512)

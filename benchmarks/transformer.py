@@ -186,7 +186,7 @@ def step_ours(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
         from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
         from qwenedit.sampling.fast import compile_blocks
         from qwenedit.sampling.sampler import predictor
-        from qwenedit.weights.loading import ours_to_official
+        from qwenedit.weights.keys import ours_to_official
 
         config = MMDiTConfig(**{**OFFICIAL, "num_layers": DEPTH, **sizes})
         network = random_network(

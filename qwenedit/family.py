@@ -1,5 +1,8 @@
-"""How each member of the family is meant to be sampled: what the command line takes where its user says
-nothing, and `qwenedit info` shows. In Python the defaults are those of the reference pipelines.
+"""The members of the family: what each does with pictures, what is written around its prompts, and how it is
+meant to be sampled.
+
+Presets are what the command line takes where its user says nothing, and what `qwenedit info` shows. In Python
+the defaults are those of the reference pipelines.
 
 Sources: the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
 defaults of the reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in
@@ -8,18 +11,104 @@ ModelTC/Qwen-Image-Lightning.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenedit import mini
 from qwenedit.files import read_json
 from qwenedit.switches import Switches, Time
-from qwenedit.weights.checkpoints import find_local, is_local
 
 __all__ = [
-    "LIGHTNING", "PRESETS", "Layering", "Preset", "Sampling", "find_preset", "preset_of",
+    "EDIT", "EDIT_PLUS", "IMAGE_PAD", "LIGHTNING", "PRESETS", "TEXT_TO_IMAGE", "VARIANTS", "Layering",
+    "Preset", "Sampling", "Template", "Variant", "preset_of",
 ]  # fmt: skip
+
+IMAGE_PAD = "<|image_pad|>"  # stands for a token of a picture in a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What is written around a prompt. The embeddings of its prefix are dropped after the text encoder.
+
+    Attributes:
+        system: the system prompt.
+        picture: what stands for a picture, before the prompt; {} is its number from 1.
+        pictures: the least and the most pictures that a prompt may have; None for any number.
+        drop_index: tokens of the prefix, by the official tokenizer.
+        max_tokens: a prompt is cut to this many tokens, counting what follows it; None for never.
+    """
+
+    system: str
+    picture: str
+    pictures: tuple[int, int | None]
+    drop_index: int
+    max_tokens: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        return f"<|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n"
+
+    def render(self, prompt: str, pads: Sequence[int]) -> str:
+        """The whole text for a prompt; the k-th picture takes up `pads[k]` tokens of the language model.
+
+        Raises:
+            ValueError: fewer or more pictures than the template takes.
+        """
+        least, most = self.pictures
+        if len(pads) < least or (most is not None and len(pads) > most):
+            wanted = (
+                f"at least {least}" if most is None else f"{least}" if least == most else f"{least}-{most}"
+            )
+            raise ValueError(f"the prompt has {len(pads)} pictures, wanted {wanted} for this template")
+        pictures = "".join(
+            self.picture.replace("{}", str(number)).replace(IMAGE_PAD, IMAGE_PAD * count)
+            for number, count in enumerate(pads, start=1)
+        )
+        return f"{self.prefix}{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+_EDIT_SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that "
+    "meets the user's requirements while maintaining consistency with the original input where appropriate."
+)
+TEXT_TO_IMAGE = Template(
+    system="Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:",
+    picture="",
+    pictures=(0, 0),
+    drop_index=34,
+    max_tokens=1024,
+)
+EDIT = Template(
+    system=_EDIT_SYSTEM, picture=f"<|vision_start|>{IMAGE_PAD}<|vision_end|>", pictures=(1, 1), drop_index=64
+)
+EDIT_PLUS = Template(
+    system=_EDIT_SYSTEM,
+    picture=f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>",
+    pictures=(0, None),
+    drop_index=64,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A member of the family: what its pipeline does with pictures."""
+
+    name: str
+    max_pictures: int  # 0 where it makes pictures from text only
+    template: Template
+    layered: bool = False  # it takes a picture apart, into RGBA layers
+
+
+VARIANTS = {
+    "QwenImagePipeline": Variant(name="Qwen-Image", max_pictures=0, template=TEXT_TO_IMAGE),
+    "QwenImageEditPipeline": Variant(name="Qwen-Image-Edit", max_pictures=1, template=EDIT),
+    "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=3, template=EDIT_PLUS),
+    "QwenImageLayeredPipeline": Variant(
+        name="Qwen-Image-Layered", max_pictures=1, template=TEXT_TO_IMAGE, layered=True
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +237,3 @@ def preset_of(folder: Path, *, zero_cond_t: bool | None = None) -> Preset:
     if pipeline not in others:
         raise ValueError(f"{folder} is a {pipeline}: there is no preset for it")
     return PRESETS[others[pipeline]]
-
-
-def find_preset(
-    source: str | os.PathLike[str] | None = None, *, revision: str | None = None
-) -> Preset | None:
-    """The preset of a checkpoint on this machine, or of a hub id that is one of the family's; else None.
-
-    Raises:
-        ValueError: as `preset_of`; no such folder.
-    """
-    if source is None:
-        return preset_of(mini.CHECKPOINT)
-    if is_local(source, revision):
-        return preset_of(find_local(source, revision))
-    return PRESETS.get(str(source).removeprefix("Qwen/"))

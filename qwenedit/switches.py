@@ -24,12 +24,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from PIL import Image
 from torch import Generator
 
-from qwenedit.sampling.guidance import Guidance
-
-__all__ = ["Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator"]
+__all__ = [
+    "NORMS", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator",
+]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
 AnyPicture = str | Path | Image.Image  # a file's name, or a PIL picture
+
+
+NORMS = ("reference", "none", "global", "channel", "clamp", "comfy_x0")
+# These set the size of what they are given: a factor on a whole sample, which `rescale` is, is undone.
+_UNDO_RESCALE = ("reference", "global", "channel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,98 @@ class VAEPath:
 
     def __post_init__(self) -> None:
         _check_types(self, "vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What there is to choose in guidance beside its scale. The default is the reference's.
+
+    With c and u for the velocities with the prompt and with the negative prompt, and w for the scale, a step
+    combines them, then rescales, then norms.
+
+    Attributes:
+        norm: what the combined prediction g is multiplied by.
+            "reference": |c| / |g| of each packed token, over its 64 channels. As in the reference the ratio
+                is neither clamped nor given an epsilon: where g is exactly 0 it makes NaN.
+            "none": nothing.
+            "global": one |c| / |g| a sample, over all tokens and channels.
+            "channel": |c| / |g| of each of the 16 latent channels, over all latent pixels of the sample. The
+                four packed channels of a token that are one latent channel share it: packing is no channel.
+            "clamp": the reference's ratio, but at most 1: it shrinks, and never amplifies.
+            "comfy_x0": ComfyUI's CFGNorm at strength 1. On the estimate of the clean latents instead of the
+                velocity, for each latent pixel over its 16 channels: |x0_c| / (|x0_g| + 1e-8), at most 1.
+            All but "reference" leave finite what is exactly 0: it stays 0 (of "comfy_x0", the estimate does).
+        steps: (start, stop) of the guided steps, counted from 0, stop not among them; None: all. Outside of
+            them c is the velocity, and u is not computed. Source: arXiv 2404.07724.
+        rescale: phi in [0, 1]: g becomes phi g std(c) / std(g) + (1 - phi) g, with the standard deviations
+            over a whole sample. The norms "reference", "global" and "channel" would undo it, so it is refused
+            with them. Source: arXiv 2305.08891, section 3.4.
+        eta, momentum, threshold: adaptive projected guidance (APG), on estimates of the clean latents, a
+            whole sample at a time. The difference d = x0_c - x0_u becomes d + momentum * (that of the step
+            before), and where it is longer than `threshold` (None: any length) it is cut to that length; of
+            its part parallel to x0_c the share `eta` is kept; g is x0_c + (w - 1) d. The values 1, 0 and None
+            are plain guidance, u + w (c - u). The paper has eta 0, a negative momentum and norm "none".
+            Source: arXiv 2410.02416, algorithm 1.
+
+    Raises:
+        ValueError: a value without meaning here.
+
+    >>> Guidance(steps=(2, 8)).guides(1), Guidance(steps=(2, 8)).guides(2)
+    (False, True)
+    >>> Guidance(rescale=2.0)
+    Traceback (most recent call last):
+    ValueError: guidance.rescale is 2.0, wanted a number in [0, 1]
+    """
+
+    norm: str = "reference"
+    steps: tuple[int, int] | None = None
+    rescale: float = 0.0
+    eta: float = 1.0
+    momentum: float = 0.0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            close = difflib.get_close_matches(str(self.norm), NORMS, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"guidance.norm is {self.norm!r}, wanted one of {', '.join(NORMS)}{hint}")
+        if self.steps is not None:
+            whole = isinstance(self.steps, (tuple, list)) and [type(x) for x in self.steps] == [int, int]
+            if not whole or not 0 <= self.steps[0] < self.steps[1]:
+                raise ValueError(
+                    f"guidance.steps is {self.steps!r}, wanted (start, stop) with 0 <= start < stop"
+                )
+            object.__setattr__(self, "steps", tuple(self.steps))  # JSON knows lists only
+        if not _is_finite(self.rescale) or not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance.rescale is {self.rescale!r}, wanted a number in [0, 1]")
+        if self.rescale and self.norm in _UNDO_RESCALE:
+            raise ValueError(
+                f"guidance.rescale is {self.rescale}, but norm {self.norm!r} undoes it: wanted norm "
+                f"{' or '.join(repr(norm) for norm in NORMS if norm not in _UNDO_RESCALE)}"
+            )
+        if not _is_finite(self.eta):
+            raise ValueError(f"guidance.eta is {self.eta!r}, wanted a finite number")
+        if not _is_finite(self.momentum) or not -1 < self.momentum < 1:
+            raise ValueError(f"guidance.momentum is {self.momentum!r}, wanted a number within (-1, 1)")
+        if self.threshold is not None and not (_is_finite(self.threshold) and self.threshold > 0):
+            raise ValueError(f"guidance.threshold is {self.threshold!r}, wanted a positive number, or None")
+
+    @property
+    def projects(self) -> bool:
+        """Is it APG?"""
+        return self.eta != 1 or self.momentum != 0 or self.threshold is not None
+
+    @property
+    def on_x0(self) -> bool:
+        """Does it work on estimates of the clean latents?"""
+        return self.projects or self.norm == "comfy_x0"
+
+    def guides(self, step: int) -> bool:
+        return self.steps is None or self.steps[0] <= step < self.steps[1]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)

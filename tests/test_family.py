@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from qwenedit import mini
-from qwenedit.ablation import Guidance, Switches, Time
 from qwenedit.cli import options as cli
-from qwenedit.family import LIGHTNING, PRESETS, find_preset, preset_of
+from qwenedit.family import LIGHTNING, PRESETS, preset_of
+from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.sampling.switched import schedule
-from qwenedit.weights.loading import load_scheduler
+from qwenedit.switches import Guidance, Switches, Time
+from qwenedit.weights.checkpoints import find_preset
 from tests.tiny import checkpoint
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "sampling.json").read_text())
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())
 

@@ -13,7 +13,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.lora import read_lora
 from qwenedit.networks.mmdit import KEY_TABLE
-from qwenedit.weights.loading import ours_to_official
+from qwenedit.weights.keys import ours_to_official
 
 LAYERS = ("blocks.0.attn.img_q", "blocks.1.attn.img_out", "blocks.1.attn.txt_out", "blocks.2.img_mlp.up",
           "blocks.3.txt_mlp.down", "blocks.4.img_mod.linear", "proj_out")  # fmt: skip

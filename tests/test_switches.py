@@ -12,16 +12,15 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
 from qwenedit.encoding.conditioning import Conditioning, Prompt
-from qwenedit.inputs.processor import resize_rgb, vae_pixels
+from qwenedit.inputs.pictures import resize_rgb, vae_pixels
 from qwenedit.inputs.rows import rows_of
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
 from qwenedit.networks.mmdit import picture_positions, rope_table
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import euler, predictor
 from qwenedit.sampling.switched import changed, schedule
-from qwenedit.switches import own_generator
+from qwenedit.switches import Guidance, References, Seen, Switches, Time, VAEPath, own_generator
 from qwenedit.taps import taps
 from tests.tiny import embedded_plus
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.inputs.processor import vae_pixels
+from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.sampling.sampler import Step
 
 __all__ = ["CHANGED", "changed_area", "compare", "curves", "pixels", "psnr", "ssim"]

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Generator
 
-    from qwenedit.ablation import Switches
     from qwenedit.family import Sampling
     from qwenedit.networks.mmdit import MMDiTConfig
-    from qwenedit.pipeline import QwenImageEdit, Result
+    from qwenedit.pipeline import QwenImageEdit
+    from qwenedit.switches import Switches
+    from qwenedit.system import Result
 
 __all__ = ["ablate", "decompose", "edit", "generate", "info", "parity", "plan", "verify"]
 
 
 def edit(options: argparse.Namespace) -> None:
-    from qwenedit.inputs.rows import open_picture
+    from qwenedit.inputs.pictures import open_picture
 
     outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
     pictures = [open_picture(path) for path in options.pictures]
@@ -44,10 +45,11 @@ def generate(options: argparse.Namespace) -> None:
 def decompose(options: argparse.Namespace) -> None:
     """As for `edit`, all that can be wrong shows before weights are read."""
     from qwenedit.family import PRESETS
-    from qwenedit.inputs.rows import open_picture
+    from qwenedit.inputs.pictures import open_picture
     from qwenedit.layered import check_alpha, layer_rows
+    from qwenedit.sampling.scheduler import load_scheduler
     from qwenedit.weights.checkpoints import read_variant
-    from qwenedit.weights.loading import load_scheduler, network_config
+    from qwenedit.weights.configs import network_config
 
     preset = PRESETS["Qwen-Image-Layered"]
     assert preset.layering is not None
@@ -83,8 +85,8 @@ def _finish(result: Result, outputs: list[Path]) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    from qwenedit.family import find_preset
-    from qwenedit.weights.loading import describe
+    from qwenedit.verify import describe
+    from qwenedit.weights.checkpoints import find_preset
 
     print(describe(options.model, revision=options.revision, files=_files(options)))
     if preset := find_preset(options.model, revision=options.revision):
@@ -92,7 +94,7 @@ def info(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    from qwenedit.weights.loading import verify
+    from qwenedit.verify import verify
 
     report = verify(options.model, revision=options.revision, files=_files(options))
     print(report)
@@ -129,8 +131,9 @@ def _files(options: argparse.Namespace) -> dict[str, Path]:
 
 
 def parity(options: argparse.Namespace) -> int:
-    from qwenedit.inputs.rows import open_picture
-    from qwenedit.parity.compare import DTYPES, PROMPT, parity
+    from qwenedit.inputs.pictures import open_picture
+    from qwenedit.parity.compare import PROMPT, parity
+    from qwenedit.parity.report import DTYPES
 
     try:
         result = parity(
@@ -175,9 +178,9 @@ def ablate(options: argparse.Namespace) -> None:
 
 
 def _switches(options: argparse.Namespace) -> Switches:
-    from qwenedit.ablation import Switches
     from qwenedit.family import PRESETS
-    from qwenedit.inputs.rows import open_picture
+    from qwenedit.inputs.pictures import open_picture
+    from qwenedit.switches import Switches
 
     preset = {} if options.preset is None else PRESETS[options.preset].switches.flat()
     flat = {**preset, **options.switch}
@@ -196,9 +199,10 @@ def _load(
     from qwenedit.family import PRESETS, preset_of
     from qwenedit.inputs.rows import rows_of
     from qwenedit.layered import require_flat
+    from qwenedit.sampling.scheduler import load_scheduler
     from qwenedit.sampling.switched import require_fitting, schedule
     from qwenedit.weights.checkpoints import read_areas, read_variant
-    from qwenedit.weights.loading import load_scheduler, network_config
+    from qwenedit.weights.configs import network_config
 
     folder = _folder(options)
     variant = read_variant(folder)
@@ -228,9 +232,8 @@ def _load(
 
 def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
-    from qwenedit import mini
     from qwenedit.assembly import modes_of
-    from qwenedit.inputs.rows import device_of, dtype_of
+    from qwenedit.checks import device_of, dtype_of
     from qwenedit.sampling.fast import require_compiler
     from qwenedit.weights.checkpoints import resolve
 
@@ -238,8 +241,6 @@ def _folder(options: argparse.Namespace) -> Path:
     modes_of(compile=options.compile, **_memory(options))
     if options.compile:
         require_compiler()
-    if options.model is None:
-        return mini.CHECKPOINT
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
 
 
@@ -249,7 +250,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_guidance(run: Sampling) -> None:
-    from qwenedit.inputs.rows import guidance_of
+    from qwenedit.sampling.guidance import guidance_of
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns
@@ -264,7 +265,7 @@ def _generator(options: argparse.Namespace) -> Generator | None:
 
 def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> QwenImageEdit:
     """The pipeline of a folder and of files of their own, with its LoRAs, which are checked first."""
-    from qwenedit.assembly import load
+    from qwenedit.pipeline import load
 
     loras = _loras(options, config)
     pipe = load(

@@ -287,7 +287,3 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**64 - 1")
     return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -67,7 +67,7 @@ def save_pictures(images: Iterable[Image.Image], outputs: list[Path]) -> None:
     Raises:
         ValueError: one of them could not be written.
     """
-    from qwenedit.encoding.conditioning import replacing_file
+    from qwenedit.files import replacing_file
 
     try:
         with ExitStack() as files:

@@ -29,11 +29,12 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from qwenedit.checks import check_count
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_rows
 from qwenedit.encoding.switched import reference_rows, seen_rows
 from qwenedit.inputs.processor import Processor
-from qwenedit.inputs.rows import Row, check_count
+from qwenedit.inputs.rows import Row
 from qwenedit.memory.residency import home
 from qwenedit.memory.streaming import Absent, Streamed
 from qwenedit.networks.vae import VAE

@@ -9,9 +9,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,34 +18,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenedit.networks.mmdit import Grid
+from qwenedit.files import replacing_file
+from qwenedit.latents import Grid
 
-__all__ = ["Conditioning", "Prompt", "RowGroup", "replacing_file"]
+__all__ = ["Conditioning", "Prompt", "RowGroup"]
 
 _FORMAT = "qwenedit conditioning 1"
-
-
-@contextmanager
-def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qwenedit-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the result is an ordinary one
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

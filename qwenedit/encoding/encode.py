@@ -11,21 +11,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qwenedit.checks import require_finite
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.prefix import encode_together
 from qwenedit.encoding.switched import reference_rows, seen_rows
+from qwenedit.family import TEXT_TO_IMAGE, Variant
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.processor import TEXT_TO_IMAGE, Processor, ProcessorOutput, resize_rgb, vae_pixels
+from qwenedit.inputs.pictures import resize_rgb, vae_pixels
+from qwenedit.inputs.processor import Processor, ProcessorOutput
 from qwenedit.inputs.rows import Row
 from qwenedit.latents import normalise, pack
 from qwenedit.memory.residency import present
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
-from qwenedit.sampling.sampler import require_finite
 from qwenedit.switches import Switches, VAEPath, own_generator
 from qwenedit.taps import is_tapped, scope
 from qwenedit.version import __version__
-from qwenedit.weights.checkpoints import Variant
 
 __all__ = ["PromptEncoder", "encode_pictures", "encode_rows"]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from qwenedit.inputs.rows import Row, open_picture
+from qwenedit.inputs.pictures import open_picture
+from qwenedit.inputs.rows import Row
 from qwenedit.switches import AnyPicture, References, Seen
 
 __all__ = ["reference_rows", "seen_rows"]

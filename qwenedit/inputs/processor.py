@@ -18,100 +18,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
 from qwenedit.files import read_json
-from qwenedit.inputs.geometry import Grid, smart_resize
+from qwenedit.inputs.geometry import smart_resize
+from qwenedit.inputs.pictures import rgb_bytes
 from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer
+from qwenedit.latents import Grid
 
 __all__ = [
-    "EDIT",
-    "EDIT_PLUS",
-    "QWEN2_5_VL",
-    "TEXT_TO_IMAGE",
-    "ImageProcessorConfig",
-    "Processor",
-    "ProcessorOutput",
-    "Template",
-    "check_prompt",
-    "denormalise_pixels",
-    "load_tokenizer",
-    "picture_patches",
-    "resize_rgb",
-    "to_pil",
-    "vae_pixels",
-]
+    "QWEN2_5_VL", "ImageProcessorConfig", "Processor", "ProcessorOutput", "check_prompt", "picture_patches",
+]  # fmt: skip
 
-_PAD, _IMAGE, _VIDEO = "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"
-_NEEDED = (_PAD, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", _IMAGE, _VIDEO)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """What is written around a prompt. The embeddings of its prefix are dropped after the text encoder.
-
-    Attributes:
-        system: the system prompt.
-        picture: what stands for a picture, before the prompt; {} is its number from 1.
-        pictures: the least and the most pictures that a prompt may have; None for any number.
-        drop_index: tokens of the prefix, by the official tokenizer.
-        max_tokens: a prompt is cut to this many tokens, counting what follows it; None for never.
-    """
-
-    system: str
-    picture: str
-    pictures: tuple[int, int | None]
-    drop_index: int
-    max_tokens: int | None = None
-
-    @property
-    def prefix(self) -> str:
-        return f"<|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n"
-
-    def render(self, prompt: str, pads: Sequence[int]) -> str:
-        """The whole text for a prompt; the k-th picture takes up `pads[k]` tokens of the language model.
-
-        Raises:
-            ValueError: fewer or more pictures than the template takes.
-        """
-        least, most = self.pictures
-        if len(pads) < least or (most is not None and len(pads) > most):
-            wanted = (
-                f"at least {least}" if most is None else f"{least}" if least == most else f"{least}-{most}"
-            )
-            raise ValueError(f"the prompt has {len(pads)} pictures, wanted {wanted} for this template")
-        pictures = "".join(
-            self.picture.replace("{}", str(number)).replace(_IMAGE, _IMAGE * count)
-            for number, count in enumerate(pads, start=1)
-        )
-        return f"{self.prefix}{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
-
-
-_EDIT_SYSTEM = (
-    "Describe the key features of the input image (color, shape, size, texture, objects, background), then "
-    "explain how the user's text instruction should alter or modify the image. Generate a new image that "
-    "meets the user's requirements while maintaining consistency with the original input where appropriate."
-)
-TEXT_TO_IMAGE = Template(
-    system="Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:",
-    picture="",
-    pictures=(0, 0),
-    drop_index=34,
-    max_tokens=1024,
-)
-EDIT = Template(
-    system=_EDIT_SYSTEM, picture=f"<|vision_start|>{_IMAGE}<|vision_end|>", pictures=(1, 1), drop_index=64
-)
-EDIT_PLUS = Template(
-    system=_EDIT_SYSTEM,
-    picture=f"Picture {{}}: <|vision_start|>{_IMAGE}<|vision_end|>",
-    pictures=(0, None),
-    drop_index=64,
-)
+_PAD, _VIDEO = "<|endoftext|>", "<|video_pad|>"
+_NEEDED = (_PAD, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, _VIDEO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +161,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.config = config
         self.pad_token_id: int = tokenizer.token_to_id(_PAD)
-        self.image_token_id: int = tokenizer.token_to_id(_IMAGE)
+        self.image_token_id: int = tokenizer.token_to_id(IMAGE_PAD)
         self.video_token_id: int = tokenizer.token_to_id(_VIDEO)
         for template in (TEXT_TO_IMAGE, EDIT, EDIT_PLUS):
             self.drop_index(template)
@@ -333,8 +257,8 @@ def check_prompt(prompt: object, *, illustrated: bool) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"a prompt is not valid Unicode: {error}") from error
-    if illustrated and (_IMAGE in prompt or _VIDEO in prompt):
-        raise ValueError(f"a prompt contains {_IMAGE} or {_VIDEO}, wanted neither beside pictures")
+    if illustrated and (IMAGE_PAD in prompt or _VIDEO in prompt):
+        raise ValueError(f"a prompt contains {IMAGE_PAD} or {_VIDEO}, wanted neither beside pictures")
 
 
 def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple[Tensor, Grid]:
@@ -350,7 +274,7 @@ def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple
     rgb = picture.convert("RGB")
     patch, merge = config.patch_size, config.merge_size
     height, width = smart_resize(rgb.height, rgb.width, patch * merge, config.min_pixels, config.max_pixels)
-    pixels = _pixels(rgb.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = rgb_bytes(rgb.resize((width, height), Image.Resampling.BICUBIC))
     x = (pixels.double() * config.rescale_factor).float()
     x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
     patches = repeat(
@@ -359,54 +283,6 @@ def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple
         i=merge, j=merge, p=patch, q=patch, frames=config.temporal_patch_size,
     )  # fmt: skip
     return patches, (1, height // patch, width // patch)
-
-
-def resize_rgb(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture in RGB at another size, by Lanczos on 8 bits.
-
-    Source: `VaeImageProcessor.resize`, which keeps RGBA and palettes.
-    """
-    return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-
-
-def vae_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """A picture of any size and mode as the VAE encodes it: (1, 3, height, width) float32 in [-1, 1].
-
-    Source: `VaeImageProcessor.preprocess`.
-    """
-    x = _pixels(resize_rgb(picture, width, height)).float() / 255.0
-    return rearrange(2.0 * x - 1.0, "y x c -> 1 c y x").contiguous()
-
-
-def denormalise_pixels(decoded: Tensor) -> Tensor:
-    """What the VAE decodes, about [-1, 1], as pixels in [0, 1]. Source: `VaeImageProcessor.denormalize`."""
-    return (decoded * 0.5 + 0.5).clamp(0, 1)
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [0, 1] as PIL pictures, rounded halves to even.
-
-    Raises:
-        ValueError: another shape, or values outside of [0, 1] (NaN is one).
-    Source: `VaeImageProcessor.pt_to_numpy` and `numpy_to_pil`.
-    """
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, wanted (B, 3, H, W)")
-    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        raise ValueError("pixels have values outside of [0, 1], or NaN")
-    height, width = pixels.shape[2:]
-    rows = (rearrange(pixels.detach().cpu().float(), "b c y x -> b (y x c)") * 255).round().to(torch.uint8)
-    pictures = []
-    for row in rows:
-        buffer = bytearray(row.numel())  # a tensor gives up its bytes fast only into a buffer it shares
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(row)
-        pictures.append(Image.frombytes("RGB", (width, height), bytes(buffer)))
-    return pictures
-
-
-def _pixels(rgb: Image.Image) -> Tensor:
-    """(height, width, 3) uint8."""
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
 
 
 def _checked(

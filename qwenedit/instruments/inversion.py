@@ -29,11 +29,11 @@ from torch import Tensor
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.inputs import geometry
-from qwenedit.inputs.rows import Row, guidance_of
+from qwenedit.inputs.rows import Row
+from qwenedit.latents import Grid
 from qwenedit.memory.residency import while_present
-from qwenedit.networks.mmdit import Grid
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.sampler import Predict, Step, predict_at, require_interval
 from qwenedit.sampling.switched import require_encoded, switched_predictor
 from qwenedit.switches import Switches

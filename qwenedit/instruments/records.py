@@ -1,4 +1,4 @@
-"""Instruments on top of the taps: record and replay tensors, share them in the batch.
+"""Tensors that taps have shown, kept by where and when.
 
     recorder = Recorder(steps=[0, 5], branch="cond")
     with taps(pipe.mmdit, {"blocks.*.img_out": recorder}):
@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenedit.encoding.conditioning import replacing_file
-from qwenedit.taps import Site, TapFunction, current_labels
+from qwenedit.files import replacing_file
+from qwenedit.taps import Site, current_labels
 
-__all__ = ["Key", "Recorder", "Records", "Wanted", "patch_from", "share_from", "zero"]
+__all__ = ["Key", "Recorder", "Records", "Wanted"]
 
 _FORMAT = "qwenedit record 1"
 
@@ -120,12 +120,12 @@ class Records(Mapping[Key, Tensor]):
         self._named.setdefault(key.name, []).append(key)
 
     def _next(self, name: str) -> Key:
-        key = _key(name)
+        key = key_of(name)
         self._calls[key] += 1
         return key._replace(call=self._calls[key] - 1)
 
 
-def _key(name: str) -> Key:
+def key_of(name: str) -> Key:
     labels = current_labels()
     rows, heads = labels.get("rows"), labels.get("heads")
     return Key(
@@ -248,60 +248,3 @@ def _new_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"cannot record to {folder}: no permission to write there")
     return folder
-
-
-def zero(x: Tensor, site: Site) -> Tensor:  # noqa: ARG001
-    """A tap function that puts zeros in the tensor's place."""
-    return torch.zeros_like(x)
-
-
-def patch_from(records: Records) -> TapFunction:
-    """A tap function that puts there what was recorded at the same tap, step, branch and rows.
-
-    Raises:
-        KeyError: while running, there is no such record, or several (two edits in one recording).
-
-    >>> from qwenedit.networks.mmdit import MLP
-    >>> from qwenedit.taps import taps
-    >>> mlp, recorder = MLP(4), Recorder()
-    >>> with taps(mlp, {"mlp_hidden": recorder}):
-    ...     ones = mlp(torch.ones(1, 5, 4))
-    >>> with taps(mlp, {"mlp_hidden": patch_from(recorder)}):
-    ...     torch.equal(mlp(torch.zeros(1, 5, 4)), ones)
-    True
-    """
-
-    def patch(x: Tensor, site: Site) -> Tensor:
-        return records[_key(site.full)[:-1]].to(x.device, copy=True)
-
-    return patch
-
-
-def share_from(row: int = 0) -> TapFunction:
-    """A tap function that gives every row of the batch what `row` has, as Stable Flow (arXiv 2411.14430) does
-    with keys and values.
-
-    Raises:
-        ValueError: while running, the row is not among those that run together, or the tensor's first axis is
-            not the batch (`temb` with zero_cond_t).
-
-    >>> from qwenedit.networks.mmdit import MLP
-    >>> from qwenedit.taps import taps
-    >>> mlp = MLP(4)
-    >>> with taps(mlp, {"mlp_hidden": share_from(row=1)}):
-    ...     y = mlp(torch.randn(3, 5, 4))
-    >>> torch.allclose(y[0], y[1]) and torch.allclose(y[2], y[1])
-    True
-    """
-
-    def share(x: Tensor, site: Site) -> Tensor:
-        rows = list(site.labels.get("rows", range(x.shape[0])))
-        if row not in rows:
-            raise ValueError(f"tap {site.full}: row {row} does not run here, wanted one of {rows}")
-        if x.shape[0] != len(rows):
-            raise ValueError(
-                f"tap {site.full} has {x.shape[0]} rows, wanted {len(rows)}, one for each of {rows}"
-            )
-        return x[rows.index(row), None].expand_as(x).contiguous()
-
-    return share

@@ -16,17 +16,16 @@ from pathlib import Path
 
 import torch
 
-from qwenedit import mini
+from qwenedit.checks import check_count, device_of, dtype_of
+from qwenedit.family import Variant
 from qwenedit.files import FLOATS, read_json
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
-from qwenedit.inputs.rows import check_count, device_of, dtype_of
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig
 from qwenedit.weights.checkpoints import (
     COMPONENTS,
-    Variant,
     download_plan,
     find_local,
     is_local,
@@ -34,9 +33,10 @@ from qwenedit.weights.checkpoints import (
     read_variant,
     remote_headers,
 )
+from qwenedit.weights.configs import network_config
 from qwenedit.weights.formats import Stored, read_weights
 from qwenedit.weights.hub import HubError
-from qwenedit.weights.loading import NETWORKS, network_config
+from qwenedit.weights.keys import NETWORKS
 
 __all__ = [
     "RESIDENCIES", "STAGES", "Mode", "Plan", "activations", "choose", "device_free", "host_free",
@@ -205,7 +205,7 @@ def plan(
     run_dtype = dtype_of(dtype, place)
     files = files or {}
     without = {*files} if text_encoder else {*files, "text_encoder"}
-    if source is not None and not is_local(source, revision, without=without):
+    if not is_local(source, revision, without=without):
         download = download_plan(str(source), revision, without=without)
         try:
             with remote_headers(str(source), revision, without=without) as headers:
@@ -220,7 +220,7 @@ def plan(
             download += f"\n  its headers are not to be had: {error}"
             return Plan(str(source), download=download)
         return replace(made, source=str(source), download=download)
-    folder = mini.CHECKPOINT if source is None else find_local(source, revision)
+    folder = find_local(source, revision)
     variant = read_variant(folder)
     least, most = int(variant.layered), variant.max_pictures
     pictures = min(1, most) if pictures is None else pictures

@@ -14,7 +14,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.encoding.conditioning import replacing_file
+from qwenedit.files import replacing_file
 from qwenedit.mini.sheet import sheet
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.inputs.processor import vae_pixels
+from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.mini.scenes import (
     COLOURS,
     KINDS,

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from qwenedit.inputs.processor import EDIT, ImageProcessorConfig, Processor
+from qwenedit.family import EDIT
+from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.latents import normalise, pack
 from qwenedit.mini.scenes import (
     ACTIONS,

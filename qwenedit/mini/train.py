@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenedit.encoding.conditioning import replacing_file
-from qwenedit.inputs.processor import ImageProcessorConfig, Processor, load_tokenizer
-from qwenedit.inputs.rows import device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of
+from qwenedit.files import replacing_file
+from qwenedit.inputs.processor import ImageProcessorConfig, Processor
+from qwenedit.inputs.tokenizer import load_tokenizer
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
 from qwenedit.mini.train_edit import networks, train_edit
 from qwenedit.mini.train_tower import train_tower

@@ -24,11 +24,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwenedit import mini
-from qwenedit.encoding.conditioning import replacing_file
+from qwenedit.checks import device_of
+from qwenedit.files import replacing_file
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import check_prompt
-from qwenedit.inputs.rows import device_of
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vae_pictures import for_pictures
 from qwenedit.parity.reference import (
@@ -44,7 +43,9 @@ from qwenedit.parity.stages import Stage, stages
 from qwenedit.parity.taps import first_difference
 from qwenedit.version import __version__
 from qwenedit.weights import loading
-from qwenedit.weights.checkpoints import COMPONENTS, find_local, read_areas, read_variant
+from qwenedit.weights.checkpoints import COMPONENTS, find_local, fingerprint, read_areas, read_variant
+from qwenedit.weights.keys import NETWORKS
+from qwenedit.weights.report import compare
 
 __all__ = ["Parity", "Row", "parity"]
 
@@ -82,7 +83,7 @@ def parity(
     dtypes = [dtype for dtype in DTYPES if dtype in _checked(dtypes)]
     where = device_of(device)
     _check_output(output)
-    folder = mini.CHECKPOINT if source is None else find_local(source, revision)
+    folder = find_local(source, revision)
     variant = read_variant(folder)
     if picture is not None and variant.max_pictures == 0:
         raise ValueError(f"{variant.name} makes pictures from text only: there is none to give")
@@ -141,13 +142,11 @@ def _drawn() -> Image.Image:
 
 def _fingerprint(folder: Path, about: dict[str, Any], picture: Image.Image) -> str:
     """A hash of everything that a row depends on: checkpoint, input, versions, and our code."""
-    from qwenedit.ablation.sweep import fingerprint
-
     digest = hashlib.sha256(json.dumps({"files": fingerprint(folder), **about}).encode())
     digest.update(picture.tobytes())
     for path in sorted(folder.rglob("*.safetensors")):  # of a large file only pieces are read
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_mtime_ns}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -185,7 +184,7 @@ class _Networks:
 
     @classmethod
     def of(cls, folder: Path, component: str, device: torch.device) -> _Networks:
-        ours, found, report = loading._compare(folder, component)
+        ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
         if isinstance(ours, VAE):
@@ -215,7 +214,7 @@ class _Networks:
                 if not torch.isfinite(smallest + largest):  # without a map of a large tensor
                     raise NotFiniteError(f"{stored.key} in {stored.path.name} has NaN or infinity")
             for stored in part.values():
-                official = loading.NETWORKS[self.component].hub_key(stored.name)
+                official = NETWORKS[self.component].hub_key(stored.name)
                 name = reference_path(self.component, official)
                 with safe_open(stored.path, framework="pt") as file:
                     value = stored.read(file)

@@ -17,17 +17,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwenedit.family import Variant
 from qwenedit.files import read_json
 from qwenedit.inputs.geometry import Areas, fit_area, plan
-from qwenedit.inputs.processor import Processor, resize_rgb, vae_pixels
+from qwenedit.inputs.pictures import resize_rgb, rgba_pixels, vae_pixels
+from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.tokenizer import has_tokenizer
 from qwenedit.latents import initial_noise
-from qwenedit.layered import rgba_pixels
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig, mrope_positions
 from qwenedit.networks.vision_tower import window_order
-from qwenedit.weights.checkpoints import Variant
-from qwenedit.weights.loading import load_scheduler, network_config
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.weights.configs import network_config
 
 __all__ = [
     "VERSIONS", "Case", "Streams", "official_pack", "prepare", "reference_network", "reference_path",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwenedit.encoding.conditioning import replacing_file
+from qwenedit.files import replacing_file
 from qwenedit.parity.reference import Streams
 
 __all__ = ["DTYPES", "END_TO_END", "FLOAT32", "Files", "Parity", "Row", "compared"]

@@ -21,7 +21,7 @@ from qwenedit.latents import normalise, pack
 from qwenedit.networks.vision_language import VisionLanguageConfig
 from qwenedit.networks.vision_tower import VisionConfig, window_order
 from qwenedit.parity.reference import Case, Streams, official_pack
-from qwenedit.weights.loading import network_config
+from qwenedit.weights.configs import network_config
 
 __all__ = ["Stage", "stages"]
 

@@ -13,7 +13,7 @@ from qwenedit.networks import mmdit, vae, vae_layers, vision_language, vision_to
 from qwenedit.parity.reference import Streams, reference_path
 from qwenedit.parity.stages import Stage
 from qwenedit.taps import Site, named_modules, taps
-from qwenedit.weights.loading import NETWORKS, ours_to_official
+from qwenedit.weights.keys import NETWORKS, ours_to_official
 
 __all__ = ["first_difference"]
 

@@ -33,14 +33,14 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from qwenedit.encoding.conditioning import Prompt
-from qwenedit.lora import LowRank, LowRankLinear
+from qwenedit.latents import Grid
 from qwenedit.memory.residency import home
 from qwenedit.memory.streaming import Streamed
+from qwenedit.networks.low_rank import LowRank, LowRankLinear
 from qwenedit.networks.mmdit import (
     MLP,
     AdaLayerNormOut,
     Block,
-    Grid,
     JointAttention,
     MMDiT,
     Modulation,

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from qwenedit.checks import require_finite
 from qwenedit.encoding.conditioning import Conditioning, Prompt, RowGroup
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT
@@ -21,20 +22,10 @@ from qwenedit.sampling.fast import FastRun, FastStep, timestep_of, uncompiled_if
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.taps import current_labels, scope
 
-__all__ = ["NonFiniteError", "Predict", "Step", "euler", "predictor", "require_finite"]
+__all__ = ["Predict", "Step", "euler", "predictor"]
 
 # latents, sigma -> cond, uncond; with guided=False, as steps out of the guided interval ask, cond, None
 Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
-
-
-class NonFiniteError(ArithmeticError):
-    """A tensor of the run holds NaN or infinity; the message names the component and the step."""
-
-
-def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
-    """Raise NonFiniteError where `x` holds NaN or infinity, saying what it is and where to look."""
-    if not torch.isfinite(x).all():
-        raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
 
 class Step:

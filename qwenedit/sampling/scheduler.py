@@ -9,12 +9,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["FlowMatchScheduler", "given_sigmas"]
+from qwenedit.files import read_json
+from qwenedit.weights.configs import config_from
+
+__all__ = ["FlowMatchScheduler", "given_sigmas", "load_scheduler"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +155,13 @@ def _stretched(t: Tensor, terminal: float) -> Tensor:
     if clean[-1] == 0:
         return t
     return 1 - clean / (clean[-1] / (1 - terminal))
+
+
+def load_scheduler(folder: Path) -> FlowMatchScheduler:
+    """The noise schedule of a checkpoint folder.
+
+    Raises:
+        ValueError: see `config_from`.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    return config_from(FlowMatchScheduler, read_json(path), str(path))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.latents import Layout
-from qwenedit.networks.mmdit import Grid, MMDiT
+from qwenedit.latents import Grid, Layout
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.taps import scope
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
 from qwenedit.files import component_headers, read_json
 from qwenedit.inputs.geometry import Areas
-from qwenedit.inputs.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
 from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
 
 __all__ = [
-    "COMPONENTS", "Variant", "download_plan", "find_local", "is_local", "read_areas", "read_variant",
-    "remote_headers", "resolve",
+    "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "is_local",
+    "read_areas", "read_variant", "remote_headers", "resolve",
 ]  # fmt: skip
 
+EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the model in this package
 # The three networks: folder -> the class that its config must name.
 COMPONENTS = {
     "text_encoder": "Qwen2_5_VLForConditionalGeneration",
@@ -32,25 +33,7 @@ _CLASSES = {
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A member of the family: what its pipeline does with pictures."""
-
-    name: str
-    max_pictures: int  # 0 where it makes pictures from text only
-    template: Template
-    layered: bool = False  # it takes a picture apart, into RGBA layers
-
-
-VARIANTS = {
-    "QwenImagePipeline": Variant(name="Qwen-Image", max_pictures=0, template=TEXT_TO_IMAGE),
-    "QwenImageEditPipeline": Variant(name="Qwen-Image-Edit", max_pictures=1, template=EDIT),
-    "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=3, template=EDIT_PLUS),
-    "QwenImageLayeredPipeline": Variant(
-        name="Qwen-Image-Layered", max_pictures=1, template=TEXT_TO_IMAGE, layered=True
-    ),
-}
+_PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
 _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
@@ -61,13 +44,14 @@ _REFUSED = {
 
 
 def resolve(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
     revision: str | None = None,
     *,
     progress: bool = True,
     without: Collection[str] = (),
 ) -> Path:
-    """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache.
+    """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache; None is
+    the embedded model's folder.
 
     Only the files that a run reads are downloaded, and of the components in `without`, whose weights are not
     needed, the config alone. Where the hub does not answer, a complete cached snapshot is used.
@@ -101,8 +85,9 @@ def _needed(without: Collection[str] = ()) -> list[str]:
     return ["model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*", *configs, *weights]
 
 
-def find_local(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The checkpoint's folder on this machine, without asking the hub; of a hub id, the cached snapshot.
+def find_local(source: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
+    """The checkpoint's folder on this machine, without asking the hub; of a hub id, the cached snapshot; of
+    None, the embedded model's.
 
     Raises:
         ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
@@ -119,7 +104,7 @@ def find_local(source: str | os.PathLike[str], revision: str | None = None) -> P
 
 
 def is_local(
-    source: str | os.PathLike[str], revision: str | None = None, without: Collection[str] = ()
+    source: str | os.PathLike[str] | None, revision: str | None = None, without: Collection[str] = ()
 ) -> bool:
     """Is the checkpoint a folder, or a hub id whose files are all in the cache?
 
@@ -197,8 +182,10 @@ def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
     return ["model_index.json", "processor/preprocessor_config.json", *configs, *weights, *indexes]
 
 
-def _path(source: str | os.PathLike[str]) -> Path | None:
-    """Of a local source; None for what can only be a hub id."""
+def _path(source: str | os.PathLike[str] | None) -> Path | None:
+    """Of a local source, None the embedded model; None for what can only be a hub id."""
+    if source is None:
+        return EMBEDDED
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"source is {type(source).__name__}, wanted a hub id or a folder")
     parts = str(source).split("/")
@@ -280,3 +267,34 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
     default = Areas()
     vl = own.get("vl_area", default.vl) if variant.max_pictures > 1 else None
     return Areas(vae=own.get("vae_area", default.vae), vl=vl)
+
+
+def find_preset(
+    source: str | os.PathLike[str] | None = None, *, revision: str | None = None
+) -> Preset | None:
+    """The preset of a checkpoint on this machine, or of a hub id that is one of the family's; else None.
+
+    Raises:
+        ValueError: as `preset_of`; no such folder.
+    """
+    if is_local(source, revision):
+        return preset_of(find_local(source, revision))
+    return PRESETS.get(str(source).removeprefix("Qwen/"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint folder: names and sizes of its files, and 1024 pieces, evenly spread, of each.
+
+    The embedded model's files are read whole by that, and 60 GB of weights in seconds.
+    """
+    digest = hashlib.sha256()
+    parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))
+    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir()) if path.is_file()]
+    for path in (folder / "model_index.json", *files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // _PIECES, _PIECE)):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:20]

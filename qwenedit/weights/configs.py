@@ -6,12 +6,16 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from qwenedit.files import read_json
+from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import TextConfig, VisionLanguageConfig
 from qwenedit.networks.vision_tower import VisionConfig
 
-__all__ = ["config_from", "vision_language_config"]
+__all__ = ["config_from", "network_config", "vision_language_config"]
 
 Config = TypeVar("Config")
 
@@ -115,3 +119,16 @@ def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
             )
         text["mrope_section"] = rope["mrope_section"]
     return text
+
+
+def network_config(folder: Path, component: str) -> Any:
+    """The config of one of the three networks, from its folder's config.json.
+
+    Raises:
+        ValueError: see `config_from`.
+    """
+    path = folder / component / "config.json"
+    raw = read_json(path)
+    if component == "text_encoder":
+        return vision_language_config(raw, str(path))
+    return config_from(MMDiTConfig if component == "transformer" else VAEConfig, raw, str(path))

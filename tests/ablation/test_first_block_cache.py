@@ -9,8 +9,8 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import Guidance, References, Switches
 from qwenedit.ablation.first_block_cache import first_block_cache
+from qwenedit.switches import Guidance, References, Switches
 from qwenedit.taps import BranchState, cache_context, current_labels, scope, tap_names, taps
 from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas
 

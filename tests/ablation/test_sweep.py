@@ -19,13 +19,14 @@ from qwenedit import mini
 from qwenedit.ablation import sweep as module
 from qwenedit.ablation.metrics import compare
 from qwenedit.ablation.spec import read_spec
-from qwenedit.ablation.sweep import ablate, fingerprint
+from qwenedit.ablation.sweep import ablate
 from qwenedit.cli import options as cli
-from qwenedit.inputs.processor import to_pil
+from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.switches import Switches
 from qwenedit.taps import taps
+from qwenedit.weights.checkpoints import fingerprint
 from tests.tiny import checkpoint, embedded_plus
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +231,7 @@ def test_the_key_is_of_everything_that_makes_a_difference(tmp_path, monkeypatch)
         key({"width": 32}), key({"true_cfg_scale": 2}), key({"negative_prompt": "red"}), key({}, model="n"),
         key({"pictures": [str(turned)]}), key({}, device="meta"), key({}, dtype=torch.float64),
     ]  # fmt: skip
-    monkeypatch.setattr(qwenedit, "__version__", "0.0.0")
+    monkeypatch.setattr(module, "__version__", "0.0.0")
     keys.append(key({}))
     assert len(set(keys)) == len(keys) and key({}) == keys[-1]
 

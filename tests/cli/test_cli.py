@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from qwenedit import assembly, mini
+from qwenedit import mini, pipeline
 from qwenedit.cli import options as cli
-from qwenedit.inputs.rows import open_picture
+from qwenedit.inputs.pictures import open_picture
 from qwenedit.sampling import fast
 
 QUICK = ["--steps", "1", "--quiet", "--device", "cpu"]
@@ -157,7 +157,7 @@ def test_bad_options(picture, capsys):
 @pytest.fixture
 def no_loading(monkeypatch):
     """What is refused here is refused before any weight is read."""
-    for name in ("qwenedit.assembly.load", "qwenedit.weights.loading.load_network"):
+    for name in ("qwenedit.pipeline.load", "qwenedit.weights.loading.load_network"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
 
 
@@ -288,14 +288,14 @@ def test_debug_shows_the_traceback():
 @pytest.mark.parametrize("words", [["edit", "in.png", "make the circle red"], ["generate", "a red circle"]])
 def test_compile_reaches_load(picture, monkeypatch, words):
     shutil.copy(picture, "in.png")
-    given, load = [], assembly.load
+    given, load = [], pipeline.load
 
     def uncompiled(*arguments, compile, **options):
         given.append(compile)
         return load(*arguments, **options)
 
     monkeypatch.setattr(fast, "require_compiler", lambda: None)
-    monkeypatch.setattr(assembly, "load", uncompiled)
+    monkeypatch.setattr(pipeline, "load", uncompiled)
     assert run(*words, "-o", "out.png", *QUICK) == run(*words, "-o", "out.png", "--compile", *QUICK) == 0
     assert given == [False, True]
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import References, Seen, Switches, VAEPath
 from qwenedit.encoding.cache import ConditioningCache
 from qwenedit.memory.residency import present
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.switches import References, Seen, Switches, VAEPath
 from qwenedit.taps import swapped, taps
 from tests.tiny import embedded_plus
 

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from qwenedit.encoding.conditioning import Conditioning, Prompt, replacing_file
+from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.files import replacing_file
 from tests.sampling.test_sampler import conditioning
 
 

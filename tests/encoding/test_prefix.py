@@ -6,9 +6,9 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import Seen, Switches
 from qwenedit.encoding.prefix import common_prefix
-from qwenedit.inputs.processor import EDIT, TEXT_TO_IMAGE
+from qwenedit.family import EDIT, TEXT_TO_IMAGE
+from qwenedit.switches import Seen, Switches
 from qwenedit.taps import taps
 from tests.tiny import checkpoint
 

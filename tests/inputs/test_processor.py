@@ -7,20 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenedit.inputs.processor import (
-    EDIT,
-    EDIT_PLUS,
-    QWEN2_5_VL,
-    TEXT_TO_IMAGE,
-    ImageProcessorConfig,
-    Processor,
-    Template,
-    denormalise_pixels,
-    load_tokenizer,
-    picture_patches,
-    to_pil,
-    vae_pixels,
-)
+from qwenedit.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE, Template
+from qwenedit.inputs.pictures import denormalise_pixels, to_pil, vae_pixels
+from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig, Processor, picture_patches
+from qwenedit.inputs.tokenizer import load_tokenizer
 from tests import tiny_tokenizer
 
 OFFICIAL = {

@@ -15,8 +15,9 @@ from qwenedit import mini
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.instruments.determinism import deterministic
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
-from qwenedit.sampling.guidance import Guidance, TrueCFG
+from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import euler, predictor
+from qwenedit.switches import Guidance
 from qwenedit.taps import taps
 from tests.support import FP32, assert_close, randomise_
 

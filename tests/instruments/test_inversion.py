@@ -8,10 +8,10 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import Guidance, References, Seen, Switches, Time
 from qwenedit.instruments.inversion import inverse_euler, invert, picture_latents
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import euler
+from qwenedit.switches import Guidance, References, Seen, Switches, Time
 from qwenedit.taps import current_labels, taps
 from tests.support import assert_close
 

@@ -10,7 +10,8 @@ import safetensors
 import torch
 
 import qwenedit
-from qwenedit.instruments.records import Key, Recorder, Records, patch_from, share_from, zero
+from qwenedit.instruments.patching import patch_from, share_from, zero
+from qwenedit.instruments.records import Key, Recorder, Records
 from qwenedit.taps import scope, taps
 from tests.properties import test_mmdit as mmdit
 from tests.tiny import checkpoint, picture

@@ -9,8 +9,8 @@ import torch
 import qwenedit
 import qwenedit.memory.plan as planning
 from qwenedit import mini
+from qwenedit.checks import device_of
 from qwenedit.cli import options as cli
-from qwenedit.inputs.rows import device_of
 from qwenedit.memory.plan import RESIDENCIES, STAGES, Mode, choose, parse_bytes, plan, weights_of
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.sampling.fast import FastRun, timestep_of

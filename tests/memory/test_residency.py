@@ -20,17 +20,18 @@ from torch import nn
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation import Switches
 from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.cli import options as cli
 from qwenedit.instruments.inversion import invert, picture_latents
+from qwenedit.instruments.trace import trace_ops
 from qwenedit.memory import reading
 from qwenedit.memory.residency import Modes, home, present
 from qwenedit.memory.streaming import Absent, Source, Streamed
 from qwenedit.sampling import fast
 from qwenedit.sampling.fast import FastStep
 from qwenedit.sampling.sampler import predictor
-from qwenedit.taps import swapped, tap_names, taps, trace_ops
+from qwenedit.switches import Switches
+from qwenedit.taps import swapped, tap_names, taps
 from tests.test_lora import official
 from tests.tiny import checkpoint, embedded_plus, picture
 from tests.weights.test_formats import as_published, needs_gguf, scaled, tensors_of, wide, write_gguf

@@ -125,7 +125,7 @@ def test_an_edit_changes_what_it_says_and_nothing_else(action):
 
 def test_instructions_are_words_of_the_tokenizer():
     """Every word is one token: an instruction has as many tokens as words and full stops."""
-    from qwenedit.inputs.processor import load_tokenizer
+    from qwenedit.inputs.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(mini.CHECKPOINT / "tokenizer")
     rng = Random("words")

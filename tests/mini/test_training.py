@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import qwenedit
-from qwenedit.inputs.processor import EDIT, picture_patches
+from qwenedit.family import EDIT
+from qwenedit.inputs.processor import picture_patches
 from qwenedit.mini import train, train_tower
 from qwenedit.mini.build import TRANSFORMER, write_network, write_shared
 from qwenedit.mini.pairs import BLOCK, Pool, World, patches

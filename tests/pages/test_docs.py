@@ -23,14 +23,16 @@ MODULES = sorted(
 )
 # What researchers import from, beside the package itself.
 PUBLIC = (
-    "qwenedit", "qwenedit.ablation", "qwenedit.assembly", "qwenedit.encoding.cache",
-    "qwenedit.encoding.conditioning", "qwenedit.family", "qwenedit.inputs.geometry",
-    "qwenedit.inputs.processor", "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
-    "qwenedit.instruments.inversion", "qwenedit.instruments.records", "qwenedit.latents", "qwenedit.layered",
-    "qwenedit.lora", "qwenedit.memory.plan", "qwenedit.memory.residency", "qwenedit.mini.oracle",
-    "qwenedit.networks.mmdit", "qwenedit.networks.vae", "qwenedit.networks.vision_language",
-    "qwenedit.parity.compare", "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.sampler",
-    "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.taps", "qwenedit.training.loss",
+    "qwenedit", "qwenedit.encoding.cache", "qwenedit.encoding.conditioning", "qwenedit.family",
+    "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
+    "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
+    "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
+    "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",
+    "qwenedit.memory.plan", "qwenedit.memory.residency", "qwenedit.mini.oracle", "qwenedit.networks.mmdit",
+    "qwenedit.networks.vae", "qwenedit.networks.vision_language", "qwenedit.parity.compare",
+    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.sampler",
+    "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system", "qwenedit.taps",
+    "qwenedit.training.loss", "qwenedit.verify",
 )  # fmt: skip
 EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qwenedit
-from qwenedit.layered import rgba_pictures, rgba_pixels
+from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
 from qwenedit.networks.mmdit import Rope, TimeEmbedding
 from qwenedit.networks.vae import KEY_TABLE, VAE
 from qwenedit.networks.vae_pictures import for_pictures
 from qwenedit.sampling.fast import FastRun
+from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.taps import tap_names, taps
-from qwenedit.weights.loading import load_scheduler
 from tests.parity.test_mmdit import configs, inputs, pair
 from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_, shapes_checked
 from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas

@@ -16,7 +16,8 @@ from qwenedit.networks import vae, vae_layers
 from qwenedit.networks.vae import KEY_TABLE, VAE, VAEConfig
 from qwenedit.networks.vae_layers import Past
 from qwenedit.taps import taps
-from qwenedit.weights.loading import config_from, official_to_ours, ours_to_official
+from qwenedit.weights.configs import config_from
+from qwenedit.weights.keys import official_to_ours, ours_to_official
 from tests.support import FP32, FP64, FP64_CAST, assert_close, randomise_, relative_error
 
 DATA = Path(__file__).parents[1] / "data"

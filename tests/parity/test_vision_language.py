@@ -17,7 +17,7 @@ from qwenedit.networks.vision_language import (
 )
 from qwenedit.networks.vision_tower import VisionConfig, window_order
 from qwenedit.weights.configs import vision_language_config
-from qwenedit.weights.loading import NETWORKS, official_to_ours
+from qwenedit.weights.keys import NETWORKS, official_to_ours
 from tests.support import FP32, FP64_CAST, assert_close, randomise_
 from tests.vision_language import IMAGE, PAD, VISION_END, VISION_START, batch_of, configs, encode, layouts
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from qwenedit.checks import NonFiniteError
 from qwenedit.encoding.conditioning import Conditioning, Prompt
-from qwenedit.lora import Delta, LowRank, LowRankLinear
+from qwenedit.instruments.trace import trace_ops
 from qwenedit.networks import mmdit
+from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
 from qwenedit.networks.mmdit import Block, JointAttention, MMDiT, MMDiTConfig
 from qwenedit.sampling import fast
 from qwenedit.sampling.fast import FastRun, FastStep, modulation
-from qwenedit.sampling.sampler import NonFiniteError, euler, predictor
-from qwenedit.taps import swapped, taps, trace_ops
+from qwenedit.sampling.sampler import euler, predictor
+from qwenedit.taps import swapped, taps
 from tests.support import assert_close, randomise_
 
 CONFIG = MMDiTConfig(

@@ -8,11 +8,13 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
+from qwenedit.checks import NonFiniteError
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.latents import pack, unpack
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
-from qwenedit.sampling.guidance import NORMS, Guidance, TrueCFG
-from qwenedit.sampling.sampler import NonFiniteError, euler, predictor
+from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.sampler import euler, predictor
+from qwenedit.switches import NORMS, Guidance
 from qwenedit.taps import taps
 from tests.support import FP32, FP64, assert_close, randomise_
 

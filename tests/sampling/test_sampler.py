@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from qwenedit.checks import NonFiniteError
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.sampler import NonFiniteError, euler, predictor
+from qwenedit.sampling.sampler import euler, predictor
 from qwenedit.taps import current_labels, taps
 from tests.support import FP32, assert_close, randomise_
 

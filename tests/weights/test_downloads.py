@@ -24,8 +24,8 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.cli import options as cli
 from qwenedit.memory.plan import plan
+from qwenedit.verify import describe
 from qwenedit.weights.checkpoints import is_local, resolve
-from qwenedit.weights.loading import describe
 from tests.sparse import no_holes, write_sparse
 from tests.tiny import checkpoint
 

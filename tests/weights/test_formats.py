@@ -14,8 +14,10 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.assembly import other_files
 from qwenedit.cli import options as cli
+from qwenedit.verify import verify
 from qwenedit.weights.formats import official_vae_names, read_weights
-from qwenedit.weights.loading import NETWORKS, load_network, load_networks, official_to_ours, verify
+from qwenedit.weights.keys import NETWORKS, official_to_ours
+from qwenedit.weights.loading import load_network, load_networks
 from tests.tiny import checkpoint
 
 try:

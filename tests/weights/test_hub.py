@@ -10,8 +10,8 @@ import torch
 import qwenedit
 from qwenedit import mini
 from qwenedit.cli import options as cli
+from qwenedit.verify import describe, verify
 from qwenedit.weights.checkpoints import find_local, is_local, resolve
-from qwenedit.weights.loading import describe, verify
 
 ID = "somebody/a-model"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits

@@ -12,8 +12,9 @@ import torch
 import qwenedit
 from qwenedit import mini
 from qwenedit.files import component_headers, read_header
+from qwenedit.verify import describe, verify
 from qwenedit.weights.checkpoints import read_areas, read_variant, resolve
-from qwenedit.weights.loading import describe, load_network, verify
+from qwenedit.weights.loading import load_network
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[1] / "data"
