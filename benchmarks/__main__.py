@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.cases import CASES
-from benchmarks.frame import Comparison, Setting, compare
+from benchmarks.frame import Comparison, Setting
 from benchmarks.report import document, growth_plot, machine_of, markdown, plot
+from benchmarks.sides import compare
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import benchmarks.__main__ as program
-from benchmarks import block_profile, cases, frame, report, transformer
+from benchmarks import block_profile, cases, report, sides, transformer
 from benchmarks.cases import CASES
 from benchmarks.files import OFFICIAL, mini_folder, write_component
 from benchmarks.frame import Case, Comparison, Reading, Setting
@@ -286,7 +286,7 @@ class Fake:
 
 
 def test_outputs_that_disagree_are_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(frame, "Side", Fake)
+    monkeypatch.setattr(sides, "Side", Fake)
     setting = Setting("cpu", "float32", 1, tmp_path)
 
     def case(tolerance, **options):
@@ -297,11 +297,11 @@ def test_outputs_that_disagree_are_an_error(monkeypatch, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"x: the outputs differ by 0.33 of the largest value, wanted at most 0.1"
     ):
-        frame.compare(case(0.1), setting, 2)
-    (seen,) = frame.compare(case(0.4), setting, 3)
+        sides.compare(case(0.1), setting, 2)
+    (seen,) = sides.compare(case(0.4), setting, 3)
     assert seen.difference == pytest.approx(1 / 3) and seen.ours == Reading((0.5,) * 3, 7)
     assert Fake.alive == []
-    (again,) = frame.compare(case(0.4, products=True), setting, 2)
+    (again,) = sides.compare(case(0.4, products=True), setting, 2)
     assert (again.ours.floors, again.reference.floors) == ((0.25,) * 2, (0.125,) * 2)
 
 
@@ -311,13 +311,13 @@ def test_sides_that_are_too_large_together_run_one_after_the_other(monkeypatch, 
             assert self.alive == [self.side]
             return 0.5
 
-    monkeypatch.setattr(frame, "Side", Alone)
+    monkeypatch.setattr(sides, "Side", Alone)
     setting = Setting("cpu", "float32", 1, tmp_path)
     apart = Case("edit", "x", cases.load_ours, cases.load_ours, tolerance={"float32": 0.4}, apart=True)
-    (seen,) = frame.compare(apart, setting, 2)
+    (seen,) = sides.compare(apart, setting, 2)
     assert seen.difference == pytest.approx(1 / 3) and seen.reference == Reading((0.5,) * 2, 7)
     with pytest.raises(RuntimeError, match=r"differ by 0\.33"):
-        frame.compare(dataclasses.replace(apart, tolerance={"float32": 0.1}), setting, 2)
+        sides.compare(dataclasses.replace(apart, tolerance={"float32": 0.1}), setting, 2)
 
 
 def test_a_case_without_its_device_is_skipped_with_a_line(monkeypatch, capsys):
