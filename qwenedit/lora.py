@@ -257,7 +257,7 @@ class Loras:
         loading the model again. The sum is made in float32 and rounded once.
 
         Raises:
-            ValueError: the weights do not stay in memory (see residency.py).
+            ValueError: the weights do not stay in memory (see memory/residency.py).
         """
         require_staying(self.mmdit, [layer.base.weight for layer in _changed(self.mmdit)], "fuse_lora")
         for owner, child, layer in list(_places(self.mmdit)):

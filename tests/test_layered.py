@@ -13,7 +13,7 @@ from qwenedit.cli import options as cli
 from qwenedit.family import PRESETS
 from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
 from qwenedit.layered import check_alpha
-from qwenedit.weights import loading
+from qwenedit.verify import verify
 from tests.tiny import checkpoint, picture
 
 QUICK = {"num_inference_steps": 1, "layers": 2, "resolution": 64, "true_cfg_scale": 1.0, "output_type": "pt"}
@@ -133,7 +133,7 @@ def test_components_that_do_not_go_together_are_named(tmp_path, kind, file, chan
 
 
 def test_verify_and_info():
-    report = loading.verify(checkpoint("layered"))
+    report = verify(checkpoint("layered"))
     assert report.ok and report.variant.name == "Qwen-Image-Layered"
     text = str(PRESETS["Qwen-Image-Layered"])
     assert text.endswith("; 4 layers, resolution 640, cfg_normalize True")

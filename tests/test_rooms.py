@@ -4,6 +4,7 @@ Read from the source, so that imports inside functions and for types count as we
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -80,3 +81,10 @@ def test_networks_need_taps_alone():
     for file in networks:
         assert imports(file) <= {"taps", *networks}, file
     assert not imports("taps")
+
+
+def test_the_reading_list_is_short():
+    pages = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.findall(r"^[0-9]+\. `(.+?)`", pages, re.MULTILINE)
+    lines = sum(len((ROOT.parent / file).read_text(encoding="utf-8").splitlines()) for file in files)
+    assert 0 < len(files) < 12 and 0 < lines < 3500

@@ -40,7 +40,7 @@ class FirstBlockCache(nn.Module):
         self.skipped = 0
 
     def forward(self, img: Tensor, txt: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        blocks = iter(self.blocks)  # each has its weights in its turn (residency.py)
+        blocks = iter(self.blocks)  # each has its weights in its turn (memory/residency.py)
         first_block = next(blocks)
         last = self.state.current()
         img_1, txt_1 = first_block(img, txt, *others)

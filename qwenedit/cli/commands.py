@@ -1,4 +1,4 @@
-"""What each command of the command line does, with the options that cli.py read.
+"""What each command of the command line does, with the options that options.py read.
 
 Bad input is found before any weight is read. A ValueError is the one line that the user sees.
 """

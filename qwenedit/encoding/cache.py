@@ -71,7 +71,7 @@ class ConditioningCache:
     Beyond that, what was not used for longest goes. One cache may serve several pipelines. Weights that were
     moved count as changed. A change of weights goes unseen only where it passes torch's own counter by:
     what is written in place through `.data`, or the inside of the tokenizer. After that, `clear`.
-    Weights that come and go (residency.py) are those that `load` found.
+    Weights that come and go (memory/residency.py) are those that `load` found.
     """
 
     def __init__(self, max_bytes: int = 2**28) -> None:
@@ -102,7 +102,7 @@ class ConditioningCache:
         switches: Switches,
         **settings: Any,
     ) -> Conditioning:
-        """As `encoding.encode_rows`; the tensors are the caller's own, to change as he likes."""
+        """As `encode.encode_rows`; the tensors are the caller's own, to change as he likes."""
 
         def encode() -> Conditioning:
             return encode_rows(

@@ -26,6 +26,7 @@ def patch_from(records: Records) -> TapFunction:
     Raises:
         KeyError: while running, there is no such record, or several (two edits in one recording).
 
+    >>> from qwenedit.instruments.records import Recorder
     >>> from qwenedit.networks.mmdit import MLP
     >>> from qwenedit.taps import taps
     >>> mlp, recorder = MLP(4), Recorder()

@@ -58,8 +58,8 @@ class Absent(nn.Parameter):
         component = absent[0].component
         raise ValueError(
             f"weights of the {component} are in its files, not in memory: run it in `with "
-            f"qwenedit.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed within a "
-            "loop over all of them; or load with residency='resident', modulation='live' and storage=None"
+            f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
+            "within a loop over all of them; or load with residency='resident', modulation='live' and storage=None"
         )
 
 

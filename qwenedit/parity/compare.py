@@ -4,7 +4,7 @@ Of each network there is one stage of each side in memory at a time (a block, in
 from the files as it is needed: what runs is the checkpoint itself, on a machine that could not hold it. Every
 stage is given the reference's float32 streams, so that errors do not add up; at the end of the transformer
 and of the text encoder, what adds up along our own streams is compared, too. What counts as equal is in
-parity_report.py.
+report.py.
 """
 
 from __future__ import annotations

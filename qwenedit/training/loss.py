@@ -1,7 +1,7 @@
 """The loss that the transformer is finetuned with. The loop around it, optimiser and data are the caller's.
 
     pipe.mmdit.requires_grad_(True).train()
-    pipe.mmdit.checkpointing = True  # memory for time; see recomputation.py for what taps see
+    pipe.mmdit.checkpointing = True  # memory for time; see networks/checkpointing.py for what taps see
     batch = TrainingBatch(conditioning=conditioning, latents=clean, sigma=torch.rand(2), noise=noise)
     flow_matching_loss(pipe, batch).backward()
 

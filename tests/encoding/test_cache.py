@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import qwenedit
 from qwenedit import mini
 from qwenedit.encoding.cache import ConditioningCache
+from qwenedit.inputs.rows import rows_of
 from qwenedit.memory.residency import present
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
@@ -339,7 +340,7 @@ def test_hooks_and_methods_of_ones_own(pipe, runs):
 
 def test_gradients_reach_through_the_encoders(pipe, runs):
     edited(pipe)
-    rows = qwenedit.inputs.rows_of(PROMPT, " ", drawn(), pipe.variant, pipe.areas, None, None)
+    rows = rows_of(PROMPT, " ", drawn(), pipe.variant, pipe.areas, None, None)
     pipe.vae.requires_grad_(True)
     made = pipe._condition(rows, Switches(), guided=True)
     assert runs == ONCE * 2 and made.reference_latents[0][0].requires_grad

@@ -19,6 +19,8 @@ from qwenedit.parity.stages import stages
 from qwenedit.taps import tap_names
 from qwenedit.weights import loading
 from qwenedit.weights.checkpoints import COMPONENTS
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.report import compare
 from tests.tiny import checkpoint, picture
 
 VARIANTS = {
@@ -60,7 +62,7 @@ def differing(rows):
 
 def modules_of(folder):
     """What a whole report must have a row of."""
-    text, transformer = (loading.network_config(folder, name) for name in ("text_encoder", "transformer"))
+    text, transformer = (network_config(folder, name) for name in ("text_encoder", "transformer"))
     names = ["text_encoder.embeddings", "text_encoder.language.rope", "text_encoder.language.norm"]
     names += [f"text_encoder.language.blocks.{i}" for i in range(text.text_config.num_hidden_layers)]
     names += ["vae.encoder", "vae.decoder", "text_encoder end to end", "transformer end to end"]
@@ -102,7 +104,7 @@ def test_every_weight_is_in_one_stage():
     folder = tiny("2511")
     todo = all_stages(folder)
     for component in COMPONENTS:
-        _, found, _ = loading._compare(folder, component)
+        _, found, _ = compare(folder, component)
         paths = [path for stage in todo if stage.component == component for path in stage.paths]
         for name in found:
             assert sum(name.startswith(f"{path}.") for path in paths) == 1, name
