@@ -59,7 +59,8 @@ class Absent(nn.Parameter):
         raise ValueError(
             f"weights of the {component} are in its files, not in memory: run it in `with "
             f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
-            "within a loop over all of them; or load with residency='resident', modulation='live' and storage=None"
+            "within a loop over all of them; or load with residency='resident', modulation='live' and "
+            "storage=None"
         )
 
 

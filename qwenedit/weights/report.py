@@ -13,7 +13,7 @@ from qwenedit.weights.configs import network_config
 from qwenedit.weights.formats import Stored, read_weights
 from qwenedit.weights.keys import NETWORKS, official_to_ours, ours_to_official
 
-__all__ = ["Report"]
+__all__ = ["Found", "Report", "compare"]
 
 
 @dataclass(frozen=True)
