@@ -21,7 +21,6 @@ from qwenedit.weights.loading import load_networks
 
 __all__ = ["assemble", "modes_of", "other_files"]
 
-
 Kind = TypeVar("Kind", bound=System)
 
 

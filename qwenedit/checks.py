@@ -16,7 +16,6 @@ __all__ = [
     "device_of", "dtype_of", "require_finite", "warn", "warn_of_float16", "without_reference_options",
 ]  # fmt: skip
 
-
 OUTPUT_TYPES = ("pil", "pt", "latent")
 # What scripts written for the reference pipelines may also pass: the values that ask for nothing but what
 # happens anyway, and what to do for others. No values: whatever it is, it has no effect here.

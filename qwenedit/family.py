@@ -4,7 +4,8 @@ meant to be sampled.
 Presets are what the command line takes where its user says nothing, and what `qwenedit info` shows. In Python
 the defaults are those of the reference pipelines.
 
-Sources: the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
+Sources: for the templates diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py;
+the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
 defaults of the reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in
 ModelTC/Qwen-Image-Lightning.
 """

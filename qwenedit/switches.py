@@ -31,7 +31,6 @@ __all__ = [
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
 AnyPicture = str | Path | Image.Image  # a file's name, or a PIL picture
 
-
 NORMS = ("reference", "none", "global", "channel", "clamp", "comfy_x0")
 # These set the size of what they are given: a factor on a whole sample, which `rescale` is, is undone.
 _UNDO_RESCALE = ("reference", "global", "channel")

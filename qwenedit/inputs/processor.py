@@ -1,4 +1,4 @@
-"""What the networks are fed: prompt templates, token ids, picture patches; and pixels in and out.
+"""What the text encoder is fed: token ids and picture patches.
 
 Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, image_processor.py;
 transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the PIL processor). Ids and

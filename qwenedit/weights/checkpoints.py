@@ -20,6 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the model in this package
+
 # The three networks: folder -> the class that its config must name.
 COMPONENTS = {
     "text_encoder": "Qwen2_5_VLForConditionalGeneration",
@@ -32,7 +33,6 @@ _CLASSES = {
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
-
 _PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
 _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",

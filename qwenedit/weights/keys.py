@@ -15,7 +15,6 @@ from qwenedit.networks.vision_language import VisionLanguage
 
 __all__ = ["NETWORKS", "KeyTable", "official_to_ours", "ours_to_official"]
 
-
 KeyTable = tuple[tuple[str, str], ...]
 
 
