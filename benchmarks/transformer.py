@@ -40,7 +40,7 @@ def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def call_of_form(form: str, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """The call that a function of `qwenedit.fast` gets from a step, to be made by itself."""
+    """The call that a function of `sampling.fast` gets from a step, to be made by itself."""
     from qwenedit.sampling import fast
 
     seen: list[Any] = []

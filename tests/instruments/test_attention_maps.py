@@ -56,7 +56,7 @@ def run(ours, mask=None, **labels):
 @pytest.mark.parametrize("mask", [None, KEYS, HIDDEN, HIDDEN[:1]], ids=["plain", "keys", "hidden", "one"])
 @pytest.mark.parametrize("chunk", [1, 7 * 2 * 3 * 28, 2**26], ids=["1 row", "7 rows", "all rows"])
 def test_every_part_has_the_denominators_of_the_whole(mask, chunk, monkeypatch):
-    monkeypatch.setattr(qwenedit.attention_maps, "CHUNK", chunk)
+    monkeypatch.setattr(qwenedit.instruments.attention_maps, "CHUNK", chunk)
     q, k = queries_and_keys()
     whole = straightforward(q, k, mask)
     close(attention_map(q, k, key_mask=mask), whole)
@@ -96,7 +96,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [slice(0, 400), [slice(0, 100), slice(100, 400)]], ids=["map", "means"])
 def test_the_whole_matrix_never_exists_even_with_gradients(rows, monkeypatch):
-    monkeypatch.setattr(qwenedit.attention_maps, "CHUNK", 20_000)
+    monkeypatch.setattr(qwenedit.instruments.attention_maps, "CHUNK", 20_000)
     x = torch.randn(1, 400, 2, 4, requires_grad=True)
     kept = {}
 
