@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.cases import CASES
-from benchmarks.frame import Comparison, Setting, compare
+from benchmarks.frame import Comparison, Setting
 from benchmarks.report import document, growth_plot, machine_of, markdown, plot
+from benchmarks.sides import compare
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def setting_of(threads: int, folder: Path) -> Setting:
     """float32 on the CPU, bfloat16 on an accelerator."""
-    from qwenedit.inputs import device_of
+    from qwenedit.checks import device_of
 
     device = device_of(None).type
     return Setting(device, "float32" if device == "cpu" else "bfloat16", threads, folder)

@@ -149,8 +149,8 @@ def text_shared(setting: Setting) -> At:
     """With `share_prefix`."""
     import torch
 
-    from qwenedit.prefix import encode_together
-    from qwenedit.processor import ProcessorOutput
+    from qwenedit.encoding.prefix import encode_together
+    from qwenedit.inputs.processor import ProcessorOutput
 
     network = loaded(setting, "text_encoder")
     inputs = [text_inputs(setting, negative) for negative in (False, True)]
@@ -312,10 +312,6 @@ CASES = {
             transformer.block_ours, transformer.block_reference, points=(256, 1024, 4096),
             unit=TOKENS_OF_TARGET, files=("transformer",), products=True,
             goals=dict.fromkeys((256, 1024, 4096), Goal(time=1.05)),
-        ),
-        Case(
-            "block-forward", "the same as it is written to read, `Block.forward`", transformer.forward_ours,
-            transformer.block_reference, points=(1024,), unit=TOKENS_OF_TARGET, files=("transformer",),
         ),
         Case(
             "last-block", "last transformer block, of which ours leaves out what nobody reads",

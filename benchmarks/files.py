@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from qwenedit import mini
-from qwenedit.loading import NETWORKS, network_config, ours_to_official
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.keys import NETWORKS, ours_to_official
 
 DATA = Path(__file__).parents[1] / "tests" / "data"
 BLOCKS = 2  # of the transformer's 60

@@ -17,8 +17,9 @@ from torch import Tensor
 import qwenedit
 from benchmarks.mini import cases
 from qwenedit.ablation.charts import Line, chart
-from qwenedit.conditioning import Conditioning, replacing_file
-from qwenedit.inversion import invert, picture_latents
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.files import replacing_file
+from qwenedit.instruments.inversion import invert, picture_latents
 from qwenedit.mini.scenes import DETERMINED, draw
 from qwenedit.pipeline import QwenImageEdit
 
@@ -93,7 +94,7 @@ def main() -> None:
             "# Inversion\n\n"
             "A picture of the embedded model's world back to noise, and from there to a picture again: how\n"
             "far the latents are off. Made by `python -m benchmarks.inversion --out docs`.\n"
-            "What is computed: [inversion.py](../qwenedit/inversion.py).\n\n"
+            "What is computed: [inversion.py](../qwenedit/instruments/inversion.py).\n\n"
             "![errors over steps](inversion.svg)\n\n"
         )
         for name, content in (

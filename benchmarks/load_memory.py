@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from benchmarks.files import OFFICIAL
 from benchmarks.frame import watched
-from qwenedit.loading import load_network, ours_to_official
-from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+from qwenedit.weights.keys import ours_to_official
+from qwenedit.weights.loading import load_network
 
 
 def write(folder: Path, blocks: int) -> None:

@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 import qwenedit
-from qwenedit.conditioning import Conditioning
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import Verdict, judge
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, SIDE, Request, Scene, draw, instruction
 from qwenedit.mini.sheet import sheet
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import to_pil
-from qwenedit.sampler import Step
+from qwenedit.sampling.sampler import Step
 
 BATCH = 30
 STEPS, SCALE = 20, 4.0  # the default settings of the embedded model's tables

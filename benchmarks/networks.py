@@ -22,7 +22,7 @@ def loaded(setting: Setting, component: str) -> Any:
     """Our network of the files."""
     import torch
 
-    from qwenedit.loading import load_network
+    from qwenedit.weights.loading import load_network
 
     return load_network(
         setting.folder,

@@ -24,10 +24,11 @@ from torch import nn
 
 from benchmarks.files import write_text_encoder
 from benchmarks.frame import watched
-from qwenedit import geometry
-from qwenedit.checkpoints import read_areas, read_variant
-from qwenedit.loading import load_network, network_config
-from qwenedit.plan import Mode, activations, plan
+from qwenedit.inputs import geometry
+from qwenedit.memory.plan import Mode, activations, plan
+from qwenedit.weights.checkpoints import read_areas, read_variant
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.loading import load_network
 from tests.sparse import write_sparse
 
 SIDES = (256, 512)
@@ -139,10 +140,8 @@ def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
 
 
 def transformer(folder: Path, dtype: torch.dtype) -> Part:
-    from qwenedit.fast import FastRun
 
-    from qwenedit.conditioning import Prompt
-    from qwenedit.mmdit import MMDiT
+    from qwenedit.networks.mmdit import MMDiT, RunCache
 
     config = network_config(folder, "transformer")
     with torch.device("meta"):
@@ -153,12 +152,9 @@ def transformer(folder: Path, dtype: torch.dtype) -> Part:
     grids = [sketch.grid, *(picture.grid for picture in sketch.pictures)]
     target, reference = (torch.randn(1, rows * columns, 64).to(dtype) for _, rows, columns in grids)
     seen = (round(read_areas(folder, read_variant(folder)).vae ** 0.5) // 28) ** 2
-    prompt = Prompt(torch.randn(1, seen + 100, config.joint_attention_dim).to(dtype), None)
-    step = FastRun(mmdit).step
-    with torch.no_grad():
-        made = step(torch.tensor(0.5, dtype=dtype))
-    assert made is not None
-    return mmdit, lambda: made.velocity(target, reference, prompt, grids)
+    txt = torch.randn(1, seen + 100, config.joint_attention_dim).to(dtype)
+    img, timestep, cache = torch.cat([target, reference], dim=1), torch.tensor([0.5], dtype=dtype), RunCache()
+    return mmdit, lambda: mmdit(img, txt, timestep, grids, cache=cache, target_only=True)
 
 
 def text_encoder(folder: Path, dtype: torch.dtype) -> Part:

@@ -1,4 +1,4 @@
-"""The transformer's sides: one block at full width in each of its forms, and a step of all sixty."""
+"""The transformer's sides: one block at full width and a step of all sixty."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from benchmarks.frame import At, Call, Setting
 from benchmarks.networks import loaded, loaded_reference, seeded
@@ -39,23 +38,6 @@ def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: block(*arguments, **options)
 
 
-def call_of_form(form: str, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """The call that a function of `qwenedit.fast` gets from a step, to be made by itself."""
-    from qwenedit import fast
-
-    seen: list[Any] = []
-
-    def keep(*arguments: Any) -> None:
-        seen.append(arguments)
-        raise Reached
-
-    function = getattr(fast, form)
-    with patch.object(fast, form, keep), suppress(Reached):
-        whole()
-    (arguments,) = seen
-    return lambda: function(*arguments)
-
-
 def grids_of(tokens: float) -> list[tuple[int, int, int]]:
     """Of the target and of a reference of its size."""
     side = round(tokens**0.5)
@@ -71,49 +53,22 @@ def inputs_of(setting: Setting, tokens: float) -> tuple[Tensor, Tensor, Tensor]:
     return seeded(setting, 1, length, 64), seeded(setting, 1, TEXT_LENGTH, 3584, seed=1), timestep
 
 
-def forward_ours(setting: Setting) -> At:
+def block_ours(setting: Setting, block: int = 0) -> At:
+    """A block as the sampler runs it, with its modulation cached; -1: the last one, for the target alone."""
     network = loaded(setting, "transformer")
 
     def at(tokens: float) -> Call:
-        img, txt, timestep = inputs_of(setting, tokens)
-        call = call_of(network.blocks[0], lambda: network(img, txt, timestep, grids_of(tokens)))
+        from qwenedit.networks.mmdit import RunCache
+
+        inputs = *inputs_of(setting, tokens), grids_of(tokens)
+        call = call_of(network.blocks[block], lambda: network(*inputs, cache=RunCache(), target_only=True))
         return lambda: call()[0]
 
     return at
-
-
-def form_of_ours(setting: Setting, form: str) -> Callable[[float], Callable[[], Any]]:
-    network = loaded(setting, "transformer")
-
-    def at(tokens: float) -> Callable[[], Any]:
-        from qwenedit.fast import FastRun
-
-        from qwenedit.conditioning import Prompt
-
-        img, txt, timestep = inputs_of(setting, tokens)
-        target, reference = img.chunk(2, dim=1)
-
-        def whole() -> Any:
-            step = FastRun(network).step(timestep[0])
-            return step.velocity(target, reference, Prompt(txt), grids_of(tokens))
-
-        return call_of_form(form, whole)
-
-    return at
-
-
-def block_ours(setting: Setting) -> At:
-    at = form_of_ours(setting, "_block")
-
-    def first(tokens: float) -> Call:
-        call = at(tokens)
-        return lambda: call()[0]
-
-    return first
 
 
 def last_ours(setting: Setting) -> At:
-    return form_of_ours(setting, "_last_block")
+    return block_ours(setting, block=-1)
 
 
 def reference_step(network: Any, img: Tensor, txt: Tensor, timestep: Tensor, tokens: float) -> Any:
@@ -182,13 +137,13 @@ def step_ours(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
     """A guided step as the sampler takes it, after the first; `sizes` are other ones than the official."""
 
     def factory(setting: Setting) -> At:
-        from qwenedit.fast import compile_blocks
 
         from benchmarks.files import OFFICIAL
-        from qwenedit.conditioning import Conditioning, Prompt
-        from qwenedit.loading import ours_to_official
-        from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-        from qwenedit.predictor import predictor
+        from qwenedit.encoding.conditioning import Conditioning, Prompt
+        from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+        from qwenedit.sampling.compiling import compile_blocks
+        from qwenedit.sampling.predictor import predictor
+        from qwenedit.weights.keys import ours_to_official
 
         config = MMDiTConfig(**{**OFFICIAL, "num_layers": DEPTH, **sizes})
         network = random_network(

@@ -7,33 +7,34 @@ result = pipe.edit(picture, "make the circle red")
 result.images[0].save("out.png")
 """
 
-__version__ = "0.1.0"
-
 import warnings
 from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
     # torch says so where numpy is not installed, and nothing here needs numpy
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    from qwenedit.ablation import Guidance, References, Seen, Switches, Time, VAEPath
-    from qwenedit.assembly import load
-    from qwenedit.attention_maps import AttentionMaps, attention_map
-    from qwenedit.conditioning import Conditioning
-    from qwenedit.determinism import deterministic
-    from qwenedit.instruments import Recorder, patch_from, share_from, zero
-    from qwenedit.inversion import invert, picture_latents
-    from qwenedit.pipeline import QwenImageEdit, Result
-    from qwenedit.taps import scope, swapped, tap_names, taps, trace_ops
-    from qwenedit.training import TrainingBatch, flow_matching_loss
+    from qwenedit.encoding.conditioning import Conditioning
+    from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
+    from qwenedit.instruments.determinism import deterministic
+    from qwenedit.instruments.inversion import invert, picture_latents
+    from qwenedit.instruments.patching import patch_from, share_from, zero
+    from qwenedit.instruments.records import Recorder
+    from qwenedit.instruments.trace import trace_ops
+    from qwenedit.pipeline import QwenImageEdit, load
+    from qwenedit.switches import Guidance, References, Seen, Switches, Time, VAEPath
+    from qwenedit.system import Result
+    from qwenedit.taps import scope, swapped, tap_names, taps
+    from qwenedit.training.loss import TrainingBatch, flow_matching_loss
+    from qwenedit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder",
-    "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate",
-    "attention_map", "deterministic", "flow_matching_loss", "invert", "load", "patch_from",
-    "picture_latents", "scope", "share_from", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder", "References", "Result", "Seen",
+    "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
+    "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope", "share_from", "swapped",
+    "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip
 
 

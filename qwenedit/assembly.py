@@ -1,87 +1,51 @@
-"""A checkpoint -> the pipeline: `qwenedit.load`."""
+"""A checkpoint -> its components, which fit together: the work of `qwenedit.load`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from qwenedit import mini
-from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.compiling import compile_blocks, require_compiler
-from qwenedit.inputs import device_of, dtype_of, warn_of_float16
-from qwenedit.loading import check_together, load_networks, load_scheduler
-from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import Processor
-from qwenedit.residency import Modes
+from qwenedit.checks import warn_of_float16
+from qwenedit.inputs.processor import Processor
+from qwenedit.memory.residency import Modes
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.system import System
+from qwenedit.verify import check_together
+from qwenedit.weights.checkpoints import COMPONENTS, read_areas, read_variant, resolve
+from qwenedit.weights.loading import load_networks
 
-__all__ = ["load", "modes_of", "other_files"]
+__all__ = ["assemble", "modes_of", "other_files"]
+
+Kind = TypeVar("Kind", bound=System)
 
 
-def load(
-    source: str | os.PathLike[str] | None = None,
+def assemble(
+    kind: type[Kind],
+    source: str | os.PathLike[str] | None,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    mmdit: str | os.PathLike[str] | None = None,
-    vae: str | os.PathLike[str] | None = None,
-    text_encoder: bool | str | os.PathLike[str] = True,
-    progress: bool = True,
-    compile: bool = False,
-    residency: str = "auto",
-    modulation: str = "live",
-    storage: str | None = None,
-) -> QwenImageEdit:
-    """Load a checkpoint in the official layout, or parts of it from files in other layouts.
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    modes: Modes,
+    files: Mapping[str, Path],
+    text_encoder: bool,
+    progress: bool,
+) -> Kind:
+    """The components of a checkpoint, checked and loaded, as a system of this kind.
 
-    Args:
-        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
-            download.
-        device: where to; the accelerator if there is one, else the CPU.
-        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
-        revision: branch, tag or commit on the hub.
-        mmdit, vae: a file (or folder) with that network's weights in place of the checkpoint's own: official,
-            ComfyUI's (bfloat16, fp8, fp8 with scales) or GGUF (`pip install 'qwenedit[gguf]'`), told from its
-            tensors. The config stays the checkpoint's, and a file that is marked as Edit-2511's turns
-            `zero_cond_t` on.
-        text_encoder: likewise a file; False leaves out the text encoder (16.6 GB in the official
-            checkpoints), for runs from a saved `Conditioning`.
-        progress: progress bars on stderr, if that is a terminal.
-        compile: compile the transformer's blocks with torch.compile, on their first run: one for all, and for
-            any size. Last bits differ; under taps and hooks the blocks run uncompiled, as they are written.
-        residency: where weights are. "resident": in memory, all of them. "stage": those of one network at a
-            time, read from the files when its turn comes: memory for the largest. "stream": block by block,
-            the next one read while one computes: memory for two blocks and what is in none, and time that
-            depends on the disk. "auto": the first of these that fits. Results are the same, bit by bit.
-        modulation: "precomputed": the transformer's adaLN layers, a third of it, are read once a run, for all
-            its steps; where somebody looks inside (taps, hooks, gradients) also block by block as they run.
-            Results are the same, bit by bit.
-        storage: "float8": matrices of the transformer's and the text encoder's blocks are kept in 8 bits,
-            with a scale for each row, and widened block by block: half of bfloat16's memory, and an
-            approximation: pixels of the embedded model's edits, in 20 steps, change by 0.002 of white on
-            average and by up to 0.06.
+    `source` None is the embedded model; `files` as in `load_networks`.
 
     Raises:
-        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that come and go.
+        ValueError: no such checkpoint, one of another family, or files that do not fit.
     """
-    device = device_of(device)
-    dtype = dtype_of(dtype, device)
-    if source is None and residency == "auto":
-        residency = "resident"
-    modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
-    if compile:
-        require_compiler()
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
-    names = ["vae", "transformer", *(["text_encoder"] if text_encoder not in (False, None) else [])]
-    folder = mini.CHECKPOINT
-    if source is not None:
-        own = set(names) - set(files)  # the others' weights are not downloaded
-        folder = resolve(source, revision, progress=progress, without=set(COMPONENTS) - own)
+    names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
+    own = set(names) - set(files)  # the others' weights are not downloaded
+    folder = resolve(source, revision, progress=progress, without=set(COMPONENTS) - own)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
@@ -90,19 +54,18 @@ def load(
         warn_of_float16(dtype)
 
     if modes.residency == "auto":
-        from qwenedit.plan import choose
+        from qwenedit.memory.plan import choose
 
-        with_text = "text_encoder" in names
         chosen = choose(
-            folder, files, device=device, dtype=dtype, text_encoder=with_text,
-            modulation=modulation, storage=storage,
+            folder, files, device=device, dtype=dtype, text_encoder=text_encoder,
+            modulation=modes.modulation, storage=modes.storage,
         )  # fmt: skip
         modes = replace(modes, residency=chosen)
     loaded = load_networks(
         folder, names, device=device, dtype=dtype, progress=progress, files=files, elsewhere=modes.manage
     )
     networks: Any = dict(zip(names, loaded, strict=True))
-    pipe = QwenImageEdit(
+    system = kind(
         vision_language=networks.get("text_encoder"),
         vae=networks["vae"],
         mmdit=networks["transformer"],
@@ -111,10 +74,8 @@ def load(
         variant=variant,
         areas=areas,
     )
-    pipe.progress = progress
-    if compile:
-        compile_blocks(pipe.mmdit)
-    return pipe
+    system.progress = progress
+    return system
 
 
 def modes_of(

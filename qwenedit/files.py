@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["FLOATS", "TensorInfo", "component_headers", "read_header", "read_json"]
+__all__ = ["FLOATS", "TensorInfo", "component_headers", "read_header", "read_json", "replacing_file"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights are stored and run in
 _DTYPES = {
@@ -155,3 +159,26 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     return {
         name: (folder / shard, info) for shard, header in headers.items() for name, info in header.items()
     }
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qwenedit-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the result is an ordinary one
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

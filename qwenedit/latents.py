@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from qwenedit.mmdit import Grid
+__all__ = ["Grid", "Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
 
-__all__ = ["Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
+Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
 
 
 @dataclass(frozen=True)

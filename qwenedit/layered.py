@@ -13,39 +13,37 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit import __version__, processor
-from qwenedit.ablation.switches import Switches
-from qwenedit.checkpoints import Variant
-from qwenedit.conditioning import Conditioning
-from qwenedit.encoding import PromptEncoder
-from qwenedit.geometry import Areas
-from qwenedit.guidance import Guidance, TrueCFG
-from qwenedit.inputs import Row, check_count, check_output_type, guidance_of, rows_of
-from qwenedit.latents import normalise, pack
-from qwenedit.mmdit import Grid
-from qwenedit.residency import home, present
+from qwenedit.checks import check_count, check_output_type
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import PromptEncoder
+from qwenedit.family import Variant
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
+from qwenedit.inputs.rows import Row, rows_of
+from qwenedit.latents import Grid, normalise, pack
+from qwenedit.memory.residency import home, present
+from qwenedit.networks.vae import VAE
+from qwenedit.sampling.guidance import TrueCFG, guidance_of
+from qwenedit.sampling.sampler import Step
+from qwenedit.switches import Guidance, Switches
+from qwenedit.system import Result, System
 from qwenedit.taps import require_finite
-from qwenedit.vae import VAE
+from qwenedit.version import __version__
 
-if TYPE_CHECKING:
-    from qwenedit.pipeline import QwenImageEdit, Result
-
-__all__ = [
-    "Layers", "check_alpha", "layer_rows", "layers_of", "require_flat", "rgba_pictures", "rgba_pixels",
-]  # fmt: skip
+__all__ = ["Layers", "check_alpha", "layer_rows", "layers_of", "require_flat"]
 
 
-class Layers:
+class Layers(System):
     """The part of a pipeline that takes pictures apart; for checkpoints of Qwen-Image-Layered."""
 
     @torch.no_grad()
@@ -99,21 +97,20 @@ class Layers:
             there), in adding an alpha channel to pictures without, and in other resolutions, which it
             refuses.
         """
-        pipe = cast("QwenImageEdit", self)  # which alone has this part
         check_output_type(output_type)
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("max_sequence_length", max_sequence_length, most=1024)
-        rows = layer_rows(image, prompt, negative_prompt, pipe.variant, layers, resolution)
+        rows = layer_rows(image, prompt, negative_prompt, self.variant, layers, resolution)
         grid: Grid = (layers + 1, *rows[0].geometry.grid[1:])
         pictures = [1] * len(rows) * num_images_per_prompt
         plain = Switches()
-        run = pipe.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, plain)
+        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, plain)
         guidance = guidance_of(true_cfg_scale, negative_prompt)
         if guidance is not None and not cfg_normalize:
             guidance = TrueCFG(true_cfg_scale, Guidance(norm="none"))
-        conditioning = _condition(pipe, rows, grid, guided=guidance is not None, most=max_sequence_length)
-        steps = pipe._steps(conditioning.repeat(num_images_per_prompt), run, guidance, plain)
-        return pipe._finish(steps, num_inference_steps, grid, output_type)
+        conditioning = _condition(self, rows, grid, guided=guidance is not None, most=max_sequence_length)
+        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, plain)
+        return self._finish_layers(steps, num_inference_steps, grid, output_type)
 
     @torch.no_grad()
     def decode_layers(self, latents: Tensor, grid: Grid) -> Tensor:
@@ -123,8 +120,15 @@ class Layers:
         """
         frames, rows, columns = grid
         of_layers = rearrange(latents, "b (f s) d -> b f s d", f=frames)[:, 1:].flatten(0, 1)
-        pixels = cast("QwenImageEdit", self).decode(of_layers, (1, rows, columns))
+        pixels = self.decode(of_layers, (1, rows, columns))
         return pixels.unflatten(0, (-1, frames - 1))
+
+    def _finish_layers(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
+        """Take all steps and make the result."""
+        latents = self._last(steps, count)
+        if output_type == "latent":
+            return Result(latents)
+        return Result(layers_of(self.decode_layers(latents, grid), output_type))
 
 
 def layer_rows(
@@ -162,26 +166,29 @@ def require_flat(variant: Variant) -> None:
         raise ValueError(f"{variant.name} only takes pictures apart into layers: use decompose")
 
 
-def _condition(
-    pipe: QwenImageEdit, rows: Sequence[Row], grid: Grid, *, guided: bool, most: int
-) -> Conditioning:
+def _condition(system: System, rows: Sequence[Row], grid: Grid, *, guided: bool, most: int) -> Conditioning:
     """The prompts, of up to `most` tokens, as in text-to-image, and the pictures' latents."""
-    if pipe.vision_language is None:
+    if system.vision_language is None:
         raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
     prompts = [row.prompt for row in rows]
     negatives = [row.negative for row in rows if row.negative is not None] if guided else None
     encoder = PromptEncoder(
-        pipe.variant, pipe.processor, pipe.vision_language, most, pipe.share_prefix, negative_sees=True
+        system.variant,
+        system.processor,
+        system.vision_language,
+        most,
+        system.share_prefix,
+        negative_sees=True,
     )
     unseen = [dataclasses.replace(row, pictures=[]) for row in rows]
-    with present(pipe.vision_language):
-        prompt, negative = encoder(unseen, prompts, negatives, at_once=pipe.micro_batch or len(rows))
+    with present(system.vision_language):
+        prompt, negative = encoder(unseen, prompts, negatives, at_once=system.micro_batch or len(rows))
     encoded: dict[int, Tensor] = {}  # a picture that rows share is encoded once
-    with present(pipe.vae):
+    with present(system.vae):
         for row in rows:
             ((picture, plan),) = row.planned
             if id(picture) not in encoded:
-                encoded[id(picture)] = _encode(rgba_pixels(picture, *plan.vae), pipe.vae)
+                encoded[id(picture)] = _encode(rgba_pixels(picture, *plan.vae), system.vae)
     return Conditioning(
         prompt=prompt,
         negative=negative,
@@ -190,11 +197,11 @@ def _condition(
         reference_grids=tuple((row.geometry.pictures[0].grid,) for row in rows),
         provenance={
             "qwenedit": __version__,
-            "variant": pipe.variant.name,
+            "variant": system.variant.name,
             "prompt": json.dumps(prompts, ensure_ascii=False),
             "negative_prompt": json.dumps(negatives, ensure_ascii=False),
         },
-    ).to(pipe.device, pipe.dtype)
+    ).to(system.device, system.dtype)
 
 
 def _encode(pixels: Tensor, vae: VAE) -> Tensor:
@@ -203,18 +210,6 @@ def _encode(pixels: Tensor, vae: VAE) -> Tensor:
     raw = vae.encode(pixels[:, :, None].to(home(vae), like.dtype)).mode()
     require_finite(raw, "VAE encoder: the latents of the picture")
     return pack(normalise(raw, vae.config.latents_mean, vae.config.latents_std))[0]
-
-
-def rgba_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """A picture of any size and mode as Layered's VAE encodes it: (1, 4, height, width) float32 in [-1, 1].
-
-    Pillow resizes colours multiplied by alpha, so that what is transparent does not shine through.
-
-    Source: `VaeImageProcessor.resize` and `preprocess`.
-    """
-    rgba = picture.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
-    x = torch.frombuffer(bytearray(rgba.tobytes()), dtype=torch.uint8).view(height, width, 4).float() / 255.0
-    return rearrange(2.0 * x - 1.0, "y x c -> 1 c y x").contiguous()
 
 
 def check_alpha(output: Path) -> None:
@@ -234,12 +229,3 @@ def layers_of(pixels: Tensor, output_type: str) -> list[Any] | Tensor:
         return pixels
     outputs = [rgba_pictures(layers) for layers in pixels]
     return outputs[0] if len(outputs) == 1 else outputs
-
-
-def rgba_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (L, 4, H, W) in [0, 1] as RGBA pictures, rounded as `processor.to_pil` does."""
-    colours = processor.to_pil(pixels[:, :3])
-    alphas = processor.to_pil(pixels[:, 3:].expand(-1, 3, -1, -1))
-    for picture, alpha in zip(colours, alphas, strict=True):
-        picture.putalpha(alpha.getchannel(0))  # in place: it is RGBA from here on
-    return colours

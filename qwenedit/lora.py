@@ -17,19 +17,18 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenedit.loading import ours_to_official
-from qwenedit.mmdit import KEY_TABLE, MMDiT
-from qwenedit.residency import home, require_staying
+from qwenedit.memory.residency import home, require_staying
+from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
+from qwenedit.networks.mmdit import KEY_TABLE, MMDiT
+from qwenedit.weights.keys import ours_to_official
 
-__all__ = ["Delta", "Loras", "LowRankLinear", "read_lora"]
+__all__ = ["Loras", "read_lora"]
 
 # What trainers write in front of the official names, with dots or, further down, with underscores for dots.
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "pipe.dit.", "model.")
@@ -38,18 +37,6 @@ _PART = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
     r"(?:\.[^.]+)?\.weight"  # peft writes the adapter's name in between
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Delta:
-    """The low-rank change of one linear layer: factor * up @ down.
-
-    Shapes: `down` (R, in), `up` (out, R). `factor` is alpha / rank.
-    """
-
-    down: Tensor
-    up: Tensor
-    factor: float
 
 
 def read_lora(
@@ -178,48 +165,6 @@ def _delta(
     return Delta(down, up, alphas.factor(module, rank, alpha))
 
 
-class LowRank(nn.Module):
-    """One LoRA's part in one layer; `scale` is the user's."""
-
-    transparent = True  # see `taps.modified`
-    down: Tensor
-    up: Tensor
-
-    def __init__(self, name: str, delta: Delta, like: Tensor, scale: float) -> None:
-        super().__init__()
-        self.name, self.factor, self.scale = name, delta.factor, scale
-        self.register_buffer("down", delta.down.to(like), persistent=False)
-        self.register_buffer("up", delta.up.to(like), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.down), self.up) * (self.scale * self.factor)
-
-
-class LowRankLinear(nn.Module):
-    """A linear layer with low-rank changes beside it: (..., in) -> (..., out).
-
-    Source: peft's `Linear.forward`; changes at scale 0 are not computed.
-    """
-
-    transparent = True  # see `taps.modified`
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.held = nn.ModuleList()
-
-    @property
-    def changes(self) -> list[LowRank]:
-        return [one for one in self.held if isinstance(one, LowRank)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for change in self.changes:
-            if change.scale != 0:
-                y = y + change(x)
-        return y
-
-
 class Loras:
     """The part of a pipeline that loads LoRAs into its transformer, under the ecosystem's names."""
 
@@ -312,7 +257,7 @@ class Loras:
         loading the model again. The sum is made in float32 and rounded once.
 
         Raises:
-            ValueError: the weights do not stay in memory (see residency.py).
+            ValueError: the weights do not stay in memory (see memory/residency.py).
         """
         require_staying(self.mmdit, [layer.base.weight for layer in _changed(self.mmdit)], "fuse_lora")
         for owner, child, layer in list(_places(self.mmdit)):

@@ -10,101 +10,48 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
-from tqdm import tqdm
 
-from qwenedit import processor, residency
-from qwenedit.ablation import running
-from qwenedit.ablation.switches import Switches
-from qwenedit.checkpoints import Variant, find_local
-from qwenedit.conditioning import Conditioning
-from qwenedit.encoding import encode_rows
-from qwenedit.geometry import Areas
-from qwenedit.guidance import TrueCFG
-from qwenedit.inputs import (
+from qwenedit.assembly import assemble, modes_of, other_files
+from qwenedit.checks import (
     CALL_OPTIONS,
     LOAD_OPTIONS,
-    Row,
     check_count,
     check_output_type,
-    guidance_of,
-    rows_of,
+    device_of,
+    dtype_of,
     warn,
-    warn_of_float16,
     without_reference_options,
 )
-from qwenedit.latents import denormalise, initial_noise, unpack
-from qwenedit.layered import Layers, layers_of, require_flat
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import encode_rows
+from qwenedit.inputs.pictures import to_pil
+from qwenedit.inputs.rows import Row, rows_of
+from qwenedit.latents import Grid
+from qwenedit.layered import Layers, require_flat
 from qwenedit.lora import Loras
-from qwenedit.mmdit import Grid, MMDiT
-from qwenedit.processor import Processor
-from qwenedit.sampler import Step, euler
-from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.taps import cache_context, require_finite
-from qwenedit.vae import VAE
-from qwenedit.vision_language import VisionLanguage
+from qwenedit.sampling.compiling import compile_blocks, require_compiler
+from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.sampler import Step
+from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.switches import Switches
+from qwenedit.system import Result
+from qwenedit.taps import cache_context
+from qwenedit.weights.checkpoints import find_local
 
-__all__ = ["QwenImageEdit", "Result"]
+__all__ = ["QwenImageEdit", "load"]
 
 MAX_TOKENS = 512  # of a text-to-image prompt, unless the caller wants another number
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64);
-    of `decompose` the likes of these, which it describes.
-    """
-
-    images: list[Any] | Tensor
-
-
 class QwenImageEdit(Loras, Layers):
-    """The whole system. Its components are plain attributes, each of which works without the others.
-
-    Attributes:
-        vision_language: prompt and pictures to embeddings; None if it was left out on loading.
-        vae: pixels to raw latents and back.
-        mmdit: noisy latents to velocity.
-        scheduler: number of steps to sigmas.
-        processor: prompts and pictures to token ids and patches.
-        variant: which checkpoint of the family this is, from its model_index.json.
-        areas: the areas in pixels that pictures are brought to.
-        progress: whether progress bars are shown, on a terminal.
-        share_prefix: run the text encoder once over what a prompt and its negative prompt have in common,
-            the pictures among it: about half the time, and other last bits. False, as the reference runs.
-        micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
-            a generator a row, each row is its single run bit by bit.
-    """
-
-    def __init__(
-        self,
-        *,
-        vision_language: VisionLanguage | None,
-        vae: VAE,
-        mmdit: MMDiT,
-        scheduler: FlowMatchScheduler,
-        processor: Processor,
-        variant: Variant,
-        areas: Areas,
-    ) -> None:
-        self.vision_language = vision_language
-        self.vae = vae
-        self.mmdit = mmdit
-        self.scheduler = scheduler
-        self.processor = processor
-        self.variant = variant
-        self.areas = areas
-        self.progress = True
-        self.share_prefix = False
-        self.micro_batch: int | None = None
+    """The whole system: its components, which are those of `System`, and what they do together."""
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
@@ -120,8 +67,6 @@ class QwenImageEdit(Loras, Layers):
             options["dtype"] = options.pop("torch_dtype")
         if options.pop("local_files_only", False) and source is not None:
             source = find_local(source, options.pop("revision", None))
-        from qwenedit.assembly import load  # which knows this class
-
         return load(source, **options)
 
     @staticmethod
@@ -131,21 +76,6 @@ class QwenImageEdit(Loras, Layers):
         State that a hook keeps between steps is kept apart for each branch (`taps.BranchState`).
         """
         return cache_context(name)
-
-    @property
-    def device(self) -> torch.device:
-        return residency.home(self.mmdit)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.mmdit.parameters()).dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> QwenImageEdit:
-        """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        networks = (self.vision_language, self.vae, self.mmdit)
-        residency.move([network for network in networks if network is not None], *args, **kwargs)
-        warn_of_float16(self.dtype)
-        return self
 
     def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
         """For scripts written for the reference pipelines; `disable=True` silences the progress bar."""
@@ -220,7 +150,7 @@ class QwenImageEdit(Loras, Layers):
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (packed, normalised).
-            switches: what to change about the system (`qwenedit.ablation`); None changes nothing.
+            switches: what to change about the system (`qwenedit.switches`); None changes nothing.
 
         Raises:
             ValueError: bad input, before any network runs.
@@ -286,7 +216,7 @@ class QwenImageEdit(Loras, Layers):
         """
         require_flat(self.variant)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        running.require_pictures(switches or Switches(), image is not None)
+        require_pictures(switches or Switches(), image is not None)
         return self._condition(rows, switches or Switches(), guided=negative_prompt is not None)
 
     def steps(
@@ -309,7 +239,7 @@ class QwenImageEdit(Loras, Layers):
         run = self.prepare(
             conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
         )
-        running.require_encoded(switches, conditioning)
+        require_encoded(switches, conditioning)
         # " " is what a negative prompt is by default: unguided, it needs no warning
         negative = None if conditioning.negative is None else " "
         guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
@@ -340,19 +270,6 @@ class QwenImageEdit(Loras, Layers):
             switches=switches,
         )
         return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
-        if grid[0] != 1:
-            raise ValueError(f"the grid {grid} has {grid[0]} frames, wanted 1: decode_layers takes several")
-        raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
-        config = self.vae.config
-        parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
-        with residency.present(self.vae):
-            pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
-        require_finite(pixels, "VAE decoder: the picture")
-        return processor.denormalise_pixels(pixels)
 
     def _run(
         self,
@@ -385,41 +302,6 @@ class QwenImageEdit(Loras, Layers):
         steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
         return self._finish(steps, num_inference_steps, grid, output_type)
 
-    def prepare(
-        self,
-        grid: Grid,
-        pictures: list[int],
-        steps: int,
-        sigmas: Sequence[float] | None,
-        generator: Generator | Sequence[Generator] | None,
-        latents: Tensor | None,
-        switches: Switches,
-    ) -> tuple[Tensor, list[float]]:
-        """Latents to start from and sigmas, for a row each of `pictures` (how many pictures it has): cheap,
-        so that bad input shows before any network runs.
-        """
-        frames, rows, columns = grid
-        batch, tokens = len(pictures), rows * columns
-        check_count("num_inference_steps", steps)
-        if self.micro_batch is not None:
-            check_count("micro_batch", self.micro_batch)
-        running.require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
-        visited = running.schedule(self.scheduler, switches.time, steps, tokens, sigmas)
-        channels = self.mmdit.config.out_channels
-        if latents is None:
-            noise = initial_noise(
-                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
-            )
-        else:
-            wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
-            if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
-                got = (
-                    f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
-                )
-                raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
-            noise = latents.to(self.device, self.dtype)
-        return noise, visited
-
     def _condition(
         self, rows: list[Row], switches: Switches, *, guided: bool, max_tokens: int = MAX_TOKENS
     ) -> Conditioning:
@@ -439,29 +321,77 @@ class QwenImageEdit(Loras, Layers):
         )
         return conditioning.to(self.device, self.dtype)
 
-    def _steps(
-        self,
-        conditioning: Conditioning,
-        run: tuple[Tensor, list[float]],
-        guidance: TrueCFG | None,
-        switches: Switches,
-    ) -> Iterator[Step]:
-        conditioning = conditioning.to(self.device, self.dtype)
-        predict = running.switched_predictor(
-            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
-            sigmas=run[1][:-1],
-        )  # fmt: skip
-        return residency.while_present(self.mmdit, euler(predict, *run, guidance))
-
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
-        """Take all steps, under a progress bar, and make the result."""
-        bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
-        (last,) = deque(bar, maxlen=1)
-        latents = last.after
-        require_finite(latents, "sampler: the final latents")
+        """Take all steps and make the result."""
+        if self.variant.layered:
+            return self._finish_layers(steps, count, grid, output_type)
+        latents = self._last(steps, count)
         if output_type == "latent":
             return Result(latents)
-        if self.variant.layered:
-            return Result(layers_of(self.decode_layers(latents, grid), output_type))
         pixels = self.decode(latents, grid)
-        return Result(processor.to_pil(pixels) if output_type == "pil" else pixels)
+        return Result(to_pil(pixels) if output_type == "pil" else pixels)
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    mmdit: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    text_encoder: bool | str | os.PathLike[str] = True,
+    progress: bool = True,
+    compile: bool = False,
+    residency: str = "auto",
+    modulation: str = "live",
+    storage: str | None = None,
+) -> QwenImageEdit:
+    """Load a checkpoint in the official layout, or parts of it from files in other layouts.
+
+    Args:
+        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
+            download.
+        device: where to; the accelerator if there is one, else the CPU.
+        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
+        revision: branch, tag or commit on the hub.
+        mmdit, vae: a file (or folder) with that network's weights in place of the checkpoint's own: official,
+            ComfyUI's (bfloat16, fp8, fp8 with scales) or GGUF (`pip install 'qwenedit[gguf]'`), told from its
+            tensors. The config stays the checkpoint's, and a file that is marked as Edit-2511's turns
+            `zero_cond_t` on.
+        text_encoder: likewise a file; False leaves out the text encoder (16.6 GB in the official
+            checkpoints), for runs from a saved `Conditioning`.
+        progress: progress bars on stderr, if that is a terminal.
+        compile: compile the transformer's blocks with torch.compile, on their first run: one for all, and for
+            any size. Last bits differ; under taps and hooks the blocks run uncompiled, as they are written.
+        residency: where weights are. "resident": in memory, all of them. "stage": those of one network at a
+            time, read from the files when its turn comes: memory for the largest. "stream": block by block,
+            the next one read while one computes: memory for two blocks and what is in none, and time that
+            depends on the disk. "auto": the first of these that fits. Results are the same, bit by bit.
+        modulation: "precomputed": the transformer's adaLN layers, a third of it, are read once a run, for all
+            its steps; where somebody looks inside (taps, hooks, gradients) also block by block as they run.
+            Results are the same, bit by bit.
+        storage: "float8": matrices of the transformer's and the text encoder's blocks are kept in 8 bits,
+            with a scale for each row, and widened block by block: half of bfloat16's memory, and an
+            approximation: pixels of the embedded model's edits, in 20 steps, change by 0.002 of white on
+            average and by up to 0.06.
+
+    Raises:
+        ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
+            `compile`, no C++ compiler, or weights that come and go.
+    """
+    device = device_of(device)
+    dtype = dtype_of(dtype, device)
+    if source is None and residency == "auto":
+        residency = "resident"
+    modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
+    if compile:
+        require_compiler()
+    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    pipe = assemble(
+        QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
+        text_encoder=text_encoder not in (False, None), progress=progress,
+    )  # fmt: skip
+    if compile:
+        compile_blocks(pipe.mmdit)
+    return pipe

@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import einops
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BranchState", "Fingerprint", "NonFiniteError", "Op", "Site", "TapFunction", "Tapped", "by_heads",
+    "BranchState", "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped", "by_heads",
     "cache_context", "current_labels", "fingerprint", "modified", "named_modules", "observed",
-    "require_finite", "scope", "swapped", "tap_names", "taps", "trace_ops",
+    "require_finite", "scope", "swapped", "tap_names", "taps",
 ]  # fmt: skip
 
 State = TypeVar("State")
@@ -351,7 +346,7 @@ def taps(
     On exit, by exception too, every module is exactly as it was before.
 
     >>> import qwenedit
-    >>> from qwenedit.mmdit_layers import MLP
+    >>> from qwenedit.networks.mmdit_layers import MLP
     >>> mlp, x = MLP(4), torch.ones(1, 3, 4)
     >>> with taps(mlp, {"mlp_hidden": lambda hidden, site: print(site.full, tuple(hidden.shape))}):
     ...     before = mlp(x)
@@ -452,58 +447,3 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     finally:
         setattr(parent, name, old)
         new.__dict__.pop("_wraps", None)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One tensor that an operation made: what, in which module, and the line of source that asked for it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: str
-    line: str
-
-
-_LIBRARIES = tuple(
-    str(Path(package.__file__).parent) + os.sep for package in (torch, einops) if package.__file__
-)
-
-
-class _Trace(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.paths = {id(module): path for path, module in model.named_modules()}
-        self.ops: list[Op] = []
-
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        if made and (place := self.place()) is not None:
-            name = func.__name__.strip("_") if func.__name__ != "__get__" else func.__self__.__name__
-            self.ops += [Op(name, tuple(x.shape), x.dtype, *place) for x in made]
-        return result
-
-    def place(self) -> tuple[str, str] | None:
-        """The innermost module of the model on the stack, and the innermost line outside of the libraries."""
-        path, line, frame = None, None, sys._getframe(2)
-        while frame is not None and (path is None or line is None):
-            if path is None:
-                path = self.paths.get(id(frame.f_locals.get("self")))
-            if line is None and not frame.f_code.co_filename.startswith(_LIBRARIES):
-                line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return None if path is None or line is None else (path, line)
-
-
-@contextmanager
-def trace_ops(model: nn.Module) -> Iterator[list[Op]]:
-    """List what every operation inside the model makes, in order, also where there is no tap.
-
-    One entry for each tensor; views are among them. Compiled modules run eagerly meanwhile.
-
-        with torch.no_grad(), trace_ops(pipe.mmdit) as ops:
-            pipe.edit(picture, "make the circle red", num_inference_steps=1)
-    """
-    with torch.compiler.set_stance("force_eager"), _Trace(model) as trace:
-        yield trace.ops

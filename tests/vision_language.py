@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwenedit.vision_language import TextConfig, VisionLanguage, VisionLanguageConfig
-from qwenedit.vision_tower import Grid, VisionConfig
+from qwenedit.networks.vision_language import TextConfig, VisionLanguage, VisionLanguageConfig
+from qwenedit.networks.vision_tower import Grid, VisionConfig
 from tests.support import randomise_
 
 VOCAB = 24

@@ -1,10 +1,5 @@
-"""Change one thing about the system by name, and see what it did.
+"""A grid of changes to the system, and what they did.
 
-switches.py holds what can be changed, pictures.py and running.py change it; spec.py, sweep.py, metrics.py and
-report.py run a grid of changes and show the effect.
+spec.py reads what is wanted, sweep.py runs it, metrics.py and attention.py measure, report.py and charts.py
+show it. What can be changed is in `qwenedit.switches`.
 """
-
-from qwenedit.ablation.switches import References, Seen, Switches, Time, VAEPath
-from qwenedit.guidance import Guidance
-
-__all__ = ["Guidance", "References", "Seen", "Switches", "Time", "VAEPath"]

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenedit.attention_maps import AttentionMaps
-from qwenedit.conditioning import Conditioning
-from qwenedit.mmdit import MMDiT
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.instruments.attention_maps import AttentionMaps
+from qwenedit.networks.mmdit import MMDiT
 
 __all__ = ["GROUPS", "target_attention"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwenedit.mmdit import MMDiT
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.taps import BranchState, current_labels, swapped
 
 __all__ = ["FirstBlockCache", "first_block_cache"]
@@ -40,7 +40,7 @@ class FirstBlockCache(nn.Module):
         self.skipped = 0
 
     def forward(self, img: Tensor, txt: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        blocks = iter(self.blocks)  # each has its weights in its turn (residency.py)
+        blocks = iter(self.blocks)  # each has its weights in its turn (memory/residency.py)
         first_block = next(blocks)
         last = self.state.current()
         img_1, txt_1 = first_block(img, txt, *others)

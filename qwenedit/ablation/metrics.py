@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.processor import vae_pixels
-from qwenedit.sampler import Step
+from qwenedit.inputs.pictures import vae_pixels
+from qwenedit.sampling.sampler import Step
 
 __all__ = ["CHANGED", "changed_area", "compare", "curves", "pixels", "psnr", "ssim"]
 

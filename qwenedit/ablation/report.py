@@ -25,8 +25,8 @@ from qwenedit.ablation.charts import Line, chart, nice_range
 from qwenedit.ablation.metrics import CHANGED
 from qwenedit.ablation.results import Record, Sweep
 from qwenedit.ablation.spec import CALL, Cell
-from qwenedit.conditioning import replacing_file
-from qwenedit.processor import to_pil
+from qwenedit.files import replacing_file
+from qwenedit.inputs.pictures import to_pil
 
 __all__ = ["picture_grid", "write_report"]
 

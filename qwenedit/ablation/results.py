@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenedit.ablation.spec import CALL, Spec
-from qwenedit.conditioning import replacing_file
+from qwenedit.files import replacing_file
 
 __all__ = ["MEASURES", "Record", "Sweep", "append", "read_results", "write_csv", "write_results"]
 

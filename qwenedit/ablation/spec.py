@@ -17,7 +17,7 @@
 
     [grid]                                # every combination is run that can be: "references.sigma" beside
                                           # "references.latents" = "left_out", say, cannot
-    "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.ablation.Switches`,
+    "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
     true_cfg_scale = [1, 4]                                 # or true_cfg_scale, steps, negative_prompt
 
 The run without any change, with the calls of the top and default switches, is always among them, and all
@@ -42,11 +42,10 @@ from typing import Any
 
 from PIL import Image
 
-from qwenedit.ablation.switches import NAMES, Switches
-from qwenedit.guidance import Guidance
-from qwenedit.inputs import open_picture
+from qwenedit.inputs.pictures import open_picture
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
+from qwenedit.switches import NAMES, Guidance, Switches
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 

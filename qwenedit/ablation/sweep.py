@@ -33,31 +33,32 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import qwenedit
-from qwenedit import mini
 from qwenedit.ablation.attention import Shares, target_attention
 from qwenedit.ablation.metrics import compare, curves
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
-from qwenedit.ablation.running import require_fitting, schedule
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
-from qwenedit.assembly import load
-from qwenedit.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.conditioning import Conditioning, replacing_file
-from qwenedit.determinism import deterministic
-from qwenedit.inputs import device_of, dtype_of, guidance_of, rows_of
+from qwenedit.checks import device_of, dtype_of
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.files import replacing_file
+from qwenedit.inputs.pictures import to_pil
+from qwenedit.inputs.rows import rows_of
+from qwenedit.instruments.determinism import deterministic
 from qwenedit.layered import require_flat
-from qwenedit.loading import load_scheduler, network_config
 from qwenedit.mini.oracle import judge
-from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import to_pil
+from qwenedit.pipeline import QwenImageEdit, load
+from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.sampling.switched import require_fitting, schedule
 from qwenedit.taps import require_finite
+from qwenedit.version import __version__
+from qwenedit.weights.checkpoints import fingerprint, read_areas, read_variant, resolve
+from qwenedit.weights.configs import network_config
 
-__all__ = ["MOST_EDITS", "ablate", "fingerprint"]
+__all__ = ["MOST_EDITS", "ablate"]
 
 MOST_EDITS = 200  # that a sweep runs without being told that so many are meant
 RESULTS, PICTURES = "results.jsonl", "pictures"
-_PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def ablate(
     plan, home = read_spec(spec), Path(folder)
     _require_writable(home)
     _require_meant(plan.edits - len(read_results(home / RESULTS)), yes)
-    checkpoint = mini.CHECKPOINT if plan.model is None else resolve(plan.model, progress=progress)
+    checkpoint = resolve(plan.model, progress=progress)
     where = device_of(device)
     wanted = dtype_of(dtype, where)
     _require_fitting(plan, checkpoint)
@@ -217,7 +218,7 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
             for k, cell in cells:
                 for j, seed in enumerate(spec.seeds):
                     settings = [
-                        qwenedit.__version__, model, device.type, str(dtype), source, case.prompt,
+                        __version__, model, device.type, str(dtype), source, case.prompt,
                         case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
                         *(["deterministic"] if spec.deterministic else []),
                     ]  # fmt: skip
@@ -357,7 +358,7 @@ def _environment(pipe: QwenImageEdit) -> Record:
     if pipe.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(pipe.device)})"
     return {
-        "qwenedit": qwenedit.__version__,
+        "qwenedit": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -386,24 +387,6 @@ def _seconds(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint folder: names and sizes of its files, and 1024 pieces, evenly spread, of each.
-
-    The embedded model's files are read whole by that, and 60 GB of weights in seconds.
-    """
-    digest = hashlib.sha256()
-    parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))
-    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir()) if path.is_file()]
-    for path in (folder / "model_index.json", *files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // _PIECES, _PIECE)):
-                file.seek(start)
-                digest.update(file.read(_PIECE))
-    return digest.hexdigest()[:20]
 
 
 def _require_writable(folder: Path) -> None:

@@ -6,5 +6,8 @@ knows how to edit. scenes.py is its world, oracle.py judges its edits, train.py 
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+from qwenedit.weights.checkpoints import EMBEDDED as CHECKPOINT
+
+__all__ = ["CHECKPOINT", "EXAMPLE"]
+
 EXAMPLE = Path(__file__).parent / "example.png"

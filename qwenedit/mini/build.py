@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwenedit import mmdit, vae, vision_language
-from qwenedit.conditioning import replacing_file
-from qwenedit.loading import ours_to_official
+from qwenedit.files import replacing_file
 from qwenedit.mini import vocabulary
-from qwenedit.mmdit import MMDiT
-from qwenedit.vae import VAE
-from qwenedit.vision_language import VisionLanguage
+from qwenedit.networks import mmdit, vae, vision_language
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.vae import VAE
+from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.weights.keys import ours_to_official
 
 AREA = 64 * 64  # of pictures, for the VAE and for the language model
 

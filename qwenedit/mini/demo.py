@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import qwenedit
 from qwenedit import mini
-from qwenedit.conditioning import replacing_file
+from qwenedit.files import replacing_file
 from qwenedit.mini.sheet import sheet
+from qwenedit.pipeline import load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("."), help="folder for both pictures (default: here)"
     )
     options = parser.parse_args(arguments)
-    pipe = qwenedit.load(device="cpu", progress=False)
+    pipe = load(device="cpu", progress=False)
     source = Image.open(options.picture).convert("RGB")
     start = time.perf_counter()
     result = pipe.edit(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.mini.scenes import (
     COLOURS,
     KINDS,
@@ -34,7 +35,6 @@ from qwenedit.mini.scenes import (
     paint_background,
     visible,
 )
-from qwenedit.processor import vae_pixels
 
 __all__ = ["Found", "Verdict", "judge", "read_shapes"]
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
+from qwenedit.family import EDIT
+from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.latents import normalise, pack
 from qwenedit.mini.scenes import (
     ACTIONS,
@@ -34,8 +36,7 @@ from qwenedit.mini.scenes import (
     random_request,
     scenes,
 )
-from qwenedit.processor import EDIT, ImageProcessorConfig, Processor
-from qwenedit.vae import VAE
+from qwenedit.networks.vae import VAE
 
 __all__ = [
     "BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "contents", "patches",

@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.processor import to_pil
+from qwenedit.inputs.pictures import to_pil
 
 __all__ = [
-    "ACTIONS", "COLOURS", "DETERMINED", "EXAMPLE", "KINDS", "OPEN", "PLACES", "SIDE", "Background",
-    "Request", "Scene", "Shape", "article", "coverage", "draw", "free", "held_out", "instruction", "outcome",
-    "paint", "paint_background", "random_request", "random_scene", "scenes", "visible",
+    "ACTIONS", "COLOURS", "DETERMINED", "EXAMPLE", "KINDS", "OPEN", "PLACES", "SIDE", "Background", "Request",
+    "Scene", "Shape", "article", "coverage", "draw", "free", "held_out", "instruction", "outcome", "paint",
+    "paint_background", "random_request", "random_scene", "scenes", "visible",
 ]  # fmt: skip
 
 SIDE = 64  # pixels a side of every picture

@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenedit.conditioning import replacing_file
-from qwenedit.inputs import device_of, dtype_of
-from qwenedit.loading import load_network
+from qwenedit.checks import device_of, dtype_of
+from qwenedit.files import replacing_file
+from qwenedit.inputs.processor import ImageProcessorConfig, Processor
+from qwenedit.inputs.tokenizer import load_tokenizer
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
 from qwenedit.mini.train_edit import networks, train_edit
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import train_vae
-from qwenedit.processor import ImageProcessorConfig, Processor, load_tokenizer
-from qwenedit.vae import VAE
+from qwenedit.networks.vae import VAE
+from qwenedit.weights.loading import load_network
 
 TOWER = Path("tower") / "tower.safetensors"  # in RUN: what the stage tower hands to the stage edit
 

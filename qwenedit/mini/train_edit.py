@@ -15,24 +15,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from qwenedit.checkpoints import VARIANTS
-from qwenedit.configs import config_from, vision_language_config
-from qwenedit.geometry import Areas
+from qwenedit.family import EDIT, VARIANTS
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.processor import Processor
+from qwenedit.latents import Grid
 from qwenedit.mini.build import AREA, SCHEDULER, TRANSFORMER, text_encoder_config
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
 from qwenedit.mini.sheet import sheet
 from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.mmdit import Grid, MMDiT, MMDiTConfig
-from qwenedit.mmdit_layers import Modulation
+from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
+from qwenedit.networks.mmdit_layers import Modulation
+from qwenedit.networks.vae import VAE
+from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.processor import EDIT, Processor
-from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.taps import taps
-from qwenedit.training import velocity_error, weighted_mean
-from qwenedit.vae import VAE
-from qwenedit.vision_language import VisionLanguage
+from qwenedit.training.loss import velocity_error, weighted_mean
+from qwenedit.weights.configs import config_from, vision_language_config
 
 __all__ = ["Grounding", "Student", "train_edit"]
 

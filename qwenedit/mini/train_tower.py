@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwenedit.inputs.processor import Processor
 from qwenedit.mini.pairs import BLOCK, CELLS, contents, patches
 from qwenedit.mini.scenes import COLOURS, KINDS, paint, scenes
 from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.processor import Processor
+from qwenedit.networks.vision_tower import VisionTower
 from qwenedit.taps import taps
-from qwenedit.vision_tower import VisionTower
 
 __all__ = ["train_tower"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
 from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.vae import VAE, VAEConfig
-from qwenedit.vae_pictures import for_pictures
+from qwenedit.networks.vae import VAE, VAEConfig
+from qwenedit.networks.vae_pictures import for_pictures
 
 __all__ = ["initialise", "measured", "pictures", "train_vae"]
 

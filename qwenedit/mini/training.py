@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwenedit.conditioning import replacing_file
+from qwenedit.files import replacing_file
 
 __all__ = ["Run", "Weights", "learning_rate"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from qwenedit.processor import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
-from qwenedit.tokenizer import SPLIT, load_tokenizer
+from qwenedit.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
+from qwenedit.inputs.tokenizer import SPLIT, load_tokenizer
 
 __all__ = ["SPECIAL_TOKENS", "train", "write"]
 

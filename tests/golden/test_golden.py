@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwenedit.configs import vision_language_config
-from qwenedit.loading import NETWORKS, ours_to_official
-from qwenedit.mmdit import MMDiTConfig
-from qwenedit.processor import ImageProcessorConfig, picture_patches, vae_pixels
-from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.vae import VAEConfig
-from qwenedit.vision_language import mrope_positions
+from qwenedit.inputs.pictures import vae_pixels
+from qwenedit.inputs.processor import ImageProcessorConfig, picture_patches
+from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.networks.vae import VAEConfig
+from qwenedit.networks.vision_language import mrope_positions
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.weights.configs import vision_language_config
+from qwenedit.weights.keys import NETWORKS, ours_to_official
 from tests.golden import models
 from tests.support import FP32, assert_close
 

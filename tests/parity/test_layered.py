@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qwenedit
-from qwenedit.layered import rgba_pictures, rgba_pixels
-from qwenedit.loading import load_scheduler
-from qwenedit.mmdit import RunCache
-from qwenedit.mmdit_layers import Rope, TimeEmbedding
+from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
+from qwenedit.networks.mmdit import RunCache
+from qwenedit.networks.mmdit_layers import Rope, TimeEmbedding
+from qwenedit.networks.vae import KEY_TABLE, VAE
+from qwenedit.networks.vae_pictures import for_pictures
+from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.taps import tap_names, taps
-from qwenedit.vae import KEY_TABLE, VAE
-from qwenedit.vae_pictures import for_pictures
 from tests.parity.test_mmdit import configs, inputs, pair
 from tests.support import (
     EPS,
@@ -164,6 +164,7 @@ def test_every_tap_of_the_transformer():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_cached_forward_is_the_plain_one(dtype):
     pipe = qwenedit.load(checkpoint("layered"), device="cpu", dtype=dtype, progress=False)
+
     generator = torch.Generator().manual_seed(1)
     target, references, embeds = (
         torch.randn(2, tokens, width, generator=generator).to(dtype)

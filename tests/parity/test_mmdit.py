@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
-from qwenedit.mmdit_layers import Rope, TimeEmbedding, joint_key_mask, joint_rope, rotate
+from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
+from qwenedit.networks.mmdit_layers import Rope, TimeEmbedding, joint_key_mask, joint_rope, rotate
 from tests.support import EPS, FP32, FP64_CAST, assert_close, copy_weights, randomise_
 
 AXES = [(2, 4, 6), (4, 4, 8), (8, 12, 12), (4, 2, 10)]

@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-from qwenedit import processor as ours
+from qwenedit.inputs import processor as ours
 from tests import tiny_tokenizer
 
 FORMS = ("json", "files")

@@ -12,10 +12,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.guidance import TrueCFG
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
-from qwenedit.sampler import euler
-from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.sampler import euler
+from qwenedit.sampling.scheduler import FlowMatchScheduler
 
 OFFICIAL = dict(
     num_train_timesteps=1000,

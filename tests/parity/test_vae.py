@@ -12,11 +12,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit import vae, vae_layers
-from qwenedit.loading import config_from, official_to_ours, ours_to_official
+from qwenedit.networks import vae, vae_layers
+from qwenedit.networks.vae import KEY_TABLE, VAE, VAEConfig
+from qwenedit.networks.vae_layers import Past
 from qwenedit.taps import taps
-from qwenedit.vae import KEY_TABLE, VAE, VAEConfig
-from qwenedit.vae_layers import Past
+from qwenedit.weights.configs import config_from
+from qwenedit.weights.keys import official_to_ours, ours_to_official
 from tests.support import FP32, FP64, FP64_CAST, assert_close, randomise_, relative_error
 
 DATA = Path(__file__).parents[1] / "data"

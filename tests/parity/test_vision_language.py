@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from qwenedit.configs import vision_language_config
-from qwenedit.loading import NETWORKS, official_to_ours
-from qwenedit.vision_language import TextConfig, VisionLanguage, VisionLanguageConfig, mrope_positions
-from qwenedit.vision_tower import VisionConfig, window_order
+from qwenedit.networks.vision_language import (
+    TextConfig,
+    VisionLanguage,
+    VisionLanguageConfig,
+    mrope_positions,
+)
+from qwenedit.networks.vision_tower import VisionConfig, window_order
+from qwenedit.weights.configs import vision_language_config
+from qwenedit.weights.keys import NETWORKS, official_to_ours
 from tests.support import FP32, FP64_CAST, assert_close, randomise_
 from tests.vision_language import IMAGE, PAD, VISION_END, VISION_START, batch_of, configs, encode, layouts
 

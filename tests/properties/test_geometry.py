@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl import image_processing_qwen2_vl
 
-from qwenedit.geometry import Areas, Resize, fit_area, plan, smart_resize
+from qwenedit.inputs.geometry import Areas, Resize, fit_area, plan, smart_resize
 
 SIDES = st.integers(1, 5000)
 SIZES = st.tuples(SIDES, SIDES)

@@ -6,17 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenedit.checkpoints import VARIANTS
-from qwenedit.configs import config_from, vision_language_config
-from qwenedit.loading import (
-    NETWORKS,
-    network_config,
-    official_to_ours,
-    ours_to_official,
-)
-from qwenedit.mmdit import MMDiTConfig
-from qwenedit.scheduler import FlowMatchScheduler
-from qwenedit.vae import VAEConfig
+from qwenedit.family import VARIANTS
+from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.networks.vae import VAEConfig
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.weights.configs import config_from, network_config, vision_language_config
+from qwenedit.weights.keys import NETWORKS, official_to_ours, ours_to_official
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())

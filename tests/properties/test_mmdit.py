@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.mmdit import MMDiT, MMDiTConfig
-from qwenedit.mmdit_layers import Rope, joint_rope, rope_table, rotate
+from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
+from qwenedit.networks.mmdit_layers import Rope, joint_rope, rope_table, rotate
 from qwenedit.taps import tap_names, taps
 from tests.support import EPS, FP32, assert_close, randomise_, shapes_checked
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenedit.latents import denormalise, normalise, pack, unpack
-from qwenedit.scheduler import FlowMatchScheduler
+from qwenedit.sampling.scheduler import FlowMatchScheduler
 
 SHIFTS = st.floats(0.1, 3)
 SCHEDULERS = st.builds(

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenedit.networks.vae import VAE, VAEConfig
+from qwenedit.networks.vae_layers import FrameAttention, Past
 from qwenedit.taps import Tapped, tap_names, taps
-from qwenedit.vae import VAE, VAEConfig
-from qwenedit.vae_layers import FrameAttention, Past
 from tests.support import EPS, FP32, assert_as_close_as, assert_close, randomise_
 
 PATTERNS = [(False, True, True), (True, False, True), (True, True, False), (False, False, True), (False,) * 3]

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenedit.configs import vision_language_config
+from qwenedit.networks.vision_language import TextConfig, VisionLanguageConfig, mrope_positions
+from qwenedit.networks.vision_tower import VisionConfig, window_order
 from qwenedit.taps import tap_names, taps
-from qwenedit.vision_language import TextConfig, VisionLanguageConfig, mrope_positions
-from qwenedit.vision_tower import VisionConfig, window_order
+from qwenedit.weights.configs import vision_language_config
 from tests.golden.models import TEXT_ENCODER
 from tests.support import FP32, assert_close, shapes_checked
 from tests.vision_language import IMAGE, Batch, batch_of, configs, encode, layouts, network

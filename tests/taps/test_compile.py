@@ -9,13 +9,13 @@ from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 
 import qwenedit
-from qwenedit import predictor as predicting
-from qwenedit.compiling import compile_blocks
-from qwenedit.predictor import predictor
+from qwenedit.sampling import predictor as predicting
+from qwenedit.sampling.compiling import compile_blocks
+from qwenedit.sampling.predictor import predictor
 from qwenedit.taps import swapped, tap_names, taps
 from tests.properties import test_mmdit as mmdit
 from tests.properties.test_vision_language import CONFIG
-from tests.unit import test_run_cache
+from tests.sampling import test_run_cache
 from tests.vision_language import network
 
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])

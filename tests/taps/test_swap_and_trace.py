@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwenedit.mmdit import Block
-from qwenedit.taps import swapped, tap_names, taps, trace_ops
+from qwenedit.instruments.trace import trace_ops
+from qwenedit.networks.mmdit import Block
+from qwenedit.taps import swapped, tap_names, taps
 from tests.properties import test_mmdit as mmdit
 from tests.taps import test_taps as small
 

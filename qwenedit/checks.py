@@ -1,0 +1,119 @@
+"""Checks that any part of the package may need: of counts, devices, dtypes, finite numbers; and warnings."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from qwenedit.files import FLOATS
+
+__all__ = [
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_count", "check_output_type",
+    "device_of", "dtype_of", "warn", "warn_of_float16", "without_reference_options",
+]  # fmt: skip
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+# What scripts written for the reference pipelines may also pass: the values that ask for nothing but what
+# happens anyway, and what to do for others. No values: whatever it is, it has no effect here.
+_SAMPLE = ((None,), "make a `Conditioning` and `sample` from it")
+LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "low_cpu_mem_usage": ((), ""),
+    "use_safetensors": ((None, True), "there is no other format"),
+    "variant": ((None,), "give the folder that holds the files"),
+    "device_map": ((None,), "pass device"),
+}
+CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "return_dict": ((True,), "the pictures are the result's `images`"),
+    "callback_on_step_end": ((None,), "loop over `steps`, which shows every step and takes changes"),
+    "callback_on_step_end_tensor_inputs": ((), ""),
+    "attention_kwargs": ((None,), "attach `taps`"),
+    **dict.fromkeys(("prompt_embeds", "prompt_embeds_mask"), _SAMPLE),
+    **dict.fromkeys(("negative_prompt_embeds", "negative_prompt_embeds_mask"), _SAMPLE),
+}
+
+
+def without_reference_options(
+    options: dict[str, Any], known: dict[str, tuple[tuple[Any, ...], str]]
+) -> dict[str, Any]:
+    """The options that are ours.
+
+    Raises:
+        ValueError: one of the reference's asks for what is done in another way here.
+    """
+    for name, (harmless, instead) in known.items():
+        value = options.get(name)
+        if name in options and harmless and not any(value is one for one in harmless):
+            got = repr(value) if isinstance(value, (bool, str)) else type(value).__name__
+            raise ValueError(f"{name} is {got}, wanted {' or '.join(map(str, harmless))}: {instead}")
+    return {name: value for name, value in options.items() if name not in known}
+
+
+def check_output_type(output_type: str) -> None:
+    """Is it a form that results have?
+
+    Raises:
+        ValueError: no.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
+
+
+def check_count(name: str, value: object, *, most: int | None = None) -> None:
+    """Is the argument `name` a whole number from 1 to `most`, where there is one?
+
+    Raises:
+        ValueError: no.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"{name} is {value}, wanted at most {most}")
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, tried out; None is the accelerator, or the CPU where there is none.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted).sum().item()  # it may have a name and no hardware, or hold no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error
+    return wanted
+
+
+def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype that is meant; None, for none, is float32 on the CPU, and elsewhere None: as it is stored.
+
+    Raises:
+        ValueError: it is no dtype that the networks run in.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, wanted float32, bfloat16, float16 or float64")
+    return named
+
+
+def warn_of_float16(dtype: torch.dtype) -> None:
+    """Warn where the networks are to run in float16."""
+    if dtype == torch.float16:
+        warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
+
+
+def warn(message: str) -> None:
+    """Warn at the caller's own line: however deep in this package and torch's wrappers we are."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("qwenedit", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, stacklevel=depth)

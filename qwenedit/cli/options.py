@@ -1,0 +1,289 @@
+"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate`.
+
+Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
+stderr and no traceback (`--debug` shows it). Pictures are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qwenedit.cli import commands
+from qwenedit.family import LIGHTNING
+from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
+from qwenedit.version import __version__
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse prints the usage first; one line is enough, and `--help` has the rest."""
+        self.exit(2, f"qwenedit: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be printable here
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return options.run(options) or 0  # a command with another way to end well returns its status
+    except KeyboardInterrupt:
+        print("qwenedit: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
+    """A warning in one line, without the line of Python that it came from."""
+    print(f"qwenedit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, (ValueError, ArithmeticError, OSError))
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="qwenedit", description="Qwen-Image-Edit in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=f"qwenedit {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    edit = subparsers.add_parser("edit", help="change a picture as a prompt says")
+    edit.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="the picture(s) to edit")
+    edit.add_argument("prompt", metavar="PROMPT", help="what to change")
+    _sampling_options(edit)
+    edit.set_defaults(run=commands.edit)
+
+    generate = subparsers.add_parser("generate", help="make a picture from a prompt alone")
+    generate.add_argument("prompt", metavar="PROMPT", help="what to show")
+    _sampling_options(generate)
+    generate.set_defaults(run=commands.generate)
+
+    decompose = subparsers.add_parser(
+        "decompose", help="take a picture apart into layers with alpha (Qwen-Image-Layered)"
+    )
+    add = decompose.add_argument
+    add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
+    add("prompt", metavar="PROMPT", help="what the picture shows")
+    _run_options(decompose)
+    add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
+    add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
+    decompose.set_defaults(run=commands.decompose)
+
+    info = subparsers.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
+    verify = subparsers.add_parser(
+        "verify", help="every tensor of a checkpoint against the model, from headers"
+    )
+    for command, run in ((info, commands.info), (verify, commands.verify)):
+        command.add_argument(
+            "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
+        )
+        command.add_argument("--revision", help="branch, tag or commit on the hub")
+        _file_options(command)
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command.set_defaults(run=run)
+
+    plan = subparsers.add_parser("plan", help="what memory a run takes, how it would fit, what it downloads")
+    plan.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help="hub id or folder (default: the embedded model); of an id that is not on this machine, headers "
+        "are fetched, a megabyte or so",
+    )  # fmt: skip
+    plan.add_argument("--revision", help="branch, tag or commit on the hub")
+    for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
+        plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
+    for option in ("--height", "--width"):
+        plan.add_argument(option, type=_positive, metavar="N", help="of the output (default: the model's)")
+    plan.add_argument("--pictures", type=_whole, metavar="N", help="how many are given (default: 1)")
+    plan.add_argument("--layers", type=_positive, default=4, metavar="N", help="of Layered (default: 4)")
+    plan.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the accelerator, if any)")
+    plan.add_argument("--dtype", metavar="T", help="(default: as stored; float32 on the CPU)")
+    _file_options(plan)
+    plan.add_argument("--debug", action="store_true", help="show tracebacks")
+    plan.set_defaults(run=commands.plan)
+
+    parity = subparsers.add_parser(
+        "parity",
+        help="a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
+    )
+    _parity_options(parity)
+    parity.set_defaults(run=commands.parity)
+
+    ablate = subparsers.add_parser(
+        "ablate", help="run a grid of settings over pictures and seeds, and report"
+    )
+    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
+    ablate.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
+    )
+    ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
+    _machine_options(ablate)
+    ablate.set_defaults(run=commands.ablate)
+    return parser
+
+
+def _parity_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("parity.json"),
+        metavar="OUT.json",
+        help="for the results (default: parity.json); a run that was stopped goes on",
+    )
+    add(
+        "--picture", type=Path, metavar="PICTURE", help="what to edit, at a small size (default: a drawn one)"
+    )
+    add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
+    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _run_options(command: argparse.ArgumentParser) -> None:
+    """Of every command that samples."""
+    add = command.add_argument
+    add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
+    add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
+    add("--revision", help="branch, tag or commit on the hub")
+    _file_options(command)
+    add("--steps", type=_positive, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
+    add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
+    add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA for the transformer, in any trainer's layout; repeatable",
+    )
+    _memory_options(command)
+    add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    _machine_options(command)
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    _run_options(command)
+    add = command.add_argument
+    add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
+    add(
+        "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
+    )
+    add("--width", type=_whole, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
+    add(
+        "--num-images",
+        type=_batch,
+        default=1,
+        metavar="N",
+        help="how many; OUT-1.png, OUT-2.png, ... if several",
+    )
+    add(
+        "--switch",
+        action=_Switch,
+        default={},
+        metavar="NAME=VALUE",
+        help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
+    )
+
+
+def _file_options(command: argparse.ArgumentParser) -> None:
+    """Networks from files of their own; None in the options where the checkpoint's is wanted."""
+    for option, what in (("--mmdit", "transformer"), ("--vae", "VAE"), ("--text-encoder", "text encoder")):
+        command.add_argument(
+            option,
+            metavar="FILE",
+            help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
+        )
+
+
+def _memory_options(command: argparse.ArgumentParser) -> None:
+    """None in the options stands for `load`'s own default."""
+    add = command.add_argument
+    add(
+        "--residency",
+        choices=RESIDENCIES,
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading); "
+        "auto, the default: the first of these that fits",
+    )
+    add(
+        "--modulation",
+        choices=MODULATIONS,
+        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
+    )
+    add(
+        "--storage",
+        choices=[storage for storage in STORAGES if storage],
+        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
+    )
+
+
+def _machine_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
+    add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
+    add("--quiet", action="store_true", help="no progress bars")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+class _Switch(argparse.Action):
+    """NAME=VALUE into a dict; a value is JSON where it reads as JSON, else a word."""
+
+    def __call__(
+        self, _parser: Any, options: argparse.Namespace, text: Any, _name: str | None = None
+    ) -> None:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentError(self, f"{text!r} is not NAME=VALUE")
+        with suppress(ValueError):
+            value = json.loads(value)
+        setattr(options, self.dest, {**getattr(options, self.dest), name: value})
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _positive(text: str) -> int:
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _batch(text: str) -> int:
+    value = _positive(text)
+    if value > 1000:  # they are made together, in one batch
+        raise argparse.ArgumentTypeError(f"{value} is more than 1000")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**64 - 1")
+    return value

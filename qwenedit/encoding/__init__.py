@@ -1,0 +1,1 @@
+"""Prompts and pictures -> `Conditioning`: all that sampling needs to know of them."""

@@ -1,0 +1,242 @@
+"""Everything a run is conditioned on, as one value that can be saved, loaded, moved and changed.
+
+With a saved conditioning an edit can be repeated without the text encoder and without the VAE's encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qwenedit.files import replacing_file
+from qwenedit.latents import Grid
+
+__all__ = ["Conditioning", "Prompt", "RowGroup"]
+
+_FORMAT = "qwenedit conditioning 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The embeddings of a batch of prompts.
+
+    Shapes: `embeds` (B, T, D), right-padded with zeros; `mask` (B, T) bool, True at real tokens, or None
+        where nothing is padded.
+
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> Prompt(torch.zeros(2, 3, 8), mask).rows(torch.tensor([1])).mask is None
+    True
+    """
+
+    embeds: Tensor
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeds.ndim != 3:
+            raise ValueError(f"prompt embeddings have shape {tuple(self.embeds.shape)}, wanted (B, T, D)")
+        if self.mask is not None and (
+            self.mask.dtype != torch.bool or self.mask.shape != self.embeds.shape[:2]
+        ):
+            raise ValueError(
+                f"prompt mask is {self.mask.dtype} {tuple(self.mask.shape)}, wanted bool "
+                f"{tuple(self.embeds.shape[:2])}"
+            )
+
+    def rows(self, index: Tensor) -> Prompt:
+        """Some rows, in any order; a mask that masks nothing in them is dropped."""
+        mask = None if self.mask is None else self.mask[index]
+        return Prompt(self.embeds[index], None if mask is None or mask.all() else mask)
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Rows of a batch whose token sequences are laid out alike, ready for the transformer."""
+
+    rows: list[int]
+    grids: tuple[Grid, ...]  # of the target, then of each reference
+    references: Tensor | None  # (B, tokens of all references, C)
+    prompt: Prompt
+    negative: Prompt | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conditioning:
+    """The prompts' embeddings, the reference latents, the grids, and where they came from.
+
+    Attributes:
+        prompt, negative: embeddings of B prompts and of their negative prompts (None: no guidance possible).
+        target_grid: (1, rows, columns) of the picture to make; a token is 16x16 pixels. For Layered the
+            frames are the whole picture and its layers.
+        reference_latents: for each row, for each of its pictures, normalised packed latents (S_k, C).
+        reference_grids: likewise, the grid of each.
+        provenance: what the conditioning was made of, as text; saved with it, read by nobody.
+
+    Raises:
+        ValueError: parts that do not fit together.
+
+    Two prompts for a target of 2x3 tokens, the first with a reference picture of 2x2:
+
+    >>> conditioning = Conditioning(
+    ...     prompt=Prompt(torch.zeros(2, 5, 8)),
+    ...     negative=None,
+    ...     target_grid=(1, 2, 3),
+    ...     reference_latents=((torch.zeros(4, 64),), ()),
+    ...     reference_grids=(((1, 2, 2),), ()),
+    ... )
+    >>> conditioning.batch, conditioning.repeat(3).batch
+    (2, 6)
+    >>> [(group.rows, group.grids) for group in conditioning.groups()]
+    [([0], ((1, 2, 3), (1, 2, 2))), ([1], ((1, 2, 3),))]
+    """
+
+    prompt: Prompt
+    negative: Prompt | None
+    target_grid: Grid
+    reference_latents: tuple[tuple[Tensor, ...], ...]
+    reference_grids: tuple[tuple[Grid, ...], ...]
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch = self.prompt.embeds.shape[0]
+        for what, count in (
+            ("negative prompts", batch if self.negative is None else self.negative.embeds.shape[0]),
+            ("rows of reference latents", len(self.reference_latents)),
+            ("rows of reference grids", len(self.reference_grids)),
+        ):
+            if count != batch:
+                raise ValueError(f"conditioning has {count} {what}, wanted {batch}, one for each prompt")
+        for row, (latents, grids) in enumerate(
+            zip(self.reference_latents, self.reference_grids, strict=True)
+        ):
+            got, wanted = [x.shape[0] for x in latents], [math.prod(grid) for grid in grids]
+            if got != wanted:
+                raise ValueError(
+                    f"reference latents of row {row} have {got} tokens, wanted {wanted} for {grids}"
+                )
+
+    @property
+    def batch(self) -> int:
+        return self.prompt.embeds.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """The same conditioning elsewhere, or in another floating dtype."""
+
+        def move(prompt: Prompt) -> Prompt:
+            mask = None if prompt.mask is None else prompt.mask.to(device)
+            return Prompt(prompt.embeds.to(device=device, dtype=dtype), mask)
+
+        latents = tuple(
+            tuple(x.to(device=device, dtype=dtype) for x in row) for row in self.reference_latents
+        )
+        negative = None if self.negative is None else move(self.negative)
+        return dataclasses.replace(
+            self, prompt=move(self.prompt), negative=negative, reference_latents=latents
+        )
+
+    def repeat(self, count: int) -> Conditioning:
+        """Every row `count` times, prompt-major: p0, p0, p1, p1, ...
+
+        The reference pipelines interleave embeddings so, but tile masks and reference latents (p0, p1, p0,
+        p1), which pairs a prompt with another one's mask and picture.
+        """
+        if count == 1:
+            return self
+        index = torch.arange(self.batch).repeat_interleave(count)
+        rows = index.tolist()
+        return dataclasses.replace(
+            self,
+            prompt=self.prompt.rows(index),
+            negative=None if self.negative is None else self.negative.rows(index),
+            reference_latents=tuple(self.reference_latents[row] for row in rows),
+            reference_grids=tuple(self.reference_grids[row] for row in rows),
+        )
+
+    def groups(self) -> Iterator[RowGroup]:
+        """The rows grouped by the layout of their tokens: usually one group, the whole batch."""
+        by_layout: dict[tuple[Grid, ...], list[int]] = {}
+        for row, grids in enumerate(self.reference_grids):
+            by_layout.setdefault(grids, []).append(row)
+        for grids, rows in by_layout.items():
+            index = torch.tensor(rows)
+            references = None
+            if grids:
+                references = torch.stack([torch.cat(self.reference_latents[row]) for row in rows])
+            yield RowGroup(
+                rows=rows,
+                grids=(self.target_grid, *grids),
+                references=references,
+                prompt=self.prompt.rows(index),
+                negative=None if self.negative is None else self.negative.rows(index),
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {"prompt_embeds": self.prompt.embeds}
+        if self.prompt.mask is not None:
+            tensors["prompt_embeds_mask"] = self.prompt.mask
+        if self.negative is not None:
+            tensors["negative_prompt_embeds"] = self.negative.embeds
+            if self.negative.mask is not None:
+                tensors["negative_prompt_embeds_mask"] = self.negative.mask
+        for row, latents in enumerate(self.reference_latents):
+            for k, x in enumerate(latents):
+                tensors[f"reference_latents.{row}.{k}"] = x
+        metadata = {
+            "format": _FORMAT,
+            "target_grid": json.dumps(self.target_grid),
+            "reference_grids": json.dumps(self.reference_grids),
+            "provenance": json.dumps(self.provenance, ensure_ascii=False),
+        }
+        owned = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+        with replacing_file(path) as temporary:
+            safetensors.torch.save_file(owned, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Conditioning:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not a conditioning.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"no conditioning at {path}: no such file")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
+        try:
+            return cls._from_tensors(tensors, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a broken conditioning: {error!r}") from error
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Conditioning:
+        def prompt(name: str) -> Prompt:
+            return Prompt(tensors[name], tensors.get(f"{name}_mask"))
+
+        grids = tuple(tuple(tuple(grid) for grid in row) for row in json.loads(metadata["reference_grids"]))
+        return cls(
+            prompt=prompt("prompt_embeds"),
+            negative=prompt("negative_prompt_embeds") if "negative_prompt_embeds" in tensors else None,
+            target_grid=tuple(json.loads(metadata["target_grid"])),
+            reference_latents=tuple(
+                tuple(tensors[f"reference_latents.{row}.{k}"] for k in range(len(of_row)))
+                for row, of_row in enumerate(grids)
+            ),
+            reference_grids=grids,
+            provenance=json.loads(metadata["provenance"]),
+        )

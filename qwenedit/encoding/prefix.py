@@ -1,0 +1,63 @@
+"""Two prompts about the same pictures, encoded in one pass that runs their common beginning once.
+
+The prompt and the negative prompt of an edit differ in their last few tokens only: before them stand the
+template and all the picture's tokens, over a thousand in the official checkpoints. Attention is causal, so
+that what is common has the same vectors in both. Here the sequence is [all of the first | the rest of the
+second], and a mask keeps the rest of the second from looking at the rest of the first. The arithmetic is that
+of two passes, on matrices of other shapes: last bits differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwenedit.inputs.processor import ProcessorOutput
+from qwenedit.networks.vision_language import VisionLanguage, causal_mask
+
+__all__ = ["common_prefix", "encode_together"]
+
+
+def common_prefix(first: ProcessorOutput, second: ProcessorOutput) -> int:
+    """How many tokens all rows of two batches begin with alike, padding not among them."""
+    length = min(first.input_ids.shape[1], second.input_ids.shape[1])
+    same = first.input_ids[:, :length] == second.input_ids[:, :length]
+    same &= (first.attention_mask[:, :length] & second.attention_mask[:, :length]).bool()
+    return int(same.all(dim=0).cumprod(dim=0).sum())
+
+
+@torch.no_grad()
+def encode_together(
+    vision_language: VisionLanguage,
+    first: ProcessorOutput,
+    second: ProcessorOutput,
+    pictures: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What `vision_language` makes of two batches with the same pictures: (B, T1, D) and (B, T2, D).
+
+    `pictures` (M, D) is what its vision tower has made of their patches; None without pictures.
+    """
+    device = next(vision_language.parameters()).device
+    shared, grids = common_prefix(first, second), first.image_grid_thw
+    masks = [batch.attention_mask.to(device) for batch in (first, second)]
+    (x1, places1), (x2, places2) = (
+        vision_language.embed(batch.input_ids.to(device), mask, None, grids, pictures)
+        for batch, mask in zip((first, second), masks, strict=True)
+    )
+    x = torch.cat([x1, x2[:, shared:]], dim=1)
+    rope = vision_language.language.rope(torch.cat([places1, places2[:, :, shared:]], dim=2), x.dtype)
+    mask = _mask(masks[0].bool(), masks[1].bool(), shared)
+    for block in vision_language.language.blocks:
+        x = block(x, rope, mask)
+    x = vision_language.language.norm(x)
+    end = x1.shape[1]
+    return x[:, :end], torch.cat([x[:, :shared], x[:, end:]], dim=1)
+
+
+def _mask(first: Tensor, second: Tensor, shared: int) -> Tensor:
+    """(B, 1, J, J): True where a query may look. Padding may look at itself, so that it stays finite."""
+    end, rest = first.shape[1], second.shape[1] - shared
+    may = causal_mask(end + rest, first.device)
+    may[end:, shared:end] = False
+    real = torch.cat([first, second[:, shared:]], dim=1)
+    return may & real[:, None, None, :] | torch.eye(end + rest, dtype=torch.bool, device=first.device)

@@ -1,0 +1,60 @@
+"""The switches that act on pictures, before the encoders: rows in, rows out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from PIL import Image
+
+from qwenedit.inputs.pictures import open_picture
+from qwenedit.inputs.rows import Row
+from qwenedit.switches import AnyPicture, References, Seen
+
+__all__ = ["reference_rows", "seen_rows"]
+
+GREY = (128, 128, 128)  # of a blank picture
+
+
+def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
+    """The rows as the text encoder is to see them.
+
+    Raises:
+        ValueError: the other picture cannot be read.
+    """
+    if seen.picture == "unseen":
+        return [dataclasses.replace(row, pictures=[]) for row in rows]
+    if seen.picture == "other":
+        assert seen.other is not None
+        rows = _replaced(rows, _opened(seen.other))
+    elif seen.picture == "blank":
+        blanks = [[Image.new("RGB", picture.size, GREY) for picture in row.pictures] for row in rows]
+        rows = [dataclasses.replace(row, pictures=of_row) for row, of_row in zip(rows, blanks, strict=True)]
+    if seen.size is None:
+        return list(rows)
+    resized = []
+    for row in rows:
+        plans = tuple(dataclasses.replace(plan, vl=seen.size) for plan in row.geometry.pictures)
+        resized.append(dataclasses.replace(row, geometry=dataclasses.replace(row.geometry, pictures=plans)))
+    return resized
+
+
+def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
+    """The rows as the VAE is to see them.
+
+    Raises:
+        ValueError: the other picture cannot be read.
+    """
+    if references.latents != "other":
+        return list(rows)
+    assert references.picture is not None
+    return _replaced(rows, _opened(references.picture))
+
+
+def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
+    """Every picture of every row by this one; the sizes stay, and with them the layout of the tokens."""
+    return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
+
+
+def _opened(picture: AnyPicture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else open_picture(picture)

@@ -1,0 +1,240 @@
+"""The members of the family: what each does with pictures, what is written around its prompts, and how it is
+meant to be sampled.
+
+Presets are what the command line takes where its user says nothing, and what `qwenedit info` shows. In Python
+the defaults are those of the reference pipelines.
+
+Sources: for the templates diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py;
+the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
+defaults of the reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in
+ModelTC/Qwen-Image-Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwenedit.files import read_json
+from qwenedit.switches import Switches, Time
+
+__all__ = [
+    "EDIT", "EDIT_PLUS", "IMAGE_PAD", "LIGHTNING", "PRESETS", "TEXT_TO_IMAGE", "VARIANTS", "Layering",
+    "Preset", "Sampling", "Template", "Variant", "preset_of",
+]  # fmt: skip
+
+IMAGE_PAD = "<|image_pad|>"  # stands for a token of a picture in a prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What is written around a prompt. The embeddings of its prefix are dropped after the text encoder.
+
+    Attributes:
+        system: the system prompt.
+        picture: what stands for a picture, before the prompt; {} is its number from 1.
+        pictures: the least and the most pictures that a prompt may have; None for any number.
+        drop_index: tokens of the prefix, by the official tokenizer.
+        max_tokens: a prompt is cut to this many tokens, counting what follows it; None for never.
+    """
+
+    system: str
+    picture: str
+    pictures: tuple[int, int | None]
+    drop_index: int
+    max_tokens: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        return f"<|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n"
+
+    def render(self, prompt: str, pads: Sequence[int]) -> str:
+        """The whole text for a prompt; the k-th picture takes up `pads[k]` tokens of the language model.
+
+        Raises:
+            ValueError: fewer or more pictures than the template takes.
+        """
+        least, most = self.pictures
+        if len(pads) < least or (most is not None and len(pads) > most):
+            wanted = (
+                f"at least {least}" if most is None else f"{least}" if least == most else f"{least}-{most}"
+            )
+            raise ValueError(f"the prompt has {len(pads)} pictures, wanted {wanted} for this template")
+        pictures = "".join(
+            self.picture.replace("{}", str(number)).replace(IMAGE_PAD, IMAGE_PAD * count)
+            for number, count in enumerate(pads, start=1)
+        )
+        return f"{self.prefix}{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+_EDIT_SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that "
+    "meets the user's requirements while maintaining consistency with the original input where appropriate."
+)
+TEXT_TO_IMAGE = Template(
+    system="Describe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:",
+    picture="",
+    pictures=(0, 0),
+    drop_index=34,
+    max_tokens=1024,
+)
+EDIT = Template(
+    system=_EDIT_SYSTEM, picture=f"<|vision_start|>{IMAGE_PAD}<|vision_end|>", pictures=(1, 1), drop_index=64
+)
+EDIT_PLUS = Template(
+    system=_EDIT_SYSTEM,
+    picture=f"Picture {{}}: <|vision_start|>{IMAGE_PAD}<|vision_end|>",
+    pictures=(0, None),
+    drop_index=64,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A member of the family: what its pipeline does with pictures."""
+
+    name: str
+    max_pictures: int  # 0 where it makes pictures from text only
+    template: Template
+    layered: bool = False  # it takes a picture apart, into RGBA layers
+
+
+VARIANTS = {
+    "QwenImagePipeline": Variant(name="Qwen-Image", max_pictures=0, template=TEXT_TO_IMAGE),
+    "QwenImageEditPipeline": Variant(name="Qwen-Image-Edit", max_pictures=1, template=EDIT),
+    "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=3, template=EDIT_PLUS),
+    "QwenImageLayeredPipeline": Variant(
+        name="Qwen-Image-Layered", max_pictures=1, template=TEXT_TO_IMAGE, layered=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The settings of one run, all decided."""
+
+    num_inference_steps: int
+    true_cfg_scale: float
+    negative_prompt: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layering:
+    """What `decompose` takes beside the settings of other runs."""
+
+    layers: int
+    resolution: int
+    cfg_normalize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Recommended settings.
+
+    Attributes:
+        name: of the checkpoint, as on the hub, or "lightning-4", "lightning-8".
+        num_inference_steps, true_cfg_scale, negative_prompt: of `edit` and `generate`.
+        sizes: (width, height) that the model card names for text to picture; of edits the size follows from
+            the picture.
+        switches: those that a run takes, beneath those that it is given.
+        layering: of `decompose`; None where there is no such thing.
+    """
+
+    name: str
+    num_inference_steps: int = 50
+    true_cfg_scale: float = 4.0
+    negative_prompt: str = " "
+    sizes: tuple[tuple[int, int], ...] = ()
+    switches: Switches = field(default_factory=Switches)
+    layering: Layering | None = None
+
+    def sampling(
+        self,
+        num_inference_steps: int | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> Sampling:
+        """What is given, completed by what is recommended; an unguided run needs no negative prompt."""
+        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        if negative_prompt is None and scale > 1:
+            negative_prompt = self.negative_prompt
+        return Sampling(
+            num_inference_steps=(
+                self.num_inference_steps if num_inference_steps is None else num_inference_steps
+            ),
+            true_cfg_scale=scale,
+            negative_prompt=negative_prompt,
+        )
+
+    def __str__(self) -> str:
+        """As `qwenedit info` prints it."""
+        sizes = f"; sizes {', '.join(f'{w}x{h}' for w, h in self.sizes)}" if self.sizes else ""
+        layers = ""
+        if self.layering is not None:
+            of = self.layering
+            layers = f"; {of.layers} layers, resolution {of.resolution}, cfg_normalize {of.cfg_normalize}"
+        return (
+            f"preset {self.name}: {self.num_inference_steps} steps, true_cfg_scale {self.true_cfg_scale}, "
+            f"negative prompt {self.negative_prompt!r}{sizes}{layers}"
+        )
+
+
+_SIZES = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
+
+
+def _lightning(steps: int) -> Preset:
+    return Preset(
+        name=f"lightning-{steps}",
+        num_inference_steps=steps,
+        true_cfg_scale=1.0,
+        switches=Switches(time=Time(sigmas="lightning")),
+    )
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(name="Qwen-Image", sizes=_SIZES),
+        Preset(
+            name="Qwen-Image-2512",
+            negative_prompt="低分辨率，低画质，肢体畸形，手指畸形，画面过饱和，蜡像感，人脸无细节，过度光滑，"
+            "画面具有AI感。构图混乱。文字模糊，扭曲。",
+            sizes=_SIZES,
+        ),
+        Preset(name="Qwen-Image-Edit"),
+        Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40),
+        Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40),
+        Preset(name="Qwen-Image-Layered", layering=Layering(layers=4, resolution=640, cfg_normalize=True)),
+        _lightning(4),
+        _lightning(8),
+    )
+}
+LIGHTNING = ("lightning-4", "lightning-8")
+
+
+def preset_of(folder: Path, *, zero_cond_t: bool | None = None) -> Preset:
+    """The preset of a checkpoint's folder, from its configs: the pipeline's class and `zero_cond_t` (the
+    argument, if the transformer is from another file).
+
+    Qwen-Image-2512 has the configs of Qwen-Image: the name of its hub id or folder tells them apart.
+
+    Raises:
+        ValueError: no readable config, or a pipeline of another family.
+    """
+    pipeline = read_json(folder / "model_index.json").get("_class_name")
+    if pipeline == "QwenImagePipeline":
+        # a snapshot in the hub's cache is models--Qwen--Qwen-Image-2512/snapshots/COMMIT
+        name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.resolve().name
+        is_2512 = "qwen-image-2512" in name.lower()
+        return PRESETS["Qwen-Image-2512" if is_2512 else "Qwen-Image"]
+    if pipeline == "QwenImageEditPlusPipeline":
+        if zero_cond_t is None:
+            zero_cond_t = read_json(folder / "transformer" / "config.json").get("zero_cond_t", False)
+        return PRESETS["Qwen-Image-Edit-2511" if zero_cond_t else "Qwen-Image-Edit-2509"]
+    others = {"QwenImageEditPipeline": "Qwen-Image-Edit", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}
+    if pipeline not in others:
+        raise ValueError(f"{folder} is a {pipeline}: there is no preset for it")
+    return PRESETS[others[pipeline]]

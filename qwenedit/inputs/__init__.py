@@ -1,0 +1,1 @@
+"""What a caller gives, brought to what the networks take: sizes, pictures, token ids, patches."""

@@ -1,0 +1,211 @@
+"""Attention maps, in part and reduced to groups of tokens, beside the fused attention.
+
+maps = AttentionMaps(rows="target", columns="reference 1", blocks=[3])
+with maps.attached(pipe.mmdit):
+    pipe.edit(picture, "make the circle red")
+maps["blocks.3.attn", 5, "cond"]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwenedit.instruments.records import Records, Wanted
+from qwenedit.latents import Layout
+from qwenedit.networks.mmdit import JointAttention
+from qwenedit.taps import Site, taps
+
+__all__ = ["AttentionMaps", "attention_map", "token_groups"]
+
+CHUNK = 2**26  # elements of the attention scores that exist at once while a map is made
+
+
+def token_groups(layout: Layout) -> dict[str, slice]:
+    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ...
+
+    >>> token_groups(Layout(5, ((1, 2, 2), (1, 2, 3))))
+    {'text': slice(0, 5, None), 'target': slice(5, 9, None), 'reference 1': slice(9, 15, None)}
+    """
+    groups = {"text": slice(0, layout.text), "target": layout.in_joint(layout.target)}
+    for number, tokens in enumerate(layout.references, 1):
+        groups[f"reference {number}"] = layout.in_joint(tokens)
+    return groups
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    rows: slice | Sequence[slice] = slice(None),
+    columns: slice | Sequence[slice] = slice(None),
+    *,
+    key_mask: Tensor | None = None,
+    mean_heads: bool = False,
+) -> Tensor:
+    """A part of the attention probabilities, with denominators over all keys, or how much groups attend to
+    groups.
+
+    Args:
+        q, k: queries and keys of the joint sequence [text, image], after RoPE.
+        rows: a slice of the queries; or a list of them: the mean over the real tokens of each.
+        columns: a slice of the keys; or a list of them: the sum over each.
+        key_mask: as the attention was given it: True where a query may look.
+        mean_heads: average over the heads.
+
+    Shapes: `q`, `k` (B, J, H, K); `key_mask` bool, broadcasts to (B, 1, J, J). Returns (B, H, rows, columns)
+        in at least float32, without H where `mean_heads`; a list of n counts n.
+    Differentiable. Queries are taken some at a time, so that no more than `CHUNK` scores exist at once, also
+        for the backward pass, which computes them again.
+
+    How much tokens 0 to 3 attend to themselves, and to the rest:
+
+    >>> q, k = torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
+    >>> shares = attention_map(q, k, rows=[slice(0, 4)], columns=[slice(0, 4), slice(4, 10)])
+    >>> shares.shape, torch.allclose(shares.sum(-1), torch.ones(()))
+    (torch.Size([1, 2, 1, 2]), True)
+    """
+    batch, keys, heads, dim = k.shape
+    mask = None if key_mask is None else key_mask.expand(batch, 1, -1, keys)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k_t = k.to(wide).permute(0, 2, 3, 1)  # B H K J
+    at_once = max(1, CHUNK // (batch * heads * keys))
+
+    def part(queries: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+        scores = queries.to(wide).transpose(1, 2) @ k_t * dim**-0.5
+        if mask is not None:
+            seen = mask if mask.shape[2] == 1 else mask[:, :, places]
+            scores = scores.masked_fill(~seen, float("-inf"))
+        probs = torch.softmax(scores, dim=-1)
+        if isinstance(columns, slice):
+            probs = probs[..., columns]
+        else:
+            probs = torch.stack([probs[..., tokens].sum(-1) for tokens in columns], dim=-1)
+        if weights is not None:
+            probs = (probs * weights[:, None, :, None]).sum(-2, keepdim=True)
+        return probs.mean(1) if mean_heads else probs
+
+    def lean(*parts: Tensor) -> Tensor:
+        return checkpoint(part, *parts, use_reentrant=False, preserve_rng_state=False)
+
+    every = torch.arange(q.shape[1], device=q.device)
+    if isinstance(rows, slice):
+        queries, places = q[:, rows].split(at_once, dim=1), every[rows].split(at_once)
+        return torch.cat([lean(*pair) for pair in zip(queries, places, strict=True)], dim=-2)
+    means = []
+    for tokens in rows:
+        real = torch.ones((batch, len(every[tokens])), dtype=wide, device=q.device)
+        if mask is not None:  # padding, which is no key of its own, counts in no mean
+            own = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=1, dim2=2)
+            real = real * own[:, tokens]
+        weights = (real / real.sum(-1, keepdim=True)).split(at_once, dim=1)
+        chunks = zip(q[:, tokens].split(at_once, dim=1), every[tokens].split(at_once), weights, strict=True)
+        means.append(torch.stack([lean(*chunk) for chunk in chunks]).sum(0))
+    return torch.cat(means, dim=-2)
+
+
+_PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
+
+
+class AttentionMaps(Records):
+    """Attention maps of the transformer's blocks while it runs, as records under `blocks.3.attn`.
+
+    Args:
+        rows, columns: "all", or a group of tokens ("text", "target", "reference 1", ...); or a list of
+            groups: rows are then averaged and columns summed over each, so that rows=["target"] and
+            columns=["text", "target", "reference 1"] tell how much the target attends to each.
+        blocks, steps, branch: which; all of them by default. Collections, as in `Recorder`.
+        mean_heads: average over the heads.
+        detach: False lets gradients flow through the maps and keeps them on their device; otherwise they are
+            kept on the CPU.
+
+    Shapes: as of `attention_map`.
+    Raises:
+        ValueError: while running, a group that there cannot be, rows of a reference that this step has not
+            (as columns its share is 0), or no label `layout` in force: the sampler declares it, and who calls
+            the transformer by hand does it with `scope`.
+        RuntimeError: at the end, nothing was collected.
+
+    The fused attention stays as it is: maps are computed beside it, from the queries and keys.
+    """
+
+    def __init__(
+        self,
+        rows: str | Sequence[str] = "target",
+        columns: str | Sequence[str] = "all",
+        *,
+        blocks: Collection[int] | None = None,
+        steps: Collection[int] | None = None,
+        branch: str | None = None,
+        mean_heads: bool = False,
+        detach: bool = True,
+    ) -> None:
+        super().__init__()
+        self._rows, self._columns = rows, columns
+        self._blocks = blocks
+        self._wanted = Wanted(steps, branch)
+        self._mean_heads = mean_heads
+        self._detach = detach
+        self._parts: dict[str, Tensor] = {}  # of the one attention that is running
+        self._key_mask: Tensor | None = None  # likewise
+
+    @contextmanager
+    def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
+        """Collect for the length of a `with` block."""
+        blocks = ["*"] if self._blocks is None else self._blocks
+        attentions = [module for module in mmdit.modules() if isinstance(module, JointAttention)]
+        hooks = [module.register_forward_pre_hook(self._note_mask) for module in attentions]
+        try:
+            with taps(mmdit, {f"blocks.{n}.attn.{part}": self._collect for n in blocks for part in _PARTS}):
+                yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._parts.clear()
+        if not self._records:
+            raise RuntimeError(
+                "no attention map was collected: no step or branch that ran is among those wanted"
+            )
+
+    def _note_mask(self, _attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._key_mask = inputs[3]
+
+    def _collect(self, x: Tensor, site: Site) -> None:
+        if not self._wanted(site):
+            return
+        self._parts[site.name] = x
+        if site.name != _PARTS[-1]:
+            return
+        parts, self._parts = self._parts, {}
+        labels = site.labels
+        if "layout" not in labels:
+            raise ValueError(
+                f"tap {site.full}: no label layout is in force, wanted scope(layout=Layout(...))"
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detach):
+            value = attention_map(
+                torch.cat([parts["txt_q_rot"], parts["img_q_rot"]], dim=1),
+                torch.cat([parts["txt_k_rot"], parts["img_k_rot"]], dim=1),
+                _resolve(self._rows, labels["layout"]),
+                _resolve(self._columns, labels["layout"], absent=slice(0, 0)),
+                key_mask=self._key_mask,
+                mean_heads=self._mean_heads,
+            )
+        self._add(self._next(site.full.rpartition(".")[0]), value.cpu() if self._detach else value)
+
+
+def _resolve(names: str | Sequence[str], layout: Layout, absent: slice | None = None) -> slice | list[slice]:
+    """The tokens of the groups; `absent` is what stands for a reference that the layout has not."""
+    groups = {**token_groups(layout), "all": slice(None)}
+    found = []
+    for name in [names] if isinstance(names, str) else names:
+        group = groups.get(name, absent if re.fullmatch(r"reference [1-9]\d*", name) else None)
+        if group is None:
+            raise ValueError(f"no group of tokens is {name!r}, wanted one of {', '.join(groups)}")
+        found.append(group)
+    return found[0] if isinstance(names, str) else found

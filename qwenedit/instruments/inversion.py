@@ -1,0 +1,168 @@
+"""Inversion: from a picture back to the noise that the sampler would make it from.
+
+latents, grid = picture_latents(pipe, picture)
+conditioning = pipe.condition(None, "a red circle", height=64, width=64)
+with torch.no_grad():
+    for step in invert(pipe, conditioning, latents, num_inference_steps=50, iterations=5):
+        pass
+    noise = step.after
+    again = pipe.sample(conditioning, latents=noise, num_inference_steps=50, true_cfg_scale=1.0)
+
+A conditioning that shows the picture as a reference works too, but makes that picture from almost any noise,
+so that the noise found says little of it. A step has the index, and in its labels the `step`, of the step of
+the sampler over the same interval: what a tap stores here can be replayed there (RF-Solver-Edit, arXiv
+2411.04746).
+
+Controlled inversion (RF-Inversion, arXiv 2410.10792) draws the path to a noise of one's choice. It is a line
+in the loop, since what is written into a step is what is used:
+
+    step.velocity = step.velocity + gamma * ((noise - step.latents) / (1 - step.sigma) - step.velocity)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import encode_pictures
+from qwenedit.inputs import geometry
+from qwenedit.inputs.rows import Row
+from qwenedit.latents import Grid
+from qwenedit.memory.residency import while_present
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.sampling.guidance import TrueCFG, guidance_of
+from qwenedit.sampling.sampler import Predict, Step, predict_at, require_interval
+from qwenedit.sampling.switched import require_encoded, switched_predictor
+from qwenedit.switches import Switches
+from qwenedit.taps import scope
+
+__all__ = ["inverse_euler", "invert", "picture_latents"]
+
+
+def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, Grid]:
+    """A picture as packed normalised latents (1, S, 64), from the mode of the VAE's posterior, and its grid.
+
+    It is resized to the checkpoint's area as a reference is. Gradients flow if the caller lets them.
+
+    Raises:
+        ValueError: no picture, or one of extreme shape.
+        NonFiniteError: NaN or infinity from the encoder.
+    """
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"picture is {type(picture).__name__}, wanted a PIL picture")
+    plan = geometry.plan([picture.size], areas=pipe.areas)
+    ((latents,),) = encode_pictures([Row("", None, [picture], plan)], pipe.vae)
+    return latents[None].to(pipe.device, pipe.dtype), plan.pictures[0].grid
+
+
+def invert(
+    pipe: QwenImageEdit,
+    conditioning: Conditioning,
+    latents: Tensor,
+    *,
+    true_cfg_scale: float = 1.0,
+    num_inference_steps: int = 50,
+    sigmas: Sequence[float] | None = None,
+    iterations: int = 0,
+    switches: Switches | None = None,
+) -> Iterator[Step]:
+    """The steps of a run backwards, from the picture's latents (B, S, 64) at sigma 0; the last one's `after`
+    is the noise.
+
+    `pipe.steps` with the same conditioning, scale, steps, sigmas and switches, and with that noise for
+    latents, leads back to the picture. The other arguments are those of `pipe.steps` and of `inverse_euler`.
+    Gradients are the caller's, as in `pipe.steps`.
+
+    Raises:
+        ValueError: bad input, before any network runs.
+    """
+    if latents is None:  # of which sampling makes noise
+        raise ValueError("latents are None, wanted a tensor: picture_latents makes those of a picture")
+    switches = switches or Switches()
+    pictures = [len(row) for row in conditioning.reference_grids]
+    start, visited = pipe.prepare(
+        conditioning.target_grid, pictures, num_inference_steps, sigmas, None, latents, switches
+    )
+    require_encoded(switches, conditioning)
+    negative = None if conditioning.negative is None else " "
+    guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+    _require_invertible(guidance, iterations, num_inference_steps)
+    conditioning = conditioning.to(pipe.device, pipe.dtype)
+    predict = switched_predictor(
+        pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch,
+        sigmas=visited,
+    )  # fmt: skip
+    return while_present(pipe.mmdit, inverse_euler(predict, start, visited, guidance, iterations))
+
+
+def inverse_euler(
+    predict: Predict,
+    latents: Tensor,
+    sigmas: Sequence[float],
+    guidance: TrueCFG | None = None,
+    iterations: int = 0,
+) -> Iterator[Step]:
+    """Yield every step of the flow from `sigmas[-1]` back to `sigmas[0]`, the last step of `euler` first.
+
+    With x_i for the latents at sigma_i, the i-th step of `euler` is
+
+        x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, sigma_i)
+
+    Its inverse needs the velocity at the x_i that is looked for. Without iterations it is taken where the
+    latents are known (the explicit step, DDIM inversion's approximation; arXiv 2010.02502, 2105.05233):
+
+        x_i = x_{i+1} + (sigma_i - sigma_{i+1}) v(x_{i+1}, sigma_{i+1})
+
+    and the round trip's error falls with the number of steps, in proportion to their width. Each iteration
+    then puts the x_i that was found into the equation that holds (fixed-point iteration; arXiv 2309.04907,
+    2312.12540):
+
+        x_i <- x_{i+1} + (sigma_i - sigma_{i+1}) v(x_i, sigma_i)
+
+    which converges to the exact inverse where a step's width times the velocity's Lipschitz constant is below
+    1, at one more prediction an iteration.
+
+    A `Step` has the index i; its `sigma` and `latents` are those of i + 1, its `sigma_next` and `after` those
+    of i; its predictions are the last iteration's. Labels: `step` i, `sigma` where the prediction is made,
+    `iteration` from 0. Only the last is, but for its own error, what the sampler's step i computes.
+
+    Raises:
+        ValueError: guidance on clean latents, which velocities say nothing of at sigma 0.
+
+    There and back, in a field that the explicit step inverts only about, and iterations exactly:
+
+    >>> import torch
+    >>> from qwenedit.sampling.sampler import euler
+    >>> def predict(latents, sigma):
+    ...     return 0.5 * latents, None
+    >>> sigmas, noise = [1.0, 0.5, 0.0], torch.ones(1, 1, 1)
+    >>> *_, last = euler(predict, noise, sigmas)
+    >>> for iterations in (0, 20):
+    ...     *_, first = inverse_euler(predict, last.after, sigmas, iterations=iterations)
+    ...     print(f"{first.after.item():.3f}")
+    0.879
+    1.000
+    """
+    _require_invertible(guidance, iterations, len(sigmas) - 1)
+    for index in reversed(range(len(sigmas) - 1)):
+        sigma_next, sigma = sigmas[index], sigmas[index + 1]
+        place, sigma_there = latents, sigma
+        for iteration in range(iterations + 1):
+            with scope(step=index, sigma=sigma_there, iteration=iteration):
+                cond, uncond = predict_at(predict, place, sigma_there, index, guidance)
+            step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance)
+            if iteration < iterations:
+                place, sigma_there = step.after, sigma_next
+        yield step
+        latents = step.after
+
+
+def _require_invertible(guidance: TrueCFG | None, iterations: int, steps: int) -> None:
+    if type(iterations) is not int or iterations < 0:
+        raise ValueError(f"iterations is {iterations!r}, wanted a whole number of at least 0")
+    if guidance is not None and guidance.rule.on_x0:
+        raise ValueError(f"{guidance.rule} works on clean latents, wanted guidance on velocities to invert")
+    require_interval(guidance, steps)

@@ -1,0 +1,250 @@
+"""Tensors that taps have shown, kept by where and when.
+
+    recorder = Recorder(steps=[0, 5], branch="cond")
+    with taps(pipe.mmdit, {"blocks.*.img_out": recorder}):
+        pipe.edit(picture, "make the circle red")
+    recorder["blocks.3.img_out", 5]
+
+Functions on one tap run outer context first: attach an instrument innermost to see what others have replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qwenedit.files import replacing_file
+from qwenedit.taps import Site, current_labels
+
+__all__ = ["Key", "Recorder", "Records", "Wanted"]
+
+_FORMAT = "qwenedit record 1"
+
+
+class Key(NamedTuple):
+    """Where a record was made: the tap's full name and the labels in force, None where there was none.
+
+    `rows` are the rows of the batch that ran together, `heads` the first and last + 1 of a part of the heads
+    (`taps.by_heads`), `call` counts from 0 where the rest repeats, as in a second edit.
+    """
+
+    name: str
+    step: int | None = None
+    branch: str | None = None
+    rows: tuple[int, ...] | None = None
+    heads: tuple[int, int] | None = None
+    call: int = 0
+
+
+class Records(Mapping[Key, Tensor]):
+    """Tensors by where they were seen, in that order.
+
+    A key may be cut short where what is left out is not needed to tell records apart: `records[name]`,
+    `records[name, step]`, `records[name, step, branch]`, `records[name, step, branch, rows]`.
+
+    Raises:
+        KeyError: no record, or several, under a key; what there is instead is listed.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[Key, Tensor | Path] = {}
+        self._named: dict[str, list[Key]] = {}
+        self._calls: Counter[Key] = Counter()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Records:
+        """What a `Recorder(to=folder)` has written; tensors are read when they are asked for.
+
+        Raises:
+            ValueError: no such folder, or a file in it is no record.
+        """
+        if not Path(folder).is_dir():
+            raise ValueError(f"no records at {folder}: no such folder")
+        records = Records()
+        for path in sorted(Path(folder).glob("[!.]*.safetensors")):
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    metadata = file.metadata() or {}
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
+            parts = json.loads(metadata["key"])
+            records._add(Key._make(tuple(x) if isinstance(x, list) else x for x in parts), path)
+        return records
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
+        record = self._records[self._find(key)]
+        if isinstance(record, Tensor):
+            return record
+        with safetensors.safe_open(record, framework="pt") as file:
+            return next(file.get_tensor(name) for name in file.keys())
+
+    def _find(self, key: str | tuple[Any, ...]) -> Key:
+        whole: tuple[Any, ...] = (key,) if isinstance(key, str) else key
+        parts = tuple(tuple(x) if isinstance(x, list) else x for x in whole)
+        name = str(parts[0]) if parts else ""
+        named = self._named.get(name, [])
+        found = [one for one in named if one[: len(parts)] == parts]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyError(f"{len(found)} records match {key!r}, say which: {_listed(found)}")
+        if named:
+            raise KeyError(f"{key!r} was not recorded; of that name there are {_listed(named)}")
+        close = difflib.get_close_matches(name, self._named, n=5, cutoff=0.4)
+        raise KeyError(
+            f"{key!r} was not recorded; "
+            + (f"close names: {', '.join(close)}" if close else f"there are {len(self._named)} other names")
+        )
+
+    def _add(self, key: Key, record: Tensor | Path) -> None:
+        self._records[key] = record
+        self._named.setdefault(key.name, []).append(key)
+
+    def _next(self, name: str) -> Key:
+        key = key_of(name)
+        self._calls[key] += 1
+        return key._replace(call=self._calls[key] - 1)
+
+
+def key_of(name: str) -> Key:
+    labels = current_labels()
+    rows, heads = labels.get("rows"), labels.get("heads")
+    return Key(
+        name,
+        labels.get("step"),
+        labels.get("branch"),
+        None if rows is None else tuple(rows),
+        None if heads is None else (heads.start, heads.stop),
+    )
+
+
+def _listed(keys: Sequence[Key]) -> str:
+    return ", ".join(str(tuple(key)) for key in keys[:6]) + (", ..." if len(keys) > 6 else "")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which firings are wanted, by the labels in force; None wants all."""
+
+    steps: Collection[int] | None
+    branch: str | None
+    where: Callable[[Site], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and not isinstance(self.steps, Collection):
+            raise ValueError(f"steps are {self.steps!r}, wanted a collection of them, like range(0, 10)")
+        if self.branch not in (None, "cond", "uncond"):
+            raise ValueError(f"branch is {self.branch!r}, wanted 'cond' or 'uncond', or None for both")
+
+    def __call__(self, site: Site) -> bool:
+        labels = site.labels
+        for name, filtered in (("step", self.steps), ("branch", self.branch)):
+            if filtered is not None and name not in labels:
+                raise ValueError(f"tap {site.full}: a {name} is wanted, but no label {name!r} is in force")
+        if self.steps is not None and labels["step"] not in self.steps:
+            return False
+        if self.branch is not None and labels["branch"] != self.branch:
+            return False
+        return self.where is None or self.where(site)
+
+
+class Recorder(Records):
+    """A tap function that keeps what it sees.
+
+    Args:
+        where: predicate on the `Site` (module, names, labels).
+        steps, branch: the same for the labels that are asked for most; `steps` is a collection of them (a
+            `range`, not the interval of a switch).
+        to: the device for the copies, the CPU by default; or, as a `Path`, a folder for files.
+        detach: False keeps the very tensors of the graph where they are, neither copied nor detached, so that
+            gradients flow from them, and to them (`torch.autograd.grad(loss, recorder[...])`). Such a tensor
+            changes if anybody changes it in place.
+
+    A folder is given one safetensors file a record, numbered in their order, each whole or not at all: a run
+    that is killed leaves all that it has recorded. `Records.load` reads it.
+
+    Raises:
+        ValueError: `to` is no device; the folder has something in it, or cannot be made or written; `to` with
+            detach=False; while recording, `steps` or `branch` where no such label is in force.
+
+    >>> from qwenedit.networks.mmdit_layers import MLP
+    >>> from qwenedit.taps import scope, taps
+    >>> mlp, recorder = MLP(4), Recorder(steps=[1, 2])
+    >>> with taps(mlp, {"*": recorder}):
+    ...     for step in range(3):
+    ...         with scope(step=step):
+    ...             y = mlp(torch.ones(1, 5, 4))
+    >>> [(key.name, key.step) for key in recorder]
+    [('mlp_hidden', 1), ('mlp_hidden', 2)]
+    >>> recorder["mlp_hidden", 2].shape
+    torch.Size([1, 5, 16])
+    """
+
+    def __init__(
+        self,
+        *,
+        where: Callable[[Site], bool] | None = None,
+        steps: Collection[int] | None = None,
+        branch: str | None = None,
+        to: torch.device | str | Path | None = None,
+        detach: bool = True,
+    ) -> None:
+        super().__init__()
+        if to is not None and not detach:
+            raise ValueError(
+                f"to is {to!r} with detach=False, wanted None: the graph's tensors stay where they are"
+            )
+        self._wanted = Wanted(steps, branch, where)
+        self._detach = detach
+        self._folder = _new_folder(to) if isinstance(to, Path) else None
+        try:
+            self._device = torch.device("cpu" if to is None or isinstance(to, Path) else to)
+        except RuntimeError:
+            raise ValueError(f"to is {to!r}, which is no device; for a folder pass Path({to!r})") from None
+
+    def __call__(self, x: Tensor, site: Site) -> None:
+        if not self._wanted(site):
+            return
+        key = self._next(site.full)
+        if not self._detach:
+            self._add(key, x)
+        elif self._folder is None:
+            self._add(key, x.detach().to(self._device, copy=True))
+        else:
+            path = self._folder / f"{len(self):06d}-{site.full}.safetensors"
+            metadata = {"format": _FORMAT, "key": json.dumps(key)}
+            with replacing_file(path) as temporary:
+                safetensors.torch.save_file({site.full: x.detach().cpu().contiguous()}, temporary, metadata)
+            self._add(key, path)
+
+
+def _new_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(exist_ok=True)
+        filled = any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"cannot record to {folder}: {error.strerror or error}") from error
+    if filled:
+        raise ValueError(f"cannot record to {folder}: it is not empty, and a recording overwrites nothing")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot record to {folder}: no permission to write there")
+    return folder

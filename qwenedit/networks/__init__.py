@@ -1,0 +1,1 @@
+"""The three networks, each whole in a file or two. They import `taps` alone."""

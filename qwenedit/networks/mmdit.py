@@ -1,0 +1,452 @@
+"""The dual-stream multimodal diffusion transformer (MMDiT) of Qwen-Image, -Edit and -Layered.
+
+Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py (`QwenImageTransformer2DModel`); the
+design is that of Stable Diffusion 3 (arXiv 2403.03206) and Flux, with every block dual-stream. Names are ours
+(`KEY_TABLE`), the arithmetic, casts included, is theirs; but RoPE is not limited to 4096 positions.
+
+    img  B S D   the image stream: tokens of the target (noise), then of each reference picture
+    txt  B T D   the text stream: embeddings of the prompt, which have seen the picture too
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenedit.networks.checkpointing import recomputed
+from qwenedit.networks.mmdit_layers import (
+    MLP,
+    AdaLayerNormOut,
+    AdaLN,
+    Grid,
+    Modulation,
+    RMSNorm,
+    Rope,
+    TimeEmbedding,
+    both_halves,
+    gated,
+    joint_key_mask,
+    joint_rope,
+    layer_norm,
+    modulated,
+    rotate,
+)
+from qwenedit.taps import Fingerprint, Tapped, by_heads, fingerprint
+
+__all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """The transformer's config.json.
+
+    Raises:
+        ValueError: sizes that do not fit together, or a value that no supported checkpoint has.
+    """
+
+    patch_size: int
+    in_channels: int  # 4 * latent channels: a token is 2x2 latent pixels
+    out_channels: int  # latent channels
+    num_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int  # width of the prompt embeddings
+    guidance_embeds: bool  # only False exists in this family
+    axes_dims_rope: tuple[int, int, int]  # frame, row, column; sums to attention_head_dim
+    zero_cond_t: bool = False  # Edit-2511: reference tokens are modulated as if at sigma 0
+    use_additional_t_cond: bool = False  # Layered: the time embedding has one of two vectors added
+    use_layer3d_rope: bool = False  # Layered: the target has several frames, the reference's is -1
+
+    FIXED: ClassVar[dict[str, Any]] = {}
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"pooled_projection_dim"})
+
+    def __post_init__(self) -> None:
+        if self.guidance_embeds:
+            raise ValueError("guidance_embeds is True, wanted False: no released checkpoint has it")
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope is {self.axes_dims_rope}, wanted three even numbers that sum to "
+                f"attention_head_dim {self.attention_head_dim}"
+            )
+        if self.in_channels != (wanted := self.out_channels * self.patch_size**2):
+            raise ValueError(
+                f"in_channels is {self.in_channels}, wanted out_channels * patch_size squared = {wanted}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class MMDiT(Tapped):
+    """Predict the velocity of every image token from noisy and reference latents and the prompt's embeddings.
+
+    Shapes: `img` (B, S, in_channels) packed latents, the target's tokens first and then each reference's;
+        `txt` (B, T, joint_attention_dim); `timestep` (B,); `grids` the token grid of the target, then of
+        each reference, the same for the whole batch; `txt_mask` (B, T) bool, True at real tokens, or None
+        where nothing is padded; `addition_t` (B,) int64, Layered's alone: its pipeline's `is_rgb`, 0.
+        Returns (B, S, in_channels), or with `target_only` the target's tokens of it.
+    Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
+        normalised; the velocity is noise - clean.
+    Caching: `cache` keeps step-invariant tensors from one call to the next, see `RunCache`. With
+        `target_only` the last block computes the target's tokens alone. Give neither where somebody looks
+        inside (`taps.observed`), so that every tap and hook fires on every token at every step.
+    Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
+    Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
+    """
+
+    TAPS = ("img_in", "txt_in", "temb", "velocity")
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # True: for gradients, recompute blocks instead of keeping what they made
+        self.img_in = nn.Linear(config.in_channels, config.width)
+        self.txt_norm = RMSNorm(config.joint_attention_dim)
+        self.txt_in = nn.Linear(config.joint_attention_dim, config.width)
+        self.time_embed = TimeEmbedding(config.width, addition=config.use_additional_t_cond)
+        self.rope = Rope(config.axes_dims_rope, layered=config.use_layer3d_rope)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.norm_out = AdaLayerNormOut(config.width)
+        self.proj_out = nn.Linear(config.width, config.in_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        timestep: Tensor,
+        grids: Sequence[Grid],
+        txt_mask: Tensor | None = None,
+        addition_t: Tensor | None = None,
+        *,
+        cache: RunCache | None = None,
+        target_only: bool = False,
+    ) -> Tensor:
+        lengths = [math.prod(grid) for grid in grids]
+        if sum(lengths) != img.shape[1]:
+            raise ValueError(f"grids {list(grids)} hold {sum(lengths)} tokens, but img has {img.shape[1]}")
+        target, references = img.split([lengths[0], sum(lengths[1:])], dim=1)
+        if cache is None:
+            fixed = self.step_invariant(references, txt, grids, txt_mask)
+        else:
+            fixed = cache.step_invariant(self, references, txt, grids, txt_mask)
+        txt, rope, key_mask = fixed.txt, fixed.rope, fixed.key_mask
+        img = self.tap("img_in", torch.cat([self.img_in(target), *fixed.references], dim=1), "B S D")
+        if cache is None:
+            temb, modulation = self.embed_time(timestep, img.dtype, addition_t), None
+        else:
+            modulation = cache.modulation(self, timestep, img.dtype, addition_t)
+            temb = modulation.temb
+
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            mod = None if modulation is None else modulation.of(number, block, img.shape[0])
+            wanted = lengths[0] if target_only and number == last else None
+            run = recomputed(block) if self.checkpointing else block
+            img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted)
+
+        return self.tap("velocity", self.proj_out(self.norm_out(img, temb[: img.shape[0]])), "B S C")
+
+    def step_invariant(
+        self, references: Tensor, txt: Tensor, grids: Sequence[Grid], txt_mask: Tensor | None
+    ) -> StepInvariant:
+        """What all steps of a run share: prompt and references at the blocks' width, RoPE, key mask."""
+        txt = self.tap("txt_in", self.txt_in(self.txt_norm(txt)), "B T D")
+        img_length = math.prod(grids[0]) + references.shape[1]
+        return StepInvariant(
+            txt,
+            [self.img_in(references)] if references.shape[1] else [],
+            joint_rope(*self.rope(grids, txt.shape[1], txt.device)),
+            None if txt_mask is None else joint_key_mask(txt_mask, img_length),
+        )
+
+    def embed_time(self, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None) -> Tensor:
+        """`temb` (R, D): B rows, and under `zero_cond_t` B more at sigma 0, for the reference tokens."""
+        timestep = timestep.to(dtype)  # where the reference rounds: 0.873 is 0.871 in bfloat16
+        if self.config.zero_cond_t:
+            timestep = torch.cat([timestep, timestep * 0])
+            addition_t = None if addition_t is None else addition_t.repeat(2)
+        return self.tap("temb", self.time_embed(timestep, dtype, addition_t), "R D")
+
+
+class StepInvariant(NamedTuple):
+    """What `MMDiT.step_invariant` makes, of one prompt and its references."""
+
+    txt: Tensor  # B T D
+    references: list[Tensor]  # one B R D, or none
+    rope: tuple[Tensor, Tensor]  # see `joint_rope`
+    key_mask: Tensor | None  # B 1 1 J
+
+
+class BlockModulation(NamedTuple):
+    """The adaLN vectors of one block. Two parts of the image stream's: the target's, the references'."""
+
+    img_attn: list[AdaLN]
+    img_mlp: list[AdaLN]
+    txt_attn: list[AdaLN]
+    txt_mlp: list[AdaLN]
+
+
+@dataclass(frozen=True, eq=False)
+class StepModulation:
+    """`temb` (R, D) of one timestep and what the blocks make of it: each when its turn comes, and once."""
+
+    temb: Tensor
+    blocks: list[BlockModulation] = field(default_factory=list)
+
+    def of(self, number: int, block: nn.Module, batch: int) -> BlockModulation:
+        if number == len(self.blocks):
+            assert isinstance(block, Block)
+            self.blocks.append(block.modulate(self.temb, batch))
+        return self.blocks[number]
+
+
+class RunCache:
+    """Step-invariant tensors of one sampling run, computed by the first `MMDiT.forward` that is given it.
+
+        once a run   for each prompt: `StepInvariant`
+        once a step  the modulation of every block, which both CFG branches share
+
+    The arithmetic is that of a forward without a cache. A `txt` tensor stands for its prompt: calls with the
+    same one must have the same reference tokens. What was made of weights or a prompt that were replaced or
+    written to is made again (`taps.fingerprint`). Use a fresh cache for every run.
+    """
+
+    def __init__(self) -> None:
+        self._fixed: dict[tuple[int, tuple[Grid, ...]], tuple[Fingerprint | None, StepInvariant]] = {}
+        self._steps: dict[int, tuple[Tensor, Tensor | None, StepModulation]] = {}
+
+    def step_invariant(
+        self,
+        mmdit: MMDiT,
+        references: Tensor,
+        txt: Tensor,
+        grids: Sequence[Grid],
+        txt_mask: Tensor | None,
+    ) -> StepInvariant:
+        key = id(txt), tuple(grids)
+        made_of = fingerprint((mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), (txt, txt_mask))
+        if key not in self._fixed or made_of is None or self._fixed[key][0] != made_of:
+            fixed = mmdit.step_invariant(references, txt, grids, txt_mask)
+            # A clone: as a view, the first block's input would be compiled apart from the others'.
+            self._fixed[key] = made_of, fixed._replace(txt=fixed.txt.clone())
+        return self._fixed[key][1]
+
+    def modulation(
+        self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
+    ) -> StepModulation:
+        """That of the last call with so many rows, if it was given the same two tensors."""
+        step = self._steps.get(len(timestep))
+        if step is None or step[0] is not timestep or step[1] is not addition_t:
+            modulation = self.new_step(mmdit, timestep, dtype, addition_t)
+            step = self._steps[len(timestep)] = timestep, addition_t, modulation
+        return step[2]
+
+    def new_step(
+        self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
+    ) -> StepModulation:
+        return StepModulation(mmdit.embed_time(timestep, dtype, addition_t))
+
+
+class Block(Tapped):
+    """One dual-stream block: joint attention, then an MLP a stream, all under adaLN modulation from `temb`.
+
+    Shapes: `temb` (R, D) with R = B, or 2 B under `zero_cond_t` (rows B: for the reference tokens); `target`
+        the number of the target's tokens; `mod` what `modulate` makes of `temb`, where that is cached.
+        With `wanted` the image stream is cut to its first tokens and the text stays as it came: nobody reads
+        what the last block makes of the others. Returns both streams.
+    Source: `QwenImageTransformerBlock`, which takes (img, txt) and returns (txt, img); we keep one order.
+    """
+
+    TAPS = (
+        "img_mod", "img_attn_in", "img_attn_add", "img_mid", "img_mlp_in", "img_mlp_add", "img_out",
+        "txt_mod", "txt_attn_in", "txt_attn_add", "txt_mid", "txt_mlp_in", "txt_mlp_add", "txt_out",
+    )  # fmt: skip
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.img_mod = Modulation(width)
+        self.txt_mod = Modulation(width)
+        self.img_norm1 = layer_norm(width)
+        self.txt_norm1 = layer_norm(width)
+        self.attn = JointAttention(config)
+        self.img_norm2 = layer_norm(width)
+        self.txt_norm2 = layer_norm(width)
+        self.img_mlp = MLP(width)
+        self.txt_mlp = MLP(width)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        temb: Tensor,
+        rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        target: int,
+        mod: BlockModulation | None = None,
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mod = self.modulate(temb, img.shape[0]) if mod is None else mod
+
+        img_h = self.tap("img_attn_in", modulated(self.img_norm1(img), mod.img_attn, target), "B S D")
+        txt_h = self.tap("txt_attn_in", modulated(self.txt_norm1(txt), mod.txt_attn, target), "B T D")
+        img_a, txt_a = self.attn(img_h, txt_h, rope, key_mask, wanted)
+        img_add = self.tap("img_attn_add", gated(img_a, mod.img_attn, target), "B S D")
+        img = self.tap("img_mid", img[:, :wanted] + img_add, "B S D")
+        img_h = self.tap("img_mlp_in", modulated(self.img_norm2(img), mod.img_mlp, target), "B S D")
+        img_add = self.tap("img_mlp_add", gated(self.img_mlp(img_h), mod.img_mlp, target), "B S D")
+        img = self.tap("img_out", clipped(img + img_add), "B S D")
+        if wanted is not None:
+            return img, txt
+
+        txt_add = self.tap("txt_attn_add", gated(txt_a, mod.txt_attn, target), "B T D")
+        txt = self.tap("txt_mid", txt + txt_add, "B T D")
+        txt_h = self.tap("txt_mlp_in", modulated(self.txt_norm2(txt), mod.txt_mlp, target), "B T D")
+        txt_add = self.tap("txt_mlp_add", gated(self.txt_mlp(txt_h), mod.txt_mlp, target), "B T D")
+        txt = self.tap("txt_out", clipped(txt + txt_add), "B T D")
+        return img, txt
+
+    def modulate(self, temb: Tensor, batch: int) -> BlockModulation:
+        """The block's adaLN vectors; under `zero_cond_t` the image stream has others for the references."""
+        img_mod = self.tap("img_mod", self.img_mod(temb), "R M")
+        txt_mod = self.tap("txt_mod", self.txt_mod(temb[:batch]), "B M")
+        img_halves = [both_halves(rows) for rows in img_mod.split(batch)]
+        txt_attn, txt_mlp = both_halves(txt_mod)
+        return BlockModulation([h[0] for h in img_halves], [h[1] for h in img_halves], [txt_attn], [txt_mlp])
+
+
+def clipped(x: Tensor) -> Tensor:
+    """In float16, which the residual stream outgrows, clipped to what it holds, as in the reference."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class JointAttention(Tapped):
+    """Attention over the tokens of both streams at once, in the order [text, image].
+
+    Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (J, 1, K), `key_mask` (B, 1, 1, J) bool or
+        None. Returns what each stream is given, before its gate; with `wanted` only its first tokens of the
+        image ask, and for the text comes back as it was.
+    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
+        heads at a time if the maps are large (`by_heads`).
+    """
+
+    TAPS = (
+        "img_q", "img_k", "img_v", "img_q_rot", "img_k_rot", "img_heads", "img_attn_out",
+        "txt_q", "txt_k", "txt_v", "txt_q_rot", "txt_k_rot", "txt_heads", "txt_attn_out",
+        "scores", "probs",
+    )  # fmt: skip
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        width, head_dim = config.width, config.attention_head_dim
+        self.heads = config.num_attention_heads
+        self.img_q = nn.Linear(width, width)
+        self.img_k = nn.Linear(width, width)
+        self.img_v = nn.Linear(width, width)
+        self.txt_q = nn.Linear(width, width)
+        self.txt_k = nn.Linear(width, width)
+        self.txt_v = nn.Linear(width, width)
+        self.img_q_norm = RMSNorm(head_dim)
+        self.img_k_norm = RMSNorm(head_dim)
+        self.txt_q_norm = RMSNorm(head_dim)
+        self.txt_k_norm = RMSNorm(head_dim)
+        self.img_out = nn.Linear(width, width)
+        self.txt_out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = [txt.shape[1], img.shape[1]]
+        # QK-norm comes before RoPE.
+        img_k = self.tap("img_k", self.img_k_norm(self.split_heads(self.img_k(img))), "B S H K")
+        txt_k = self.tap("txt_k", self.txt_k_norm(self.split_heads(self.txt_k(txt))), "B T H K")
+        img_v = self.tap("img_v", self.split_heads(self.img_v(img)), "B S H K")
+        txt_v = self.tap("txt_v", self.split_heads(self.txt_v(txt)), "B T H K")
+        k = rotate(torch.cat([txt_k, img_k], dim=1), rope)  # B J H K
+        v = torch.cat([txt_v, img_v], dim=1)
+        # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
+        asking = img[:, :wanted].contiguous()
+        img_q = self.tap("img_q", self.img_q_norm(self.split_heads(self.img_q(asking))), "B S H K")
+        if wanted is not None:
+            own = slice(lengths[0], lengths[0] + wanted)
+            q = rotate(img_q, (rope[0][own], rope[1][own]))
+            return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
+        txt_q = self.tap("txt_q", self.txt_q_norm(self.split_heads(self.txt_q(txt))), "B T H K")
+        q = rotate(torch.cat([txt_q, img_q], dim=1), rope)
+        if self.tapped("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot"):
+            txt_q, img_q = q.split(lengths, dim=1)
+            txt_k, img_k = k.split(lengths, dim=1)
+            img_q = self.tap("img_q_rot", img_q, "B S H K")
+            img_k = self.tap("img_k_rot", img_k, "B S H K")
+            txt_q = self.tap("txt_q_rot", txt_q, "B T H K")
+            txt_k = self.tap("txt_k_rot", txt_k, "B T H K")
+            q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
+
+        txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
+        img_heads = self.tap("img_heads", img_heads, "B S H K")
+        txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
+        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
+        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
+        return img_a, txt_a
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Scaled dot-product attention of (B, N, H, K) queries, explicit if its maps are tapped."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H N K
+        if self.tapped("scores", "probs"):
+            return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
+
+    def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
+        scores = self.tap("scores", q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, "B H J J")
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask, float("-inf"))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        probs = self.tap("probs", torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype), "B H J J")
+        return probs @ v
+
+
+# official name -> ours; {n} is a number, {p} is weight or bias
+KEY_TABLE: tuple[tuple[str, str], ...] = (
+    ("img_in.{p}", "img_in.{p}"),
+    ("txt_norm.weight", "txt_norm.weight"),
+    ("txt_in.{p}", "txt_in.{p}"),
+    ("time_text_embed.timestep_embedder.linear_1.{p}", "time_embed.linear_1.{p}"),
+    ("time_text_embed.timestep_embedder.linear_2.{p}", "time_embed.linear_2.{p}"),
+    ("time_text_embed.addition_t_embedding.weight", "time_embed.addition.weight"),
+    ("transformer_blocks.{n}.img_mod.1.{p}", "blocks.{n}.img_mod.linear.{p}"),
+    ("transformer_blocks.{n}.txt_mod.1.{p}", "blocks.{n}.txt_mod.linear.{p}"),
+    ("transformer_blocks.{n}.attn.to_q.{p}", "blocks.{n}.attn.img_q.{p}"),
+    ("transformer_blocks.{n}.attn.to_k.{p}", "blocks.{n}.attn.img_k.{p}"),
+    ("transformer_blocks.{n}.attn.to_v.{p}", "blocks.{n}.attn.img_v.{p}"),
+    ("transformer_blocks.{n}.attn.to_out.0.{p}", "blocks.{n}.attn.img_out.{p}"),
+    ("transformer_blocks.{n}.attn.add_q_proj.{p}", "blocks.{n}.attn.txt_q.{p}"),
+    ("transformer_blocks.{n}.attn.add_k_proj.{p}", "blocks.{n}.attn.txt_k.{p}"),
+    ("transformer_blocks.{n}.attn.add_v_proj.{p}", "blocks.{n}.attn.txt_v.{p}"),
+    ("transformer_blocks.{n}.attn.to_add_out.{p}", "blocks.{n}.attn.txt_out.{p}"),
+    ("transformer_blocks.{n}.attn.norm_q.weight", "blocks.{n}.attn.img_q_norm.weight"),
+    ("transformer_blocks.{n}.attn.norm_k.weight", "blocks.{n}.attn.img_k_norm.weight"),
+    ("transformer_blocks.{n}.attn.norm_added_q.weight", "blocks.{n}.attn.txt_q_norm.weight"),
+    ("transformer_blocks.{n}.attn.norm_added_k.weight", "blocks.{n}.attn.txt_k_norm.weight"),
+    ("transformer_blocks.{n}.img_mlp.net.0.proj.{p}", "blocks.{n}.img_mlp.up.{p}"),
+    ("transformer_blocks.{n}.img_mlp.net.2.{p}", "blocks.{n}.img_mlp.down.{p}"),
+    ("transformer_blocks.{n}.txt_mlp.net.0.proj.{p}", "blocks.{n}.txt_mlp.up.{p}"),
+    ("transformer_blocks.{n}.txt_mlp.net.2.{p}", "blocks.{n}.txt_mlp.down.{p}"),
+    ("norm_out.linear.{p}", "norm_out.linear.{p}"),
+    ("proj_out.{p}", "proj_out.{p}"),
+)

@@ -1,0 +1,1 @@
+"""The comparison with the reference on a user's machine, module by module: `qwenedit parity`."""

@@ -1,0 +1,255 @@
+"""The reference's side of `qwenedit parity`: its input for a picture and a prompt, and its networks.
+
+The reference is diffusers 0.39.0 with transformers 4.57.6. Both are imported inside of functions only:
+nothing else of the project needs them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwenedit.family import Variant
+from qwenedit.files import read_json
+from qwenedit.inputs.geometry import Areas, fit_area, plan
+from qwenedit.inputs.pictures import resize_rgb, rgba_pixels, vae_pixels
+from qwenedit.inputs.processor import Processor
+from qwenedit.inputs.tokenizer import has_tokenizer
+from qwenedit.latents import initial_noise
+from qwenedit.networks.vae import VAEConfig
+from qwenedit.networks.vision_language import VisionLanguageConfig, mrope_positions
+from qwenedit.networks.vision_tower import window_order
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.weights.configs import network_config
+
+__all__ = [
+    "VERSIONS", "Case", "Streams", "official_pack", "prepare", "reference_network", "reference_path",
+    "require_reference",
+]  # fmt: skip
+
+VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.6"}
+FRAMES = 3  # of a target of Layered: the whole picture and two layers
+STEPS, SEED = 8, 0  # of the schedule and of the noise; the transformer runs at the schedule's second sigma
+
+Streams = dict[str, Tensor]
+Exact = tuple[str, Any, Any]  # what, ours, the reference's
+
+
+def require_reference() -> None:
+    """Are the references installed, in the versions that the project is compared with?
+
+    Raises:
+        ValueError: they are not; the message has the command that installs them.
+    """
+    wanted = " ".join(f"{name}=={version}" for name, version in VERSIONS.items())
+    for name, version in VERSIONS.items():
+        try:
+            found = import_module(name).__version__
+        except ImportError:
+            found = "none"
+        if found != version:
+            raise ValueError(f"found {name} {found}, wanted {version} to compare with: pip install {wanted}")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The input of a run, as the reference makes it of a picture and a prompt.
+
+    Attributes:
+        ids, positions: (1, T) and (3, 1, T) of the text encoder's tokens.
+        drop_index: how many of them are the template's.
+        seen: grids of patches of the picture that the vision tower sees; none in text-to-image.
+        grids: token grids of the target and, if there is a picture, of the reference.
+        streams: what the networks start from: `patches`, `pixels`, `noise`, `timestep`.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    drop_index: int
+    seen: list[tuple[int, int, int]]
+    grids: tuple[tuple[int, int, int], ...]
+    streams: Streams
+
+
+def prepare(
+    folder: Path, variant: Variant, areas: Areas, picture: Image.Image, prompt: str, device: torch.device
+) -> tuple[Case, list[Exact]]:
+    """The input of a run, and all of it that must be equal on both sides.
+
+    In text-to-image and Layered the picture is for the VAE only, and the target has its size.
+    """
+    edits = variant.max_pictures > 0 and not variant.layered
+    config: VisionLanguageConfig = network_config(folder, "text_encoder")
+    vae_config: VAEConfig = network_config(folder, "vae")
+    size = seen_size = fit_area(areas.vae, picture.width / picture.height)
+    exact: list[Exact] = []
+    if edits:
+        planned = plan([picture.size], areas=areas).pictures[0]
+        size, seen_size = planned.vae, planned.vl
+        official_size = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
+        for name, got, area in (("vae size", size, areas.vae), ("vl size", seen_size, areas.vl or areas.vae)):
+            wanted = official_size.calculate_dimensions(area, picture.width / picture.height)
+            exact.append((name, got, tuple(wanted[:2])))
+    images = import_module("diffusers.image_processor").VaeImageProcessor(vae_scale_factor=16)
+    picture = picture.convert("RGBA" if variant.layered else "RGB")
+    pixels = images.preprocess(images.resize(picture, size[1], size[0]), size[1], size[0])
+    exact.append(("pixels", (rgba_pixels if variant.layered else vae_pixels)(picture, *size), pixels))
+
+    processor = Processor.from_folder(folder)
+    ours = processor([prompt], [[resize_rgb(picture, *seen_size)]] if edits else None, variant.template)
+    fed, drop_index = _fed(folder, prompt, images.resize(picture, *seen_size[::-1]) if edits else None)
+    ids, patches, thw = fed["input_ids"], fed.get("pixel_values"), fed.get("image_grid_thw")
+    seen = [] if thw is None else [tuple(grid) for grid in thw.tolist()]
+    exact += [
+        ("tokens", ours.input_ids, ids),
+        ("mask", ours.attention_mask, fed["attention_mask"]),
+        ("tokens dropped", ours.drop_index, drop_index),
+    ]
+    network = reference_network(folder, "text_encoder", torch.device("cpu"))
+    positions, _ = network.get_rope_index(ids, thw, attention_mask=fed["attention_mask"])
+    merge = config.vision_config.spatial_merge_size
+    own = mrope_positions(ids, None, seen, image_token_id=config.image_token_id, spatial_merge_size=merge)
+    exact.append(("positions", own, positions))
+    if edits:
+        order, lengths = window_order(seen, merge, config.vision_config.window_side)
+        index, seams = network.visual.get_window_index(thw)
+        exact += [
+            ("patches", ours.pixel_values, patches),
+            ("grids of patches", ours.image_grid_thw, seen),
+            ("windows", (order, lengths), (index.tolist(), _lengths(seams))),
+        ]
+
+    grid = (1, size[1] // 16, size[0] // 16)
+    target = (FRAMES if variant.layered else 1, *grid[1:])
+    sigmas, noise, equal = _start(folder, vae_config.z_dim, target)
+    exact += equal
+    streams = {"pixels": pixels[:, :, None], "noise": noise, "timestep": sigmas[1:2].clone()}
+    if patches is not None:
+        streams["patches"] = patches
+    case = Case(
+        ids=ids.to(device),
+        positions=positions.to(device),
+        drop_index=drop_index,
+        seen=seen,
+        grids=(target, grid) if variant.max_pictures > 0 else (target,),
+        streams={name: x.to(device) for name, x in streams.items()},
+    )
+    return case, exact
+
+
+def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, list[Exact]]:
+    """The schedule and the noise that a run starts from, the reference's, and both beside ours."""
+    official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
+    schedulers = import_module("diffusers").FlowMatchEulerDiscreteScheduler
+    scheduler = schedulers.from_pretrained(folder / "scheduler")
+    frames, rows, columns = grid
+    if scheduler.config["time_shift_type"] == "linear":  # as Layered's pipeline has it
+        even, mu = official.np.linspace(1.0, 0, STEPS + 1)[:-1], (rows * columns / 256) ** 0.5
+    else:
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        even = official.np.linspace(1.0, 1 / STEPS, STEPS)
+        mu = official.calculate_shift(rows * columns, *(scheduler.config[key] for key in keys))
+    scheduler.set_timesteps(sigmas=even, mu=mu)
+    drawn: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    shape, seed = (1, frames, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
+    drawn_frames = official.randn_tensor(shape, seed, **drawn).split(1, dim=1)
+    noise = torch.cat([official_pack(frame) for frame in drawn_frames], dim=1)
+    own_noise = initial_noise(1, channels, grid, generator=torch.Generator().manual_seed(SEED), **drawn)
+    own_sigmas = torch.tensor(load_scheduler(folder).sigmas(STEPS, rows * columns))
+    both: list[Exact] = [("sigmas", own_sigmas, scheduler.sigmas), ("noise", own_noise, noise)]
+    return scheduler.sigmas, noise, both
+
+
+def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], int]:
+    """What the reference's pipeline gives its text encoder, and how many tokens it drops of the result."""
+    transformers = import_module("transformers")
+    holders = [folder / "tokenizer", folder / "processor"]
+    tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(
+        next((one for one in holders if has_tokenizer(one)), holders[0])
+    )
+    fed: dict[str, Tensor] = {}
+
+    def text_encoder(**inputs: Any) -> SimpleNamespace:
+        fed.update({name: value for name, value in inputs.items() if isinstance(value, Tensor)})
+        return SimpleNamespace(hidden_states=[inputs["input_ids"].float()[..., None]])
+
+    text_encoder.dtype = torch.float32  # type: ignore[attr-defined]
+    index = read_json(folder / "model_index.json")
+    parts: dict[str, Any] = {}
+    if "processor" in index:
+        parts["processor"] = None if picture is None else _processor(folder, tokenizer)
+    official = getattr(import_module("diffusers"), index["_class_name"])
+    pipeline = official(
+        scheduler=None, vae=None, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None, **parts
+    )
+    image = {} if picture is None else {"image": [picture]}
+    kept = pipeline._get_qwen_prompt_embeds([prompt], device=torch.device("cpu"), **image)[0]
+    return fed, fed["input_ids"].shape[1] - kept.shape[1]
+
+
+def _processor(folder: Path, tokenizer: Any) -> Any:
+    """The reference's processor without its part for videos, which needs torchvision."""
+    name = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+    official = import_module("transformers").Qwen2VLProcessor
+    processor = official.__new__(official)
+    processor.attributes = ("image_processor", "tokenizer")
+    processor.image_processor = import_module(name).Qwen2VLImageProcessor.from_pretrained(
+        folder / "processor"
+    )
+    processor.tokenizer = tokenizer
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    for kind in ("image", "video"):
+        token = getattr(processor, f"{kind}_token")
+        setattr(processor, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(token))
+    return processor
+
+
+def official_pack(latents: Tensor) -> Tensor:
+    """(1, 1, C, Y, X) or (1, C, 1, Y, X) as the reference's pipelines pack it."""
+    pipeline = import_module("diffusers").QwenImagePipeline
+    rows, columns = latents.shape[3:]
+    return pipeline._pack_latents(latents, 1, latents.shape[1] * latents.shape[2], rows, columns)
+
+
+def _lengths(seams: Any) -> list[int]:
+    """The lengths between the reference's seams, some of which it repeats."""
+    return torch.as_tensor(seams).unique_consecutive().diff().tolist()
+
+
+def reference_network(folder: Path, component: str, device: torch.device) -> Any:
+    """The reference's whole network on the meta device; what it computes without weights is real."""
+    if component == "text_encoder":
+        transformers = import_module("transformers")
+        config = transformers.Qwen2_5_VLConfig.from_pretrained(folder / component)
+        with torch.device("meta"):
+            network = transformers.Qwen2_5_VLForConditionalGeneration(config).model
+        vision, text = config.vision_config, config.text_config
+        width = vision.hidden_size // vision.num_heads // 2
+        rope, tower_rope = network.language_model.rotary_emb, network.visual.rotary_pos_emb
+        network.language_model.rotary_emb = type(rope)(config=text).to(device)
+        network.visual.rotary_pos_emb = type(tower_rope)(width).to(device)
+        return network.eval()
+    diffusers = import_module("diffusers")
+    official = (
+        diffusers.AutoencoderKLQwenImage if component == "vae" else diffusers.QwenImageTransformer2DModel
+    )
+    config = official.load_config(folder / component)
+    with torch.device("meta"):
+        network = official.from_config(config)
+    if component == "transformer":
+        axes = list(network.config.axes_dims_rope)
+        network.pos_embed = type(network.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
+    return network.eval()
+
+
+def reference_path(component: str, name: str) -> str:
+    """Where the reference's network has what the hub's files call `name`."""
+    return re.sub("^model", "language_model", name) if component == "text_encoder" else name

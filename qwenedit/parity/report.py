@@ -1,0 +1,218 @@
+"""The report of `qwenedit parity`: when ours and the reference are the same, and the rows that say so.
+
+float32    max |Δ| of both, relative to the largest value of the reference: at most 1e-5; 1e-4 for what
+           has added up from the start of a network to its end
+bfloat16   the error of ours against the reference's float32 (root mean square, relative): at most 1.25
+           times the reference's own
+the rest   tokens, positions, patches, sizes, sigmas, noise: equal
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwenedit.files import replacing_file
+from qwenedit.parity.reference import Streams
+
+__all__ = ["DTYPES", "END_TO_END", "FLOAT32", "Files", "Parity", "Row", "compared"]
+
+DTYPES = ("float32", "bfloat16")
+FLOAT32 = 1e-5  # relative to the largest value, of a module
+END_TO_END = 1e-4  # likewise, of what has added up in a network
+BFLOAT16 = 1.25  # times the reference's own error
+ROUNDING = 1e-5  # what parts that are float32 in any dtype (tables) may add to that
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A module in one dtype.
+
+    Attributes:
+        module: our name of it, behind its component's.
+        dtype: "float32" or "bfloat16"; "exact" for what must be equal.
+        ok: whether the difference is within the tolerance.
+        max_abs, relative: max |ours - reference|, and that over max |reference|; None where it is not finite.
+        ours, reference: in bfloat16, the errors of both against the reference's float32.
+        first: of a module that differs, the first tap or output that does.
+    """
+
+    module: str
+    dtype: str
+    ok: bool
+    max_abs: float | None = None
+    relative: float | None = None
+    ours: float | None = None
+    reference: float | None = None
+    first: str | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The rows of a comparison; `str()` of it is what `qwenedit parity` prints."""
+
+    folder: Path
+    about: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def differing(self) -> list[Row]:
+        return [row for row in self.rows if not row.ok]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differing
+
+    def verdict(self) -> str:
+        """The result in one line; of a difference, where the first is."""
+        if self.ok:
+            return f"no difference from the reference in {len(self.rows)} comparisons"
+        row = self.differing[0]
+        where = f": {row.first}" if row.first else ""
+        return (
+            f"{len(self.differing)} of {len(self.rows)} comparisons differ, the first in {row.module} "
+            f"({row.dtype}){where}"
+        )
+
+    def __str__(self) -> str:
+        by_module: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            by_module.setdefault(row.module, {})[row.dtype] = row
+        wide = max(map(len, by_module))
+        heads = ("max |Δ|", "relative", "max |Δ|", "relative", "  error", "reference's")
+        lines = [
+            f"{self.folder}: {self.about['variant']}",
+            f"{'':<{wide}}  {'float32':<17}  bfloat16",
+            f"{'':<{wide}}  {'  '.join(heads)}",
+        ]
+        for module, rows in by_module.items():
+            single, half = (rows.get(dtype) for dtype in DTYPES)
+            cells = [_cell(single, name) for name in ("max_abs", "relative")]
+            cells += [_cell(half, name) for name in ("max_abs", "relative", "ours", "reference")]
+            line = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
+            if "exact" in rows:
+                line = f"{'equal' if rows['exact'].ok else '':<{len(line)}}"
+            first = next((row.first or "" for row in rows.values() if not row.ok), None)
+            if first is not None:
+                line += f"  DIFFERS {first}"
+            lines.append(f"{module:<{wide}}  {line}".rstrip())
+        return "\n".join([*lines, self.verdict()])
+
+
+def _cell(row: Row | None, name: str) -> str:
+    if row is None:
+        return ""
+    value = getattr(row, name)
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def compared(module: str, dtype: str, got: Streams, wanted: Streams, truth: Streams, tolerance: float) -> Row:
+    """The worst of a stage's outputs: the first that differs beyond the tolerance, or else the largest Δ."""
+    rows = []
+    for name, other in wanted.items():
+        x, y, z = (tensor.cpu().double() for tensor in (got[name], other, truth[name]))
+        if x.shape != y.shape:
+            return Row(module=module, dtype=dtype, ok=False, first=f"{name}, of another shape")
+        largest = float((x - y).abs().max())
+        relative = _ratio(largest, float(y.abs().max()))
+        ours = reference = None
+        if dtype == "float32":
+            ok = relative is not None and relative <= tolerance
+        else:
+            ours, reference = (_ratio(_rms(one - z), _rms(z)) for one in (x, y))
+            ok = ours is not None and reference is not None and ours <= BFLOAT16 * reference + ROUNDING
+        rows.append(
+            Row(
+                module=module,
+                dtype=dtype,
+                ok=ok,
+                max_abs=largest if math.isfinite(largest) else None,
+                relative=relative,
+                ours=ours,
+                reference=reference,
+                first=name,
+            )
+        )
+    bad = [row for row in rows if not row.ok]
+    if bad:
+        return bad[0]
+    return replace(max(rows, key=lambda row: row.relative or 0.0), first=None)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.pow(2).mean().sqrt())
+
+
+def _ratio(error: float, size: float) -> float | None:
+    if error == 0:
+        return 0.0
+    return error / size if size and math.isfinite(error) and math.isfinite(size) else None
+
+
+class Files:
+    """What a run leaves behind while it runs: rows, line by line, and the streams to go on with."""
+
+    def __init__(self, output: Path, fingerprint: str) -> None:
+        self.lines = output.with_suffix(".jsonl")
+        self.streams = output.with_suffix(".streams.safetensors")
+        self.fingerprint = fingerprint
+
+    def read_rows(self) -> dict[tuple[str, str], Row]:
+        """The rows of this very run; a last line that was cut off is taken away.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        rows: dict[tuple[str, str], Row] = {}
+        try:
+            lines = self.lines.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                values = json.loads(line)
+                mark = values.pop("fingerprint")
+                row = Row(**values)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                if number < len(lines):
+                    raise ValueError(f"line {number} of {self.lines} is no row of parity") from None
+                with replacing_file(self.lines) as temporary:
+                    temporary.write_bytes(b"".join(lines[:-1]))
+                break
+            if mark == self.fingerprint:
+                rows[row.module, row.dtype] = row
+        return rows
+
+    def add_row(self, row: Row) -> None:
+        line = json.dumps({"fingerprint": self.fingerprint, **asdict(row)}, ensure_ascii=False)
+        with self.lines.open("ab") as file:
+            file.write(line.encode() + b"\n")
+
+    def read_streams(self, device: torch.device) -> tuple[int, dict[str, Streams]]:
+        """How many stages are done, and the streams behind them; 0 if this run has left none."""
+        lanes: dict[str, Streams] = {}
+        try:
+            with safe_open(self.streams, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("fingerprint") != self.fingerprint:
+                    return 0, {}
+                for key in file.keys():
+                    lane, _, name = key.partition("/")
+                    lanes.setdefault(lane, {})[name] = file.get_tensor(key).to(device)
+            return int(about["done"]), lanes
+        except (FileNotFoundError, SafetensorError):
+            return 0, {}
+
+    def write_streams(self, done: int, lanes: dict[str, Streams]) -> None:
+        flat = {f"{lane}/{name}": x.contiguous().cpu() for lane, s in lanes.items() for name, x in s.items()}
+        about = {"fingerprint": self.fingerprint, "done": str(done)}
+        with replacing_file(self.streams) as temporary:
+            save_file({key: x.clone() for key, x in flat.items()}, temporary, about)

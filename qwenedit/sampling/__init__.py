@@ -1,0 +1,1 @@
+"""`Conditioning` and noise -> latents: the noise schedule, guidance, and the Euler loop."""

@@ -1,0 +1,72 @@
+"""The memory mode modulation="precomputed": adaLN vectors of all sigmas in one pass over their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenedit.memory.streaming import Streamed
+from qwenedit.networks.mmdit import MMDiT, RunCache, StepModulation
+from qwenedit.taps import Fingerprint, fingerprint
+
+__all__ = ["PrecomputedCache", "is_precomputed", "timestep_of", "without_modulation"]
+
+
+def is_precomputed(mmdit: MMDiT) -> bool:
+    """True if the weights of the adaLN layers are read once a run."""
+    return isinstance(mmdit.blocks, Streamed) and mmdit.blocks.precomputed
+
+
+def without_modulation(mmdit: MMDiT) -> AbstractContextManager[None]:
+    """Leave the weights of the adaLN layers in their files, for the length of a `with` block."""
+    assert isinstance(mmdit.blocks, Streamed)
+    return mmdit.blocks.without_modulation()
+
+
+def timestep_of(sigma: float, like: Tensor) -> Tensor:
+    """A scalar of a tensor's device and dtype, rounded in that at 1000 sigma, as the reference does."""
+    return (torch.tensor(sigma, device=like.device) * 1000).to(like.dtype) / 1000
+
+
+class PrecomputedCache(RunCache):
+    """A `RunCache` whose modulation is computed for all `sigmas` when the first of them is asked for.
+
+    It is computed again where the time embedding, a LoRA of an adaLN layer, or the config changes.
+    """
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        super().__init__()
+        self._sigmas = sigmas
+        self._ahead: dict[tuple[Any, ...], StepModulation] = {}
+        self._made_of: Fingerprint | None = None
+
+    def new_step(
+        self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
+    ) -> StepModulation:
+        assert isinstance(mmdit.blocks, Streamed)
+        layers = [
+            block.get_submodule(name) for block in mmdit.blocks.children() for name in ("img_mod", "txt_mod")
+        ]
+        loras = [part for layer in layers for part in layer.modules() if list(part.buffers(recurse=False))]
+        made_of = fingerprint((mmdit.time_embed, *loras))
+        if made_of is None or made_of != self._made_of:
+            self._ahead, self._made_of = {}, made_of
+        batch = len(timestep)
+        added = None if addition_t is None else tuple(addition_t.tolist())
+
+        def key(timestep: Tensor) -> tuple[Any, ...]:
+            return float(timestep[0]), batch, added, mmdit.config, dtype
+
+        if key(timestep) not in self._ahead:
+            known = [] if made_of is None else [timestep_of(x, timestep).expand(batch) for x in self._sigmas]
+            new = {key(t): t for t in (timestep, *known) if key(t) not in self._ahead}
+            steps = {k: RunCache.new_step(self, mmdit, t, dtype, addition_t) for k, t in new.items()}
+            for number, block in enumerate(mmdit.blocks.only_modulation()):
+                for step in steps.values():
+                    step.of(number, block, batch)
+            self._ahead |= steps
+        return self._ahead[key(timestep)]

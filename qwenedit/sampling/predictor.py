@@ -1,0 +1,171 @@
+"""The transformer under a conditioning as a function of latents and sigma: what the sampler steps along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from qwenedit.encoding.conditioning import Conditioning, Prompt, RowGroup
+from qwenedit.latents import Layout
+from qwenedit.networks.mmdit import MMDiT, RunCache
+from qwenedit.sampling.compiling import eager_if_modified
+from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, timestep_of, without_modulation
+from qwenedit.sampling.sampler import Predict
+from qwenedit.taps import current_labels, observed, require_finite, scope
+
+__all__ = ["predictor"]
+
+
+def predictor(
+    mmdit: MMDiT,
+    conditioning: Conditioning,
+    *,
+    guided: bool,
+    micro_batch: int | None = None,
+    sigmas: Sequence[float] = (),
+) -> Predict:
+    """The transformer under a conditioning, as a function of latents and sigma.
+
+    With `guided` it runs twice, with the prompt and with the negative prompt and the same pictures, under the
+    labels branch="cond" and "uncond"; called with guided=False, only with the prompt. Rows whose reference
+    pictures differ in size run one group after another, so that each row is computed as it would be alone.
+
+    `micro_batch` is the most rows that run at a time, their texts cut to the longest among them; None: all. A
+    matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
+    run, and at 1 it is that run, bit by bit.
+
+    `sigmas` are those that are going to be asked for, as far as is known: `modulation="precomputed"` computes
+    the adaLN vectors of all of them at once.
+
+    Unless somebody looks inside (`taps.observed`), step-invariant tensors are cached from step to step, and
+    the last block computes the target's tokens alone. Last bits may then differ where a matrix product's
+    depend on its number of rows.
+
+    Raises:
+        ValueError: `guided` without a negative prompt, a conditioning of another model's widths, or a
+            micro_batch that is no positive number.
+        NonFiniteError: while predicting, a velocity with NaN or infinity.
+    """
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}, wanted a whole number of at least 1, or None")
+    if guided and conditioning.negative is None:
+        raise ValueError("guidance is on, but the conditioning has no negative prompt")
+    _require_widths(conditioning, mmdit)
+    groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
+    order = torch.tensor([row for group in groups for row in group.rows]).argsort()
+
+    run_cache = PrecomputedCache(sigmas) if is_precomputed(mmdit) else RunCache()
+
+    def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
+        cache = None if observed(mmdit) else run_cache
+        times = {
+            count: _time(mmdit, sigma, latents, count) for count in {len(group.rows) for group in groups}
+        }
+
+        def branch(name: str) -> Tensor:
+            parts = [
+                _velocity(mmdit, group, name, latents, times[len(group.rows)], cache) for group in groups
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
+
+        with _as_cached(mmdit, cache):
+            cond = branch("cond")
+            uncond = branch("uncond") if guided else None
+        _require_finite_predictions(cond, uncond)
+        return cond, uncond
+
+    return predict
+
+
+def _as_cached(mmdit: MMDiT, cache: RunCache | None) -> AbstractContextManager[None]:
+    if cache is None:
+        return eager_if_modified(mmdit)
+    return without_modulation(mmdit) if isinstance(cache, PrecomputedCache) else nullcontext()
+
+
+def _time(mmdit: MMDiT, sigma: float, latents: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """The arguments `timestep` and `addition_t` of so many rows, one pair for both branches of a step."""
+    addition_t = None
+    if mmdit.config.use_additional_t_cond:  # the reference's `is_rgb`: RGBA is asked for, always
+        addition_t = torch.zeros(count, dtype=torch.int64, device=latents.device)
+    return timestep_of(sigma, latents).expand(count), addition_t
+
+
+def _parts(group: RowGroup, size: int | None) -> Iterator[RowGroup]:
+    """The group, `size` rows at a time."""
+    if size is None:
+        yield group
+        return
+    for start in range(0, len(group.rows), size):
+        index = torch.arange(start, min(start + size, len(group.rows)))
+        yield dataclasses.replace(
+            group,
+            rows=group.rows[start : start + size],
+            references=None if group.references is None else group.references[start : start + size],
+            prompt=_cut(group.prompt.rows(index)),
+            negative=None if group.negative is None else _cut(group.negative.rows(index)),
+        )
+
+
+def _cut(prompt: Prompt) -> Prompt:
+    """Without the padding that all rows have."""
+    if prompt.mask is None:
+        return prompt
+    length = int(prompt.mask.any(dim=0).nonzero().max()) + 1
+    mask = prompt.mask[:, :length]
+    return Prompt(prompt.embeds[:, :length], None if mask.all() else mask)
+
+
+def _require_widths(conditioning: Conditioning, mmdit: MMDiT) -> None:
+    prompts = [conditioning.prompt] + ([conditioning.negative] if conditioning.negative else [])
+    for what, tensors, wanted in (
+        ("prompt embeddings", [prompt.embeds for prompt in prompts], mmdit.config.joint_attention_dim),
+        (
+            "reference latents",
+            [x for row in conditioning.reference_latents for x in row],
+            mmdit.config.in_channels,
+        ),
+    ):
+        for x in tensors:
+            if x.shape[-1] != wanted:
+                raise ValueError(f"{what} are {x.shape[-1]} wide, wanted {wanted}: is it another model's?")
+
+
+def _velocity(
+    mmdit: MMDiT,
+    group: RowGroup,
+    branch: str,
+    latents: Tensor,
+    time: tuple[Tensor, Tensor | None],
+    cache: RunCache | None,
+) -> Tensor:
+    prompt = group.prompt if branch == "cond" else group.negative
+    assert prompt is not None
+    own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
+    layout = Layout(prompt.embeds.shape[1], group.grids)
+    img = own if group.references is None else torch.cat([own, group.references], dim=1)
+    with scope(branch=branch, layout=layout, rows=group.rows):
+        velocity = mmdit(
+            img, prompt.embeds, time[0], group.grids, prompt.mask, time[1],
+            cache=cache, target_only=cache is not None,
+        )  # fmt: skip
+    return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
+
+
+def _require_finite_predictions(cond: Tensor, uncond: Tensor | None) -> None:
+    # One look at both: on an accelerator each look waits for all that was asked for so far.
+    if torch.isfinite(cond if uncond is None else torch.cat([cond, uncond])).all():
+        return
+    labels = current_labels()
+    where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
+    for branch, velocity in (("cond", cond), ("uncond", uncond)):
+        if velocity is not None:
+            require_finite(
+                velocity,
+                f"transformer: the {branch} velocity at {where}",
+                "look for it in the weights and the conditioning, or, in float16, for an overflow",
+            )

@@ -1,0 +1,171 @@
+"""The Euler loop as a generator that the caller owns: read, replace, stop, differentiate, without callbacks.
+
+for step in pipe.steps(conditioning, num_inference_steps=20):
+    print(step.index, step.sigma, step.x0.std())
+latents = step.after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwenedit.taps import require_finite, scope
+
+if TYPE_CHECKING:  # at run time it is the caller's, so that this file runs without it
+    from qwenedit.sampling.guidance import TrueCFG
+
+__all__ = ["Predict", "Step", "euler", "predict_at", "require_interval"]
+
+# latents, sigma -> cond, uncond; with guided=False, as steps out of the guided interval ask, cond, None
+Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+class Step:
+    """One step before it is taken. What the caller writes into it is what is used.
+
+    Attributes:
+        index, sigma, sigma_next: which step; sigma in [0, 1], 1 = noise.
+        latents: (B, S, C) packed normalised latents at `sigma`.
+        cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
+        velocity: what the step moves along: `cond`, guided where there is an `uncond`. It follows what is
+            written into `cond` or `uncond`, until it is written itself. Where guidance makes NaN or infinity,
+            reading it raises NonFiniteError.
+        x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
+        after: the latents at `sigma_next`.
+        norm_ratio: (B, S), |cond| over the norm of the combined prediction, token by token: what the
+            reference's guidance multiplies by, whatever norm this run's has. None where there is no guidance.
+        average: what guidance with momentum carries to the next step (see `TrueCFG.average`), or None.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        sigma: float,
+        sigma_next: float,
+        latents: Tensor,
+        cond: Tensor,
+        uncond: Tensor | None,
+        guidance: TrueCFG | None,
+        average: Tensor | None = None,
+    ) -> None:
+        self.index = index
+        self.sigma = sigma
+        self.sigma_next = sigma_next
+        self.latents = latents
+        self._cond = cond
+        self._uncond = uncond
+        self._guidance = guidance
+        self._at = latents, sigma  # where the predictions were made, whatever is written into `latents`
+        self._average = average
+        self._velocity: Tensor | None = None
+
+    @property
+    def cond(self) -> Tensor:
+        return self._cond
+
+    @cond.setter
+    def cond(self, value: Tensor) -> None:
+        self._cond, self._velocity = value, None
+
+    @property
+    def uncond(self) -> Tensor | None:
+        return self._uncond
+
+    @uncond.setter
+    def uncond(self, value: Tensor | None) -> None:
+        self._uncond, self._velocity = value, None
+
+    @property
+    def velocity(self) -> Tensor:
+        if self._velocity is None:
+            if self._guidance is None or self._uncond is None:
+                self._velocity = self._cond
+            else:
+                self._velocity = self._guidance(self._cond, self._uncond, self._at, self._average)
+                require_finite(
+                    self._velocity,
+                    f"guidance: the guided velocity at step {self.index}, sigma {self.sigma:.4f},",
+                    "the predictions cancel out, or overflow",
+                )
+        return self._velocity
+
+    @velocity.setter
+    def velocity(self, value: Tensor) -> None:
+        self._velocity = value
+
+    @property
+    def x0(self) -> Tensor:
+        return self.latents - self.sigma * self.velocity
+
+    @x0.setter
+    def x0(self, value: Tensor) -> None:
+        self.velocity = (self.latents - value) / self.sigma
+
+    @property
+    def after(self) -> Tensor:
+        # In float32 whatever the dtype, but with the product in the velocity's: the reference's casts.
+        sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
+        return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
+
+    @property
+    def norm_ratio(self) -> Tensor | None:
+        if self._guidance is None or self._uncond is None:
+            return None
+        return self._guidance.ratio(self._cond, self._uncond, self._at, self._average)
+
+    @property
+    def average(self) -> Tensor | None:
+        if self._guidance is None or self._uncond is None:
+            return self._average
+        return self._guidance.average(self._cond, self._uncond, self._at[1], self._average)
+
+
+def euler(
+    predict: Predict, latents: Tensor, sigmas: Sequence[float], guidance: TrueCFG | None = None
+) -> Iterator[Step]:
+    """Yield every step of the flow from `sigmas[0]` to `sigmas[-1]`; the last one's `after` is the result.
+
+    Raises:
+        ValueError: guidance whose interval starts after the last step.
+    Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
+        them.
+
+    A velocity that knows the way, and a caller who changes where it leads to:
+
+    >>> clean, noise = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    >>> for step in euler(lambda latents, sigma: (noise - clean, None), noise, [1.0, 0.5, 0.0]):
+    ...     print(step.index, step.sigma, step.latents.tolist(), step.x0.tolist())
+    ...     if step.index == 1:
+    ...         step.x0 = torch.tensor([[[0.0, 7.0]]])
+    0 1.0 [[[1.0, 1.0]]] [[[0.0, 0.0]]]
+    1 0.5 [[[0.5, 0.5]]] [[[0.0, 0.0]]]
+    >>> step.after.tolist()
+    [[[0.0, 7.0]]]
+    """
+    require_interval(guidance, len(sigmas) - 1)
+    average = None
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        with scope(step=index, sigma=sigma):
+            cond, uncond = predict_at(predict, latents, sigma, index, guidance)
+        step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance, average)
+        yield step
+        latents, average = step.after, step.average
+
+
+def require_interval(guidance: TrueCFG | None, steps: int) -> None:
+    if guidance is not None and guidance.rule.steps is not None and guidance.rule.steps[0] >= steps:
+        raise ValueError(f"guided steps are {guidance.rule.steps}, but the run has {steps}")
+
+
+def predict_at(
+    predict: Predict, latents: Tensor, sigma: float, index: int, guidance: TrueCFG | None
+) -> tuple[Tensor, Tensor | None]:
+    """The predictions of step `index`, without the unconditional one where the step is not guided."""
+    if guidance is None or guidance.rule.guides(index):
+        return predict(latents, sigma)
+    return predict(latents, sigma, guided=False)

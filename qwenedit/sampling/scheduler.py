@@ -1,0 +1,167 @@
+"""The flow-matching schedule: which sigmas a run visits, from the official scheduler_config.json.
+
+Sigma is the share of noise: x_sigma = (1 - sigma) * clean + sigma * noise; 1 is pure noise, 0 the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qwenedit.files import read_json
+from qwenedit.weights.configs import config_from
+
+__all__ = ["FlowMatchScheduler", "given_sigmas", "load_scheduler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchScheduler:
+    """Sigmas from a number of steps and a number of tokens; its fields are scheduler_config.json's.
+
+    `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` is "linear" in
+    Layered alone, whose pipeline has a `mu` of its own.
+
+    Raises:
+        ValueError: a value without meaning here.
+    Source: diffusers 0.39.0, `FlowMatchEulerDiscreteScheduler.set_timesteps` with what the pipelines give it.
+    """
+
+    num_train_timesteps: int
+    shift: float  # used where use_dynamic_shifting is False
+    use_dynamic_shifting: bool
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+    shift_terminal: float | None
+    time_shift_type: str  # "exponential" or "linear"
+
+    FIXED: ClassVar[dict[str, Any]] = {
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type is {self.time_shift_type!r}, wanted 'exponential' or 'linear'")
+        if self.num_train_timesteps != 1000:
+            got = self.num_train_timesteps
+            raise ValueError(f"num_train_timesteps is {got}, wanted 1000: the transformer embeds 1000 sigma")
+        if self.base_image_seq_len == self.max_image_seq_len:
+            got = self.base_image_seq_len
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {got}, wanted two numbers")
+        if self.shift_terminal and not 0 < self.shift_terminal < 1:
+            raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
+
+    def mu(self, tokens: int) -> float:
+        """The resolution's shift: linear in the number of target tokens, through (base) and (max) of the
+        config; Layered's is the square root of a layer's tokens over 256.
+
+        Source: `calculate_shift` in diffusers' pipelines, where reference tokens do not count;
+        `QwenImageLayeredPipeline.__call__`, which counts those of the picture, as large as a layer.
+        """
+        if self.time_shift_type == "linear":
+            return (tokens / 256) ** 0.5
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+
+    def sigmas(self, steps: int, tokens: int, custom: Sequence[float] | None = None) -> list[float]:
+        """The sigmas of a run, noise first, with the final 0: `steps` + 1 numbers.
+
+        Args:
+            steps: number of Euler steps.
+            tokens: tokens of the target (of one layer of it), which decide the shift.
+            custom: unshifted sigmas in place of the even ones from 1 to 1/steps; shifted and stretched alike.
+
+        Each is a float32 number, equal to the reference's bit by bit. One step differs: there the reference's
+        stretch is 0/0 and its sigma NaN; ours stays 1.
+
+        Raises:
+            ValueError: no steps, custom sigmas that are not falling within (0, 1] or not `steps` many, or
+                sigmas so close that float32 or the shift makes them equal.
+        """
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
+        plain = _even(steps) if custom is None else _checked(custom, steps)
+        t = torch.tensor(plain, dtype=torch.float32)
+        t = self._shifted(t, tokens)
+        if self.shift_terminal:
+            t = _stretched(t, self.shift_terminal)
+        sigmas = [*t.tolist(), 0.0]
+        if not all(a > b for a, b in pairwise(sigmas)):
+            raise ValueError(
+                f"{steps} sigmas for {tokens} tokens no longer fall strictly when shifted and rounded to "
+                "float32, wanted fewer, or further apart"
+            )
+        return sigmas
+
+    def _shifted(self, t: Tensor, tokens: int) -> Tensor:
+        if not self.use_dynamic_shifting:
+            return self.shift * t / (1 + (self.shift - 1) * t)
+        mu = self.mu(tokens)
+        try:
+            shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
+        except OverflowError:
+            raise ValueError(f"{tokens} tokens are too many for the schedule: its shift overflows") from None
+        factor = torch.tensor(shift, dtype=t.dtype)
+        one = torch.ones_like(t)  # a true division: `1 / t` would be a reciprocal and a product
+        return factor / (factor + (one / t - 1))
+
+
+def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
+    """Sigmas to be visited as they are, noise first, and the final 0: `steps` + 1 float32 numbers.
+
+    Raises:
+        ValueError: they do not fall within (0, 1], or are not `steps` many.
+    """
+    return [*torch.tensor(_checked(sigmas, steps), dtype=torch.float32).tolist(), 0.0]
+
+
+def _even(steps: int) -> list[float]:
+    """From 1 to 1/steps in even steps, in float64, as numpy.linspace computes them."""
+    if steps == 1:
+        return [1.0]
+    width = (1 / steps - 1.0) / (steps - 1)
+    return [i * width + 1.0 for i in range(steps - 1)] + [1 / steps]
+
+
+def _checked(custom: Sequence[float], steps: int) -> list[float]:
+    try:
+        sigmas = [float(sigma) for sigma in custom]
+    except (TypeError, ValueError):
+        raise ValueError(f"sigmas are {custom!r}, wanted falling numbers within (0, 1]") from None
+    if len(sigmas) != steps:
+        raise ValueError(f"got {len(sigmas)} sigmas for {steps} steps, wanted as many (the final 0 is added)")
+    falling = all(a > b for a, b in pairwise(sigmas))
+    if not falling or not 0 < sigmas[-1] <= sigmas[0] <= 1:
+        raise ValueError(f"sigmas are {sigmas}, wanted strictly falling numbers within (0, 1]")
+    return sigmas
+
+
+def _stretched(t: Tensor, terminal: float) -> Tensor:
+    """Stretch the schedule about 1 so that its last sigma is `terminal`."""
+    clean = 1 - t
+    if clean[-1] == 0:
+        return t
+    return 1 - clean / (clean[-1] / (1 - terminal))
+
+
+def load_scheduler(folder: Path) -> FlowMatchScheduler:
+    """The noise schedule of a checkpoint folder.
+
+    Raises:
+        ValueError: see `config_from`.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    return config_from(FlowMatchScheduler, read_json(path), str(path))

@@ -1,0 +1,256 @@
+"""The switches that act on a conditioning and while the transformer runs.
+
+`changed` turns a conditioning into another one; `switched_predictor` is the sampler's `predictor` under the
+switches. With the default switches both hand on what they are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.networks.mmdit import Block, MMDiT
+from qwenedit.networks.mmdit_layers import (
+    Rope,
+    joint_key_mask,
+    picture_positions,
+    rope_table,
+    sinusoids,
+)
+from qwenedit.sampling.predictor import predictor
+from qwenedit.sampling.sampler import Predict
+from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
+from qwenedit.switches import Interval, References, Switches, Time, own_generator
+from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
+
+__all__ = [
+    "changed", "require_encoded", "require_fitting", "require_pictures", "schedule", "switched_predictor",
+]  # fmt: skip
+
+LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, whatever the number of tokens
+
+
+def require_pictures(switches: object, pictures: bool) -> None:
+    """Are they switches, with pictures to act on where they are about pictures?
+
+    Raises:
+        ValueError: no.
+    """
+    if not isinstance(switches, Switches):
+        got = type(switches).__name__
+        raise ValueError(f"switches are {got}, wanted Switches (Switches.from_flat makes them of a dict)")
+    plain = Switches()
+    for name in ("references", "seen", "vae"):
+        if not pictures and getattr(switches, name) != getattr(plain, name):
+            raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+
+
+def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
+    """Have the switches that act on encoding acted on this conditioning?
+
+    Raises:
+        ValueError: no, and here it is too late.
+    """
+    wanted, text = switches.encoding.flat(), conditioning.provenance.get("switches", "{}")
+    if wanted and wanted != (made := json.loads(text)):
+        raise ValueError(
+            f"switches {wanted} act while encoding, but the conditioning was encoded with {made or 'none'}: "
+            "give them to `condition`, too"
+        )
+
+
+def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
+    """Compare the switches with what they are to act on: the number of pictures of each row, the
+    transformer's blocks, the run's steps.
+
+    Raises:
+        ValueError: a switch that could not act.
+    """
+    require_pictures(switches, any(pictures))
+    references = switches.references
+    for name, interval, count in (
+        ("references.steps", references.steps, steps),
+        ("references.blocks", references.blocks, blocks),
+        ("guidance.steps", switches.guidance.steps, steps),
+    ):
+        if interval is not None and interval[1] > count:
+            raise ValueError(f"{name} is {interval}, but there are {count}: wanted a stop of at most {count}")
+    if references.order is not None and any(len(references.order) != count for count in pictures):
+        raise ValueError(
+            f"references.order is {references.order}, but the rows have {list(pictures)} pictures: wanted as "
+            "many numbers"
+        )
+
+
+def schedule(
+    scheduler: FlowMatchScheduler,
+    time: Time,
+    steps: int,
+    tokens: int,
+    custom: Sequence[float] | None = None,
+) -> list[float]:
+    """The sigmas of a run under `time.sigmas`; `custom` as in `FlowMatchScheduler.sigmas`.
+
+    Raises:
+        ValueError: as there; or custom sigmas together with given ones.
+    """
+    if time.sigmas == "lightning":
+        scheduler = dataclasses.replace(
+            scheduler,
+            use_dynamic_shifting=True,
+            time_shift_type="exponential",
+            base_shift=LIGHTNING_SHIFT,
+            max_shift=LIGHTNING_SHIFT,
+            shift_terminal=None,
+        )
+    elif not isinstance(time.sigmas, str):
+        if custom is not None:
+            raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
+        return given_sigmas(time.sigmas, steps)
+    return scheduler.sigmas(steps, tokens, custom)
+
+
+def changed(conditioning: Conditioning, references: References) -> Conditioning:
+    """The conditioning with its reference latents as the switches want them in every step and block."""
+    if references.latents == "left_out":
+        return _without_references(conditioning)
+    latents, grids = conditioning.reference_latents, conditioning.reference_grids
+    if references.latents == "zeroed":
+        latents = tuple(tuple(torch.zeros_like(x) for x in row) for row in latents)
+    elif references.latents == "noise":
+        latents = tuple(tuple(_noise(x, k, references) for k, x in enumerate(row)) for row in latents)
+    if references.sigma > 0:
+        latents = tuple(
+            tuple(
+                (1 - references.sigma) * x + references.sigma * _noise(x, k, references)
+                for k, x in enumerate(row)
+            )
+            for row in latents
+        )
+    if references.order is not None:
+        latents = tuple(tuple(row[k] for k in references.order) for row in latents)
+        grids = tuple(tuple(row[k] for k in references.order) for row in grids)
+    return dataclasses.replace(conditioning, reference_latents=latents, reference_grids=grids)
+
+
+def _without_references(conditioning: Conditioning) -> Conditioning:
+    nothing: tuple[tuple[()], ...] = ((),) * conditioning.batch
+    return dataclasses.replace(conditioning, reference_latents=nothing, reference_grids=nothing)
+
+
+def _noise(like: Tensor, k: int, references: References) -> Tensor:
+    """The noise of the k-th picture, the same for every row: a row does not depend on its batch."""
+    generator = own_generator(references.seed, "references", k)
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def switched_predictor(
+    mmdit: MMDiT,
+    conditioning: Conditioning,
+    switches: Switches,
+    *,
+    guided: bool,
+    micro_batch: int | None = None,
+    sigmas: Sequence[float] = (),
+) -> Predict:
+    """The sampler's `predictor` under the switches.
+
+    Raises:
+        ValueError: as `predictor`.
+    """
+    references, time = switches.references, switches.time
+    conditioning = changed(conditioning, references)
+    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
+    if references.steps is not None:
+        bare = _without_references(conditioning)
+        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
+        predict = _in_steps(references.steps, predict, without)
+
+    functions: dict[str, TapFunction] = {}
+    if references.frame == "target":
+        functions["rope.img"] = _in_the_targets_frame
+    if time.rounding == "exact":
+        functions["time_embed.sinusoids"] = _of_exact_sigma
+    if not functions and time.zero_cond_t is None and references.blocks is None:
+        return predict
+
+    def under_switches(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
+        with ExitStack() as stack:
+            stack.enter_context(taps(mmdit, functions, first=True))
+            if time.zero_cond_t is not None:
+                stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
+            if references.blocks is not None:
+                stack.enter_context(_visible_in(mmdit, references.blocks))
+            return predict(latents, sigma, **only)
+
+    return under_switches
+
+
+def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
+    def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
+        now = current_labels()["step"]
+        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
+
+    return predict
+
+
+def _in_the_targets_frame(table: Tensor, site: Site) -> Tensor:
+    assert isinstance(site.module, Rope)
+    positions = [picture_positions(0, grid, table.device) for grid in site.labels["layout"].grids]
+    return rope_table(torch.cat(positions), site.module.axes)
+
+
+def _of_exact_sigma(rounded: Tensor, site: Site) -> Tensor:
+    """Those of the step's own sigma; rows behind the batch, which `zero_cond_t` adds, stay at sigma 0."""
+    sigma = torch.zeros(rounded.shape[0], device=rounded.device)
+    sigma[: len(site.labels["rows"])] = site.labels["sigma"]
+    return sinusoids(sigma)
+
+
+@contextmanager
+def _zero_cond_t(mmdit: MMDiT, value: bool) -> Iterator[None]:
+    before = mmdit.config
+    mmdit.config = dataclasses.replace(before, zero_cond_t=value)
+    try:
+        yield
+    finally:
+        mmdit.config = before
+
+
+@contextmanager
+def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
+    """Hide the reference tokens from the text and the target in all blocks but these."""
+
+    def hide(_block: nn.Module, inputs: tuple) -> tuple:
+        img, txt, temb, rope, key_mask, target, *others = inputs
+        if key_mask is None:
+            key_mask = joint_key_mask(txt.new_ones(1, txt.shape[1], dtype=torch.bool), img.shape[1])
+        first = txt.shape[1] + target  # reference token, in the order of the attention
+        visible = key_mask.expand(-1, -1, key_mask.shape[-1], -1).clone()
+        visible[:, :, :first, first:] = False
+        return img, txt, temb, rope, visible, target, *others
+
+    if mmdit.checkpointing and torch.is_grad_enabled():
+        raise ValueError(
+            "references.blocks does not work with checkpointing: set mmdit.checkpointing = False"
+        )
+    hidden = []
+    for path, module in named_modules(mmdit):  # also where blocks are wrapped
+        number = re.fullmatch(r"blocks\.(\d+)", path)
+        if number and isinstance(module, Block) and not blocks[0] <= int(number[1]) < blocks[1]:
+            hidden.append(module)
+    handles = [block.register_forward_pre_hook(hide) for block in hidden]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # what was compiled before knows nothing of hooks
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,169 @@
+"""The components of a checkpoint as one object, and what every kind of run does with them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from qwenedit.checks import check_count, warn_of_float16
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.family import Variant
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.pictures import denormalise_pixels
+from qwenedit.inputs.processor import Processor
+from qwenedit.latents import Grid, denormalise, initial_noise, unpack
+from qwenedit.memory.residency import home, move, present, while_present
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.vae import VAE
+from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.sampler import Step, euler
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.sampling.switched import require_fitting, schedule, switched_predictor
+from qwenedit.switches import Switches
+from qwenedit.taps import require_finite
+
+__all__ = ["Result", "System"]
+
+Own = TypeVar("Own", bound="System")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64);
+    of `decompose` the likes of these, which it describes.
+    """
+
+    images: list[Any] | Tensor
+
+
+class System:
+    """A checkpoint's components. They are plain attributes, each of which works without the others.
+
+    Attributes:
+        vision_language: prompt and pictures to embeddings; None if it was left out on loading.
+        vae: pixels to raw latents and back.
+        mmdit: noisy latents to velocity.
+        scheduler: number of steps to sigmas.
+        processor: prompts and pictures to token ids and patches.
+        variant: which checkpoint of the family this is, from its model_index.json.
+        areas: the areas in pixels that pictures are brought to.
+        progress: whether progress bars are shown, on a terminal.
+        share_prefix: run the text encoder once over what a prompt and its negative prompt have in common,
+            the pictures among it: about half the time, and other last bits. False, as the reference runs.
+        micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
+            a generator a row, each row is its single run bit by bit.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_language: VisionLanguage | None,
+        vae: VAE,
+        mmdit: MMDiT,
+        scheduler: FlowMatchScheduler,
+        processor: Processor,
+        variant: Variant,
+        areas: Areas,
+    ) -> None:
+        self.vision_language = vision_language
+        self.vae = vae
+        self.mmdit = mmdit
+        self.scheduler = scheduler
+        self.processor = processor
+        self.variant = variant
+        self.areas = areas
+        self.progress = True
+        self.share_prefix = False
+        self.micro_batch: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return home(self.mmdit)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.mmdit.parameters()).dtype
+
+    def to(self: Own, *args: Any, **kwargs: Any) -> Own:
+        """Move the three networks, with the arguments of `torch.nn.Module.to`."""
+        networks = (self.vision_language, self.vae, self.mmdit)
+        move([network for network in networks if network is not None], *args, **kwargs)
+        warn_of_float16(self.dtype)
+        return self
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Packed normalised latents (B, S, 64) of a token grid -> pixels (B, 3, H, W) in [0, 1]."""
+        if grid[0] != 1:
+            raise ValueError(f"the grid {grid} has {grid[0]} frames, wanted 1: decode_layers takes several")
+        raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
+        config = self.vae.config
+        parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
+        with present(self.vae):
+            pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
+        require_finite(pixels, "VAE decoder: the picture")
+        return denormalise_pixels(pixels)
+
+    def prepare(
+        self,
+        grid: Grid,
+        pictures: list[int],
+        steps: int,
+        sigmas: Sequence[float] | None,
+        generator: Generator | Sequence[Generator] | None,
+        latents: Tensor | None,
+        switches: Switches,
+    ) -> tuple[Tensor, list[float]]:
+        """Latents to start from and sigmas, for a row each of `pictures` (how many pictures it has): cheap,
+        so that bad input shows before any network runs.
+        """
+        frames, rows, columns = grid
+        batch, tokens = len(pictures), rows * columns
+        check_count("num_inference_steps", steps)
+        if self.micro_batch is not None:
+            check_count("micro_batch", self.micro_batch)
+        require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
+        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        channels = self.mmdit.config.out_channels
+        if latents is None:
+            noise = initial_noise(
+                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
+            )
+        else:
+            wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
+            if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
+                got = (
+                    f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+                )
+                raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+            noise = latents.to(self.device, self.dtype)
+        return noise, visited
+
+    def _steps(
+        self,
+        conditioning: Conditioning,
+        run: tuple[Tensor, list[float]],
+        guidance: TrueCFG | None,
+        switches: Switches,
+    ) -> Iterator[Step]:
+        conditioning = conditioning.to(self.device, self.dtype)
+        predict = switched_predictor(
+            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
+            sigmas=run[1][:-1],
+        )  # fmt: skip
+        return while_present(self.mmdit, euler(predict, *run, guidance))
+
+    def _last(self, steps: Iterator[Step], count: int) -> Tensor:
+        """The latents after all steps, which are taken under a progress bar."""
+        bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
+        (last,) = deque(bar, maxlen=1)
+        latents = last.after
+        require_finite(latents, "sampler: the final latents")
+        return latents

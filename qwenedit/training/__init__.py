@@ -1,0 +1,1 @@
+"""Training: the loss of the system that the pipeline ties together."""

@@ -1,0 +1,145 @@
+"""The loss that the transformer is finetuned with. The loop around it, optimiser and data are the caller's.
+
+    pipe.mmdit.requires_grad_(True).train()
+    pipe.mmdit.checkpointing = True  # memory for time; see networks/checkpointing.py for what taps see
+    batch = TrainingBatch(conditioning=conditioning, latents=clean, sigma=torch.rand(2), noise=noise)
+    flow_matching_loss(pipe, batch).backward()
+
+`conditioning` is what `pipe.condition` makes, or a file of it; `clean` what `inversion.picture_latents` makes
+of the edited picture.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.latents import Grid, Layout
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.taps import scope
+
+__all__ = ["TrainingBatch", "flow_matching_loss", "velocity_error", "weighted_mean"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingBatch:
+    """B edits, and how much noise to learn each from.
+
+    Attributes:
+        conditioning: of the B rows; its negative prompts are not used.
+        latents: (B, S, 64) normalised packed latents of the pictures that are wanted.
+        sigma: (B,) in [0, 1], 1 = noise.
+        noise: (B, S, 64).
+        weight: (B, S) of each token in the loss, not negative; None: all count alike.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    conditioning: Conditioning
+    latents: Tensor
+    sigma: Tensor
+    noise: Tensor
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, tokens = self.conditioning.batch, math.prod(self.conditioning.target_grid)
+        if self.latents.ndim != 3 or self.latents.shape[:2] != (rows, tokens):
+            raise ValueError(
+                f"latents have shape {tuple(self.latents.shape)}, wanted ({rows}, {tokens}, channels)"
+            )
+        for what, x, wanted in (
+            ("noise has", self.noise, tuple(self.latents.shape)),
+            ("sigma has", self.sigma, (rows,)),
+            ("weights have", self.weight, (rows, tokens)),
+        ):
+            if x is not None and tuple(x.shape) != wanted:
+                raise ValueError(f"{what} shape {tuple(x.shape)}, wanted {wanted}")
+        if self.weight is not None and not bool((self.weight >= 0).all() and self.weight.sum() > 0):
+            raise ValueError("weights are negative, all 0 or NaN, wanted at least one above 0 and none below")
+        if not bool(((self.sigma >= 0) & (self.sigma <= 1)).all()):
+            raise ValueError(f"sigma is {self.sigma.tolist()}, wanted numbers in [0, 1]")
+
+
+def flow_matching_loss(
+    pipe: QwenImageEdit, batch: TrainingBatch, *, detach_references: bool = True
+) -> Tensor:
+    """The loss of a batch, a scalar: mean squared error of the predicted velocity over the target's tokens.
+
+    Gradients reach the transformer and the prompts' embeddings. They never reach the clean latents and the
+    noise, which are data; nor the reference latents and what encoded them, unless `detach_references` is
+    False. Rows whose references differ in size run one group after another, as in sampling, and tap functions
+    find the same labels: branch "cond", layout, rows.
+
+    Raises:
+        ValueError: a Qwen-Image-Layered checkpoint.
+    Source: arXiv 2210.02747 (flow matching), with the straight path of arXiv 2209.03003.
+    """
+    if pipe.mmdit.config.use_additional_t_cond:
+        raise ValueError("the loss is that of edits, wanted another checkpoint than Qwen-Image-Layered")
+    conditioning = batch.conditioning.to(pipe.device, pipe.dtype)
+    clean, noise, sigma = (
+        x.detach().to(pipe.device, dtype)
+        for x, dtype in ((batch.latents, pipe.dtype), (batch.noise, pipe.dtype), (batch.sigma, None))
+    )
+    errors, order = [], []
+    for group in conditioning.groups():
+        references = group.references
+        if references is not None and detach_references:
+            references = references.detach()
+        layout = Layout(group.prompt.embeds.shape[1], group.grids)
+        with scope(branch="cond", layout=layout, rows=group.rows):
+            errors.append(
+                velocity_error(
+                    pipe.mmdit,
+                    clean[group.rows],
+                    references,
+                    group.prompt.embeds,
+                    group.prompt.mask,
+                    sigma[group.rows],
+                    noise[group.rows],
+                    group.grids,
+                )
+            )
+        order.extend(group.rows)
+    weight = None if batch.weight is None else batch.weight.to(pipe.device)[order]
+    return weighted_mean(torch.cat(errors), weight)
+
+
+def velocity_error(
+    mmdit: MMDiT,
+    clean: Tensor,
+    references: Tensor | None,
+    txt: Tensor,
+    txt_mask: Tensor | None,
+    sigma: Tensor,
+    noise: Tensor,
+    grids: tuple[Grid, ...],
+) -> Tensor:
+    """(B, S): the mean squared error of each target token's velocity, against noise - clean; in float32.
+
+    Shapes: `clean`, `noise` (B, S, C) packed normalised latents; `references` (B, S_ref, C) or None; `txt`
+        (B, T, D); `txt_mask` (B, T) bool or None; `sigma` (B,); `grids` of the target and of each reference.
+    Units: sigma in [0, 1], 1 = noise. In the latents' dtype it is both the share of noise and the timestep.
+        (Sampling rounds 1000 sigma instead, as the reference does.)
+    """
+    share = sigma[:, None, None].to(clean.dtype)
+    img = (1 - share) * clean + share * noise
+    if references is not None:
+        img = torch.cat([img, references], dim=1)
+    velocity = mmdit(img, txt, sigma.to(clean.dtype), grids, txt_mask)[:, : clean.shape[1]]
+    return (velocity.float() - (noise - clean).float()).pow(2).mean(dim=-1)
+
+
+def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:
+    """The mean of (B, S) errors under weights (B, S), which need not sum to 1; None: all count alike.
+
+    >>> weighted_mean(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 1.0]]))
+    tensor(2.)
+    """
+    return error.mean() if weight is None else (error * weight).sum() / weight.sum()

@@ -1,0 +1,118 @@
+"""Is a checkpoint whole, and do its parts fit together? From configs and headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenedit.family import Variant
+from qwenedit.inputs.processor import Processor
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.weights.checkpoints import COMPONENTS, download_plan, find_local, is_local, read_variant
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.report import Report, compare
+
+__all__ = ["Verification", "check_together", "describe", "verify"]
+
+
+def check_together(folder: Path, processor: Processor, *, pictures: bool) -> None:
+    """Do the components of a folder fit each other? They may have been put together by hand.
+
+    Raises:
+        ValueError: what does not fit; see also `config_from`.
+    """
+    text_encoder, transformer, vae_config = (network_config(folder, name) for name in COMPONENTS)
+    text, vision = text_encoder.text_config, text_encoder.vision_config
+    tokens = processor.tokenizer.get_vocab_size()
+    layered = read_variant(folder).layered
+    agree = [
+        ("transformer's joint_attention_dim", transformer.joint_attention_dim,
+         "text_encoder's hidden_size", text.hidden_size),
+        ("transformer's out_channels", transformer.out_channels, "vae's z_dim", vae_config.z_dim),
+        ("text_encoder's image_token_id", text_encoder.image_token_id,
+         "tokenizer's", processor.image_token_id),
+        ("transformer's use_additional_t_cond", transformer.use_additional_t_cond, "pipeline's", layered),
+        ("transformer's use_layer3d_rope", transformer.use_layer3d_rope, "pipeline's", layered),
+        ("vae's input_channels", vae_config.input_channels, "pipeline's", 4 if layered else 3),
+        ("scheduler's time_shift_type", load_scheduler(folder).time_shift_type,
+         "pipeline's", "linear" if layered else "exponential"),
+    ]  # fmt: skip
+    if pictures:
+        config = processor.config
+        agree += [
+            ("processor's patch_size", config.patch_size, "text_encoder's", vision.patch_size),
+            ("processor's merge_size", config.merge_size, "text_encoder's", vision.spatial_merge_size),
+            ("processor's temporal_patch_size", config.temporal_patch_size,
+             "text_encoder's", vision.temporal_patch_size),
+        ]  # fmt: skip
+    for what, got, other, wanted in agree:
+        if got != wanted:
+            raise ValueError(f"{folder}: the {what} is {got}, wanted the {other}, {wanted}")
+    if tokens > text.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokens} tokens, the text_encoder {text.vocab_size}")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Reports of all components; `str()` of it is what `qwenedit verify` prints."""
+
+    folder: Path
+    variant: Variant
+    reports: list[Report]
+
+    @property
+    def ok(self) -> bool:
+        return all(report.ok for report in self.reports)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.variant.name}"]
+        for report in self.reports:
+            dtypes = ", ".join(f"{count} {name}" for name, count in sorted(report.dtypes.items()))
+            skipped = f", {len(report.skipped)} known and not used" if report.skipped else ""
+            lines.append(
+                f"  {report.component:<13} {report.tensors} tensors ({dtypes}), {report.parameters:,} "
+                f"parameters, {report.bytes:,} bytes{skipped}"
+            )
+            if report.origin:
+                lines.append(f"    {report.origin}")
+            lines.append(f"    {'all names, shapes and dtypes fit' if report.ok else report.problems()}")
+        return "\n".join(lines)
+
+
+def verify(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Verification:
+    """Every tensor of a checkpoint against the model, from headers alone; None is the embedded model.
+
+    `files` as in `load_networks`.
+
+    Raises:
+        ValueError: no checkpoint on this machine (nothing is downloaded), a broken file, or another family.
+    """
+    folder = find_local(source, revision)
+    variant = read_variant(folder)
+    load_scheduler(folder)
+    files = files or {}
+    reports = [compare(folder, component, files.get(component))[2] for component in COMPONENTS]
+    return Verification(folder, variant, reports)
+
+
+def describe(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> str:
+    """What a checkpoint holds, or, for a hub id that is not all on this machine, what would be downloaded.
+
+    Raises:
+        ValueError: as `verify`.
+    """
+    if not is_local(source, revision, without=files or {}):
+        return download_plan(str(source), revision, without=files or {})
+    return str(verify(source, revision=revision, files=files))

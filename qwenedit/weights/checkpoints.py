@@ -1,0 +1,300 @@
+"""Checkpoint folders in the official layout: where they come from, and what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
+from qwenedit.files import component_headers, read_json
+from qwenedit.inputs.geometry import Areas
+from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
+
+__all__ = [
+    "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "is_local",
+    "read_areas", "read_variant", "remote_headers", "resolve",
+]  # fmt: skip
+
+EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the model in this package
+
+# The three networks: folder -> the class that its config must name.
+COMPONENTS = {
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "transformer": "QwenImageTransformer2DModel",
+    "vae": "AutoencoderKLQwenImage",
+}
+_CLASSES = {
+    **{component: (name,) for component, name in COMPONENTS.items()},
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
+    "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
+}
+_PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
+_REFUSED = {
+    "ControlNet": "a Qwen-Image ControlNet",
+    "Inpaint": "a Qwen-Image inpainting pipeline",
+    "Img2Img": "a Qwen-Image image-to-image pipeline",
+    "QwenImage21": "Qwen-Image 2.1, another architecture (Qwen3-VL, single stream)",
+    "QwenImage2": "a later generation of Qwen-Image, another architecture",
+}
+
+
+def resolve(
+    source: str | os.PathLike[str] | None,
+    revision: str | None = None,
+    *,
+    progress: bool = True,
+    without: Collection[str] = (),
+) -> Path:
+    """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache; None is
+    the embedded model's folder.
+
+    Only the files that a run reads are downloaded, and of the components in `without`, whose weights are not
+    needed, the config alone. Where the hub does not answer, a complete cached snapshot is used.
+
+    Raises:
+        ValueError: no such folder, no checkpoint, or whatever keeps the hub from giving it, in one line.
+    """
+    if (path := _path(source)) is not None:
+        return _local(path)
+    try:
+        return _local(download(str(source), revision, _needed(without), progress=progress))
+    except HubError as error:
+        at = f"{source}" if revision is None else f"{source} at revision {revision}"
+        folder = cached_snapshot(str(source), revision)
+        lacking = None if folder is None else _lacking(folder, without)
+        if folder is not None and lacking is None:
+            return _local(folder)
+        if not error.unreached:
+            raise
+        if folder is None:
+            raise ValueError(
+                f"{at} is neither a local folder nor in the hub's cache, and {error}, or give a folder"
+            ) from error
+        raise ValueError(f"{at} is in the hub's cache only in part, and {error}: {lacking}") from error
+
+
+def _needed(without: Collection[str] = ()) -> list[str]:
+    """Patterns of what a run reads: no pickles, no sample pictures, no other formats of the same weights."""
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
+    configs = [f"{name}/*.json" for name in COMPONENTS]
+    return ["model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*", *configs, *weights]
+
+
+def find_local(source: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
+    """The checkpoint's folder on this machine, without asking the hub; of a hub id, the cached snapshot; of
+    None, the embedded model's.
+
+    Raises:
+        ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
+    """
+    if (path := _path(source)) is not None:
+        return _local(path)
+    if (folder := cached_snapshot(str(source), revision)) is None:
+        at = "" if revision is None else f" --revision {revision}"
+        raise ValueError(
+            f"{source} is not on this machine{at and f' at revision {revision}'}: load it once, or run "
+            f"`hf download {source}{at}`"
+        )
+    return _local(folder)
+
+
+def is_local(
+    source: str | os.PathLike[str] | None, revision: str | None = None, without: Collection[str] = ()
+) -> bool:
+    """Is the checkpoint a folder, or a hub id whose files are all in the cache?
+
+    The weights of the components in `without` need not be there.
+    """
+    if _path(source) is not None:
+        return True
+    try:
+        return _lacking(find_local(source, revision), without) is None
+    except ValueError:
+        return False
+
+
+def _lacking(folder: Path, without: Collection[str] = ()) -> str | None:
+    """What a cached snapshot of this family lacks; None where nothing is, or where it is another family's."""
+    try:
+        if read_json(folder / "model_index.json", optional=True).get("_class_name") in VARIANTS:
+            for component in COMPONENTS:
+                read_json(folder / component / "config.json")
+                if component not in without:
+                    component_headers(folder / component)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def download_plan(source: str, revision: str | None = None, without: Collection[str] = ()) -> str:
+    """The files of a hub id that a run would download, with their sizes.
+
+    Raises:
+        ValueError: the hub cannot be asked, or does not have it.
+    """
+    try:
+        files = list_files(source, revision, _needed(without)).files
+    except HubError as error:
+        raise ValueError(
+            f"{source} is not on this machine, and the hub cannot be asked about it: {error}"
+        ) from error
+    missing = [file for file in files if not file.cached()]
+    lines = [f"{source}: not on this machine; loading it downloads {len(missing)} files"]
+    parts: dict[str, list[HubFile]] = {part: [] for part in (*COMPONENTS, "the rest")}
+    for file in missing:
+        parts.get(file.name.split("/")[0], parts["the rest"]).append(file)
+    for part, of_it in {**parts, "together": missing}.items():
+        counted = "" if part == "together" else f"{len(of_it)} files, "
+        lines.append(f"  {part:<13} {counted}{sum(file.to_come() for file in of_it):,} bytes")
+    if len(missing) < len(files):
+        lines.append(f"  {'in the cache':<13} {len(files) - len(missing)} files already")
+    return "\n".join(lines)
+
+
+@contextmanager
+def remote_headers(source: str, revision: str | None = None, without: Collection[str] = ()) -> Iterator[Path]:
+    """A hub id's checkpoint as a folder, for the length of a block: configs, and weights that are holes.
+
+    For what reads headers alone (`fetch_headers`). Of the components in `without`, only the config is there.
+    What the block says of the folder in a ValueError is said of the hub id.
+
+    Raises:
+        HubError: why the hub does not give them.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwenedit-") as name:
+        fetch_headers(source, revision, _needed_to_plan(without), Path(name))
+        try:
+            yield Path(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace(name, source)) from error
+
+
+def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
+    """Patterns of what sizes are told from: neither tokenizer nor scheduler."""
+    configs = [f"{name}/config.json" for name in COMPONENTS]
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
+    indexes = [f"{pattern}.index.json" for pattern in weights]
+    return ["model_index.json", "processor/preprocessor_config.json", *configs, *weights, *indexes]
+
+
+def _path(source: str | os.PathLike[str] | None) -> Path | None:
+    """Of a local source, None the embedded model; None for what can only be a hub id."""
+    if source is None:
+        return EMBEDDED
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source is {type(source).__name__}, wanted a hub id or a folder")
+    parts = str(source).split("/")
+    hub_id = len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
+    path = Path(source)
+    return None if hub_id and "\\" not in str(source) and not path.exists() else path
+
+
+def _local(path: Path) -> Path:
+    layout = "model_index.json, scheduler/, text_encoder/, tokenizer/, transformer/, vae/"
+    if path.is_file():
+        raise ValueError(f"{path} is a file, wanted a folder in the official layout: {layout}")
+    if not path.is_dir():
+        raise ValueError(
+            f"no checkpoint at {path}: there is no such folder, and it is no hub id like org/name"
+        )
+    if not (path / "model_index.json").is_file():
+        name = read_json(path / "config.json", optional=True).get("_class_name")
+        what = (
+            "no checkpoint" if name is None else f"a single {name} ({_what_it_is(str(name))}), no checkpoint"
+        )
+        raise ValueError(
+            f"{path} is {what}: it has no model_index.json (wanted the official layout: {layout})"
+        )
+    return path
+
+
+def _what_it_is(name: str) -> str:
+    """A class of pipeline or model that is no whole checkpoint, in words."""
+    if name in COMPONENTS.values():
+        return "one component of a checkpoint"
+    return next((text for part, text in _REFUSED.items() if part in name), "not of this family")
+
+
+def read_variant(folder: Path) -> Variant:
+    """Which member of the family a checkpoint is, from its model_index.json.
+
+    Raises:
+        ValueError: a pipeline or a component of a class that is not supported; the message says what it is.
+    """
+    index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    if name not in VARIANTS:
+        raise ValueError(f"{folder} is a {name}: {_what_it_is(name)}; supported are {', '.join(VARIANTS)}")
+    for component, wanted in _CLASSES.items():
+        if component == "processor" and component not in index:
+            continue
+        entry = index.get(component)
+        got = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        _require_class(folder, component, got, wanted)
+    for component in COMPONENTS:
+        config = read_json(folder / component / "config.json")
+        got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+        if got is not None:
+            _require_class(folder, component, got, _CLASSES[component])
+    return VARIANTS[name]
+
+
+def _require_class(folder: Path, component: str, got: object, wanted: tuple[str, ...]) -> None:
+    if got not in wanted:
+        raise ValueError(
+            f"{folder}: its {component} is a {got}, wanted {wanted[0]}; others are not supported"
+        )
+
+
+def read_areas(folder: Path, variant: Variant) -> Areas:
+    """The areas that pictures are brought to: the family's, unless model_index.json has its own.
+
+    Our key `_qwenedit`, {"vae_area": pixels, "vl_area": pixels}, is one that the reference ignores.
+    """
+    own = read_json(folder / "model_index.json").get("_qwenedit", {})
+    if not isinstance(own, Mapping) or set(own) - {"vae_area", "vl_area"}:
+        raise ValueError(f"{folder}/model_index.json: _qwenedit is {own!r}, wanted vae_area and vl_area")
+    for key, value in own.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(
+                f"{folder}/model_index.json: {key} is {value!r}, wanted a whole number of pixels"
+            )
+    default = Areas()
+    vl = own.get("vl_area", default.vl) if variant.max_pictures > 1 else None
+    return Areas(vae=own.get("vae_area", default.vae), vl=vl)
+
+
+def find_preset(
+    source: str | os.PathLike[str] | None = None, *, revision: str | None = None
+) -> Preset | None:
+    """The preset of a checkpoint on this machine, or of a hub id that is one of the family's; else None.
+
+    Raises:
+        ValueError: as `preset_of`; no such folder.
+    """
+    if is_local(source, revision):
+        return preset_of(find_local(source, revision))
+    return PRESETS.get(str(source).removeprefix("Qwen/"))
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint folder: names and sizes of its files, and 1024 pieces, evenly spread, of each.
+
+    The embedded model's files are read whole by that, and 60 GB of weights in seconds.
+    """
+    digest = hashlib.sha256()
+    parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))
+    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir()) if path.is_file()]
+    for path in (folder / "model_index.json", *files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(size // _PIECES, _PIECE)):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:20]

@@ -1,0 +1,77 @@
+"""The official names of tensors and ours, by the tables that stand in the networks' files."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from qwenedit.networks import mmdit, vae, vision_language
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.vae import VAE
+from qwenedit.networks.vision_language import VisionLanguage
+
+__all__ = ["NETWORKS", "KeyTable", "official_to_ours", "ours_to_official"]
+
+KeyTable = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """How one component's folder becomes a module."""
+
+    module: type[nn.Module]
+    table: KeyTable
+    skipped: tuple[str, ...] = ()  # official keys that are known and not read
+    prefixes: tuple[tuple[str, str], ...] = ()  # of other namings, and what the hub has instead
+
+    def hub_key(self, key: str) -> str:
+        for prefix, ours in self.prefixes:
+            if key.startswith(prefix):
+                return ours + key.removeprefix(prefix)
+        return key
+
+
+NETWORKS = {
+    "text_encoder": _Network(
+        VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_PREFIXES
+    ),
+    "transformer": _Network(MMDiT, mmdit.KEY_TABLE),
+    "vae": _Network(VAE, vae.KEY_TABLE),
+}
+
+
+def official_to_ours(table: KeyTable, key: str) -> str | None:
+    """Our name of an official tensor, or None if no rule of the table knows it."""
+    return _renamed(_compiled(table), key)
+
+
+def ours_to_official(table: KeyTable, name: str) -> str:
+    """The official name of one of our parameters.
+
+    Raises:
+        KeyError: there is no such parameter in the table.
+    """
+    official = _renamed(_compiled(tuple((ours, official) for official, ours in table)), name)
+    if official is None:
+        raise KeyError(name)
+    return official
+
+
+@functools.cache
+def _compiled(table: KeyTable) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Templates as patterns: {n}, {m}, ... stand for a number, {p} for weight or bias."""
+
+    def pattern(template: str) -> re.Pattern[str]:
+        text = re.escape(template).replace(r"\{p\}", "(?P<p>weight|bias)")
+        return re.compile(re.sub(r"\\\{([a-z])\\\}", r"(?P<\1>[0-9]+)", text))
+
+    return tuple((pattern(source), target) for source, target in table)
+
+
+def _renamed(rules: tuple[tuple[re.Pattern[str], str], ...], key: str) -> str | None:
+    hits = [target.format(**match.groupdict()) for rule, target in rules if (match := rule.fullmatch(key))]
+    assert len(hits) <= 1, f"{key} matches several rules: {hits}"
+    return hits[0] if hits else None

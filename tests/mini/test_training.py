@@ -1,0 +1,251 @@
+"""The embedded model's training, at an even smaller size: it learns, and a killed run loses nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+import qwenedit
+from qwenedit.family import EDIT
+from qwenedit.inputs.processor import picture_patches
+from qwenedit.mini import train, train_tower
+from qwenedit.mini.build import TRANSFORMER, write_network, write_shared
+from qwenedit.mini.pairs import BLOCK, Pool, World, patches
+from qwenedit.mini.scenes import EXAMPLE, draw
+from qwenedit.mini.train_edit import Student, networks, train_edit
+from qwenedit.mini.train_vae import initialise, measured, pictures, train_vae
+from qwenedit.mini.training import learning_rate
+from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.networks.vae import VAE, VAEConfig
+from qwenedit.networks.vae_pictures import PictureConv, for_pictures
+from tests.support import assert_close, randomise_
+
+SMALL_VAE = VAEConfig(
+    base_dim=4, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, attn_scales=(),
+    temperal_downsample=(False, True, True), dropout=0.0, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
+)  # fmt: skip
+SMALL_TRANSFORMER = MMDiTConfig(
+    patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=TRANSFORMER.joint_attention_dim, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+)  # fmt: skip
+FLOAT32 = {"dtype": torch.float32, "report_every": 10}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A run's folder `model` after the first stage, with a VAE that has not learned."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    ids = write_shared(folder)
+    torch.manual_seed(0)
+    vae = VAE(SMALL_VAE)
+    initialise(vae)
+    write_network(folder, measured(for_pictures(vae), 64), ids)
+    return folder
+
+
+def edit_run(folder, model, **options):
+    options = {"transformer": SMALL_TRANSFORMER, "batch": 8, "blocks": 2, **FLOAT32, **options}
+    return train_edit(folder, train.tokens_of(model), train.frozen_vae(model), **options)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def state(*networks):
+    return {f"{i}.{k}": x for i, one in enumerate(networks) for k, x in one.state_dict().items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_the_vae_learns(tmp_path):
+    vae = train_vae(tmp_path, config=SMALL_VAE, steps=100, batch=12, rate=4e-3, **FLOAT32)
+    lines = [line for line in log(tmp_path) if "square" in line]
+    assert lines[0]["square"] > 0.35 and lines[-1]["square"] < 0.25, lines
+    assert lines[-1]["step"] == 100
+    std = vae.config.latents_std
+    assert min(std) > 0 and std != SMALL_VAE.latents_std
+    x = pictures("others", 32)
+    latents = vae.encode(x[:, :, None]).mode()
+    z = (latents - torch.tensor(vae.config.latents_mean)[:, None, None, None]) / torch.tensor(std)[
+        :, None, None, None
+    ]
+    assert abs(float(z.mean())) < 0.2 and 0.7 < float(z.std()) < 1.3
+
+
+def test_the_tower_learns_to_see(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(train_tower, "BLOCKS", 8)
+    tokens = train.tokens_of(model)
+    torch.manual_seed(0)
+    tower = networks(tokens)[0].vision
+    learned = train_tower.train_tower(tmp_path, tower, tokens, steps=60, batch=64, **FLOAT32)
+    lines = log(tmp_path)
+    assert lines[0]["loss"] > 0.4 and lines[-1]["loss"] < 0.3, lines
+    assert learned.keys() == tower.state_dict().keys()
+
+
+def test_the_second_stage_starts_from_the_tower(tmp_path, model):
+    tokens = train.tokens_of(model)
+    tower = {name: x + 1 for name, x in networks(tokens)[0].vision.state_dict().items()}
+    pipe = edit_run(tmp_path, model, tower=tower, steps=1, rate=0.0, matrix_rate=0.0)
+    for name, x in pipe.vision_language.vision.state_dict().items():
+        assert torch.allclose(x, tower[name]), name
+
+
+def test_the_second_stage_learns(tmp_path, model):
+    edit_run(tmp_path, model, steps=200, batch=16)
+    lines = [line for line in log(tmp_path) if "flow" in line]
+    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.6, [line["flow"] for line in lines]
+    assert lines[0]["grounding"] > 4 and lines[-1]["grounding"] < 3.2, [line["grounding"] for line in lines]
+
+
+RUNS = {
+    "vae": "train_vae(Path({folder!r}), config=t.SMALL_VAE, steps=24, batch=4, save_every=0, **t.FLOAT32)",
+    "edit": "t.edit_run(Path({folder!r}), Path({model!r}), steps=16, save_every=0)",
+}
+
+
+@pytest.mark.parametrize("stage", ["vae", "edit"])
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path, model, stage):
+    """kill -9 while it saves, then again from the same folder: equal to a run that nothing happened to.
+
+    The run kills itself, so that neither its speed nor the test's decides where.
+    """
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    call = RUNS[stage].format(folder=str(folder), model=str(model))
+    code = f"""
+import os, signal, torch
+torch.set_num_threads({torch.get_num_threads()})
+from pathlib import Path
+import tests.mini.test_training as t
+from qwenedit.mini.train_vae import train_vae
+save = torch.save
+def killed(state, file):
+    save(state, file)
+    if state["step"] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = killed
+{call}
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    steps = torch.load(folder / "state.pt")["step"]
+    assert steps == 5 and len(list(folder.glob(".*"))) == 1  # of step 6, which did not take its place
+
+    if stage == "vae":
+        run = [train_vae(one, config=SMALL_VAE, steps=24, batch=4, **FLOAT32) for one in (folder, whole)]
+        assert_equal(*(state(vae) for vae in run))
+    else:
+        run = [edit_run(one, model, steps=16) for one in (folder, whole)]
+        assert_equal(*(state(pipe.vision_language, pipe.mmdit) for pipe in run))
+    assert {"event": "resumed", "step": steps}.items() <= next(x for x in log(folder) if "event" in x).items()
+
+
+def test_all_stages_from_the_command_line(tmp_path, capsys):
+    """The commands of the docstring at full size for one step, into a folder that loads; and out of order."""
+    run = str(tmp_path / "run")
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*arguments])
+        return capsys.readouterr().err
+
+    one_step = ["--steps", "1", "--device", "cpu"]
+    assert "run the stage vae first" in refused("edit", run, *one_step)
+    train.main(["vae", run, *one_step])
+    assert "run the stage tower first" in refused("edit", run, *one_step)
+    assert "has no text_encoder/" in refused("export", run, str(tmp_path / "early"))
+    assert "export needs OUT" in refused("export", run)
+    train.main(["tower", run, *one_step])
+    train.main(["edit", run, *one_step])
+    train.main(["export", run, str(tmp_path / "out")])
+    pipe = qwenedit.load(tmp_path / "out", device="cpu", progress=False)
+    assert pipe.edit(draw(EXAMPLE), "make the circle red", num_inference_steps=1).images[0].size == (64, 64)
+    assert sum(x.stat().st_size for x in (tmp_path / "out").rglob("*") if x.is_file()) <= 15e6
+    assert not (tmp_path / "early").exists()
+
+
+def test_one_frame_in_two_dimensions_is_the_same_vae():
+    plain, fast = VAE(SMALL_VAE), for_pictures(VAE(SMALL_VAE))
+    randomise_(plain)
+    fast.load_state_dict(plain.state_dict())
+    for vae in (plain, fast):
+        vae.requires_grad_(False)
+    assert sum(type(module) is PictureConv for module in fast.modules()) > 10
+    x = torch.rand((2, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0))
+    assert_close(fast.encode(x).mode(), plain.encode(x).mode(), 1e-5)
+    z = torch.randn((2, 16, 1, 4, 6), generator=torch.Generator().manual_seed(0))
+    assert_close(fast.decode(z), plain.decode(z), 1e-5)
+
+
+def test_the_initialised_vae_takes_a_video_for_pictures_in_a_row():
+    vae = VAE(SMALL_VAE).requires_grad_(False)
+    torch.manual_seed(0)
+    initialise(vae)
+    video = torch.rand((1, 3, 5, 16, 16)) * 2 - 1
+    latents = vae.encode(video).mode()
+    assert_close(latents[:, :, 1:], vae.encode(video[:, :, -1:]).mode(), 1e-5)
+    frames = vae.decode(latents)
+    assert_close(frames[:, :, 1], frames[:, :, 4], 1e-5)
+
+
+def test_no_gradient_reaches_the_reference_latents(model):
+    """They are detached, not ignored."""
+    tokens = train.tokens_of(model)
+    pool = Pool(World(tokens, train.frozen_vae(model), 0), 1)
+    pool.slide(0)
+    torch.manual_seed(0)
+    student = Student(*networks(tokens, SMALL_TRANSFORMER))
+    randomise_(student)
+    losses = []
+    for shift in (0.0, 1.0):
+        batch = next(one for one in (pool.batch(4, seed) for seed in range(9)) if one.with_reference)
+        before = (batch.pairs["before"] + shift).requires_grad_()
+        batch.pairs["before"] = before
+        flow, grounding = student(batch, tokens.drop_index(EDIT))
+        (flow + grounding).backward()
+        assert before.grad is None
+        losses.append(float(flow.detach()))
+    assert losses[0] != losses[1]
+    assert student.vision_language.embed_tokens.weight.grad.abs().max() > 0
+
+
+def test_batches_are_functions_of_their_seed_and_the_pool(model):
+    tokens, vae = train.tokens_of(model), train.frozen_vae(model)
+    one, other = Pool(World(tokens, vae, 0), 2), Pool(World(tokens, vae, 0), 2)
+    one.slide(0)
+    one.slide(3)
+    other.slide(3)  # came here another way
+    a, b = one.batch(6, 5), other.batch(6, 5)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
+    assert all(torch.equal(a.pairs[name], b.pairs[name]) for name in a.pairs)
+    assert not torch.equal(a.ids, one.batch(6, 6).ids)
+    assert len(one.blocks[3]["ids"]) == BLOCK and sorted(one.blocks) == [3, 4]
+
+
+def test_training_sees_what_the_processor_makes(model):
+    """Tokens and patches of a training batch are those that an edit gets."""
+    tokens = train.tokens_of(model)
+    world = World(tokens, train.frozen_vae(model), 0)
+    picture = draw(EXAMPLE)
+    batch = tokens(["Make the circle red."], [[picture]], EDIT)
+    ids = torch.cat([world.head, torch.tensor(world.suffix("Make the circle red."))])
+    assert ids[: batch.input_ids.shape[1]].tolist() == batch.input_ids[0].tolist()
+    assert set(ids[batch.input_ids.shape[1] :].tolist()) == {tokens.pad_token_id}
+    pixels = (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
+    )
+    assert torch.equal(patches(pixels[None], tokens.config), picture_patches(picture, tokens.config)[0])
+
+
+def test_the_rate_rises_and_falls():
+    rates = [learning_rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0 and 0.01 <= rates[-1] < 0.02
+    assert all(a >= b for a, b in pairwise(rates[9:]))

@@ -1,0 +1,125 @@
+"""What is said about the code: every public name explains itself, examples run, and the citation parses."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import pydoc
+import re
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qwenedit
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(
+    one.name
+    for one in pkgutil.walk_packages(qwenedit.__path__, "qwenedit.")
+    if not one.name.endswith("__main__")
+)
+# What researchers import from, beside the package itself.
+PUBLIC = (
+    "qwenedit", "qwenedit.encoding.cache", "qwenedit.encoding.conditioning", "qwenedit.family",
+    "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
+    "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
+    "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
+    "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",
+    "qwenedit.memory.plan", "qwenedit.memory.residency", "qwenedit.mini.oracle", "qwenedit.networks.mmdit",
+    "qwenedit.networks.vae", "qwenedit.networks.vision_language", "qwenedit.parity.compare",
+    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.sampler",
+    "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system", "qwenedit.taps",
+    "qwenedit.training.loss", "qwenedit.verify",
+)  # fmt: skip
+EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
+
+
+def explained(thing: object) -> bool:
+    """Has it a docstring of its own, other than the signature that dataclasses and named tuples are given?"""
+    doc = vars(thing).get("__doc__") if inspect.isclass(thing) else inspect.getdoc(thing)
+    return bool(doc) and not doc.startswith(f"{thing.__name__}(")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(found) >= EXAMPLES
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_explains_itself(name):
+    module = importlib.import_module(name)
+    assert inspect.getdoc(module)
+    things = {one: getattr(module, one) for one in module.__all__}
+    named = {one: x for one, x in things.items() if inspect.isfunction(x) or inspect.isclass(x)}
+    assert [one for one, x in named.items() if not explained(x)] == []
+
+
+@dataclass
+class Bare:
+    x: int
+
+
+class Heir(Path):
+    pass
+
+
+@dataclass
+class Said:
+    """What it is."""
+
+    x: int
+
+
+def test_the_check_sees_what_is_missing():
+    assert [explained(one) for one in (Bare, Heir, Said)] == [False, False, True]
+
+
+def test_pydoc_knows_all_names():
+    page = pydoc.plain(pydoc.render_doc("qwenedit"))
+    assert "error" not in page.splitlines()[0].lower()
+    assert [name for name in qwenedit.__all__ if not re.search(rf"\b{name}\b", page)] == []
+    for name in qwenedit.__all__:
+        assert pydoc.render_doc(getattr(qwenedit, name))
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["title"] == "qwenedit" and citation["type"] == "software"
+    assert citation["message"] and citation["license"] == "Apache-2.0"
+    assert citation["version"] == qwenedit.__version__
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
+    (paper,) = citation["references"]
+    assert paper["title"] == "Qwen-Image Technical Report" and paper["authors"]
+    assert {"type": "other", "value": "arXiv:2508.02324"} in [
+        {key: one[key] for key in ("type", "value")} for one in paper["identifiers"]
+    ]
+
+
+def test_changelog_has_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", text, re.MULTILINE)
+    assert qwenedit.__version__ in [version for version, _ in versions]
+    for _, day in versions:
+        assert day in ("", "unreleased") or date.fromisoformat(day)
+    sections = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_are_named_exist(file):
+    """Paths in backticks and links: a checklist that names what is not there is worse than none."""
+    text = (ROOT / file).read_text()
+    named = re.findall(r"`((?:qwenedit|tests|docs|benchmarks|notebooks|examples)/[\w./-]+)`", text)
+    named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
