@@ -29,7 +29,6 @@ from qwenedit.mmdit import MMDiT, MMDiTConfig
 from qwenedit.processor import Processor
 from qwenedit.scheduler import FlowMatchScheduler
 from qwenedit.vae import VAE, VAEConfig
-from qwenedit.vae_pictures import for_pictures
 from qwenedit.vision_language import VisionLanguage
 
 __all__ = [
@@ -274,8 +273,8 @@ def load_networks(
 
     `files` has components whose weights are elsewhere, in any layout of `formats`. `dtype` None keeps what
     the files store, and makes bfloat16 of files that have fp8 or are GGUF. Parameters own their memory (the
-    files may change afterwards), want no gradient, and at no time is more than one tensor held twice. The
-    VAE is `for_pictures`. `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
+    files may change afterwards), want no gradient, and at no time is more than one tensor held twice.
+    `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
 
     Raises:
         ValueError: files that are broken or do not fit their module, all problems of a component in one
@@ -293,8 +292,6 @@ def load_networks(
         if elsewhere is None or not elsewhere(report.component, module, found, device, wanted, progress):
             with progress_bar(report.component, report.bytes, progress) as bar:
                 _read(module, found, device, wanted, bar)
-        if isinstance(module, VAE):
-            for_pictures(module)
     return [module.eval() for module, _, _ in compared]
 
 

@@ -41,8 +41,6 @@ from qwenedit.parity_report import DTYPES, END_TO_END, FLOAT32, Files, Parity, R
 from qwenedit.parity_stages import Stage, stages
 from qwenedit.parity_taps import first_difference
 from qwenedit.processor import check_prompt
-from qwenedit.vae import VAE
-from qwenedit.vae_pictures import for_pictures
 
 __all__ = ["Parity", "Row", "parity"]
 
@@ -186,8 +184,6 @@ class _Networks:
         ours, found, report = loading._compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
-        if isinstance(ours, VAE):
-            for_pictures(ours)
         return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
 
     @contextmanager
