@@ -15,7 +15,6 @@ from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
 from qwenedit.mini.training import Run, Weights, learning_rate
 from qwenedit.networks.vae import VAE, VAEConfig
-from qwenedit.networks.vae_pictures import for_pictures
 
 __all__ = ["initialise", "measured", "pictures", "train_vae"]
 
@@ -80,7 +79,7 @@ def train_vae(
     torch.manual_seed(seed)
     vae = VAE(config)
     initialise(vae)
-    for_pictures(vae).to(device)
+    vae.to(device)
     weights = Weights({"vae": vae}, dtype=dtype, rate=rate)
     run = Run(folder, weights, steps=steps, every=save_every)
     function = torch.compile(loss_of) if compiled else loss_of
@@ -104,7 +103,7 @@ def averaged(config: VAEConfig, weights: Weights) -> VAE:
     """The averaged weights as the checkpoint stores them, in bfloat16, computing in float32 on the CPU."""
     vae = VAE(config)
     vae.load_state_dict({name: x.bfloat16().float() for name, x in weights.averaged("vae").items()})
-    return for_pictures(vae).eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()

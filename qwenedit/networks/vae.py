@@ -5,9 +5,9 @@ of Wan 2.1 fine-tuned. A picture is a video of one frame. Longer ones have 1 + 4
 chunks, the first of one frame; what a convolution needs of earlier chunks is in a `Past`. The modules differ
 from the official ones in names only (`KEY_TABLE`); the arithmetic, casts included, is the official one. We
 differ in this: no tiling or slicing; no state left on modules; the 1x1x1 convolutions between encoder and
-decoder run chunk by chunk, so that no bit of a frame depends on later frames; bad shapes are errors. What
-encoder and decoder are built of has a file of its own, vae_layers.py, with the letters of the shapes. What is
-here and there is the form to read; vae_pictures.py makes it faster for single frames.
+decoder run chunk by chunk, so that no bit of a frame depends on later frames; a first frame is convolved in
+two dimensions, which adds in another order; bad shapes are errors. What encoder and decoder are built of has
+a file of its own, vae_layers.py, with the letters of the shapes.
 """
 
 from __future__ import annotations

@@ -28,8 +28,6 @@ from qwenedit.checks import device_of
 from qwenedit.files import replacing_file
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import check_prompt
-from qwenedit.networks.vae import VAE
-from qwenedit.networks.vae_pictures import for_pictures
 from qwenedit.parity.reference import (
     VERSIONS,
     Streams,
@@ -187,8 +185,6 @@ class _Networks:
         ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
-        if isinstance(ours, VAE):
-            for_pictures(ours)
         return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
 
     @contextmanager

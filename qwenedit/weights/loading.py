@@ -16,8 +16,6 @@ from torch import nn
 from tqdm import tqdm
 
 from qwenedit.files import FLOATS
-from qwenedit.networks.vae import VAE
-from qwenedit.networks.vae_pictures import for_pictures
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
 from qwenedit.weights.report import Found, Report, compare
@@ -45,8 +43,8 @@ def load_networks(
 
     `files` has components whose weights are elsewhere, in any layout of `formats`. `dtype` None keeps what
     the files store, and makes bfloat16 of files that have fp8 or are GGUF. Parameters own their memory (the
-    files may change afterwards), want no gradient, and at no time is more than one tensor held twice. The
-    VAE is `for_pictures`. `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
+    files may change afterwards), want no gradient, and at no time is more than one tensor held twice.
+    `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
 
     Raises:
         ValueError: files that are broken or do not fit their module, all problems of a component in one
@@ -64,8 +62,6 @@ def load_networks(
         if elsewhere is None or not elsewhere(report.component, module, found, device, wanted, progress):
             with progress_bar(report.component, report.bytes, progress) as bar:
                 _read(module, found, device, wanted, bar)
-        if isinstance(module, VAE):
-            for_pictures(module)
     return [module.eval() for module, _, _ in compared]
 
 

@@ -21,7 +21,6 @@ from qwenedit.mini.train_vae import initialise, measured, pictures, train_vae
 from qwenedit.mini.training import learning_rate
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAE, VAEConfig
-from qwenedit.networks.vae_pictures import PictureConv, for_pictures
 from tests.support import assert_close, randomise_
 
 SMALL_VAE = VAEConfig(
@@ -43,7 +42,7 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     vae = VAE(SMALL_VAE)
     initialise(vae)
-    write_network(folder, measured(for_pictures(vae), 64), ids)
+    write_network(folder, measured(vae, 64), ids)
     return folder
 
 
@@ -170,19 +169,6 @@ def test_all_stages_from_the_command_line(tmp_path, capsys):
     assert pipe.edit(draw(EXAMPLE), "make the circle red", num_inference_steps=1).images[0].size == (64, 64)
     assert sum(x.stat().st_size for x in (tmp_path / "out").rglob("*") if x.is_file()) <= 15e6
     assert not (tmp_path / "early").exists()
-
-
-def test_one_frame_in_two_dimensions_is_the_same_vae():
-    plain, fast = VAE(SMALL_VAE), for_pictures(VAE(SMALL_VAE))
-    randomise_(plain)
-    fast.load_state_dict(plain.state_dict())
-    for vae in (plain, fast):
-        vae.requires_grad_(False)
-    assert sum(type(module) is PictureConv for module in fast.modules()) > 10
-    x = torch.rand((2, 3, 1, 32, 48), generator=torch.Generator().manual_seed(0))
-    assert_close(fast.encode(x).mode(), plain.encode(x).mode(), 1e-5)
-    z = torch.randn((2, 16, 1, 4, 6), generator=torch.Generator().manual_seed(0))
-    assert_close(fast.decode(z), plain.decode(z), 1e-5)
 
 
 def test_the_initialised_vae_takes_a_video_for_pictures_in_a_row():

@@ -27,6 +27,18 @@ def test_names_are_the_recorded_ones(pipe, network):
     assert sorted(names) == RECORDED[network]
 
 
+# The only expressions that change a tensor in place, by file. Each has its condition in itself: `alone` is
+# `not observed(self)`, and the norm's quotient is made in the same line (tests/unit/test_vae_forms.py).
+IN_PLACE = {
+    "vae_layers": [
+        "Tensor.add_ if alone else Tensor.add",
+        "F.silu(h, inplace=alone and h is not x)",
+        "F.silu(h, inplace=alone)",
+        "Tensor.mul if torch.is_grad_enabled() else Tensor.mul_",
+    ],
+}
+
+
 @pytest.mark.parametrize("file", ["mmdit", "vae", "vae_layers", "vision_language", "vision_tower"])
 def test_nothing_is_changed_in_place(file):
     """A tap or a hook may keep any tensor: what it holds must not change afterwards."""
@@ -35,12 +47,23 @@ def test_nothing_is_changed_in_place(file):
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "forward"
     ]
     assert tensors
+    exempt: list[str] = []
     for forward in tensors:
+        statements = [ast.unparse(node) for node in ast.walk(forward) if isinstance(node, ast.Assign)]
+        allowed = [node for node in ast.walk(forward) if ast.unparse(node) in IN_PLACE.get(file, ())]
+        exempt += [ast.unparse(node) for node in allowed]
+        if any("alone" in ast.unparse(node) for node in allowed):
+            assert [line for line in statements if "alone =" in line] == ["alone = not observed(self)"]
+        inside = {id(part) for node in allowed for part in ast.walk(node)}
         for node in ast.walk(forward):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                name = node.func.attr
-                assert not re.fullmatch(r"[a-z]\w*_", name), f"line {node.lineno}: {name}"
+            if id(node) in inside:
+                continue
+            if isinstance(node, ast.Attribute):
+                assert not re.fullmatch(r"[a-z]\w*_", node.attr), f"line {node.lineno}: {node.attr}"
+            if isinstance(node, ast.keyword):
+                assert node.arg not in ("inplace", "out"), f"line {node.value.lineno}: {node.arg}"
             assert not isinstance(node, ast.AugAssign), f"line {node.lineno}: augmented assignment"
             if isinstance(node, ast.Assign):
                 stores = [target for target in node.targets if isinstance(target, ast.Subscript)]
                 assert not stores, f"line {node.lineno}: assignment into a tensor"
+    assert sorted(exempt) == sorted(IN_PLACE.get(file, ()))
