@@ -234,39 +234,44 @@ def observed(model: nn.Module) -> bool:
     """True if anything beside the model's own code sees or changes what its modules compute.
 
     That is gradients, autocast, a torch function mode, taps, hooks, and foreign modules or forwards (see
-    `modified`). What is otherwise cached between steps, or skipped because nobody reads it, must then be
-    computed. A model that was compiled as a whole counts too: its graph has no room for a cache.
+    `modified`). A model that was compiled as a whole counts too: its graph has no room for a cache. Callers
+    then cache nothing between steps and skip nothing, so that every tap and hook fires at every step.
     """
     return (
         torch.is_grad_enabled()
-        or model._compiled_call_impl is not None
         or torch._C._is_any_autocast_enabled()
         or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
-        or modified(model, also="_taps")
+        or model._compiled_call_impl is not None
+        or any("_taps" in module.__dict__ for module in _modules(model))
+        or modified(model)
     )
 
 
-def modified(model: nn.Module, also: str = "forward") -> bool:
-    """True if a module of the model has a hook of torch's, or a class or forward that is not the model's own.
+def modified(model: nn.Module) -> bool:
+    """True if a module of the model has a torch hook, or a class or forward that is not the model's own.
 
     The model's own classes are those of its folder, torch's plain layers, and classes that declare
-    `transparent = True`: what their forward returns depends on its arguments and weights alone. `also` is one
-    more attribute that none of the modules may have of its own.
+    `transparent = True`, which promises that a forward depends on its arguments and weights alone.
     """
-    kinds, modules = set(), [model]
-    while modules:  # the sampler asks at every step: `model.modules()` would take five times as long
-        module = modules.pop()
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or also in own:
-            return True
-        kinds.add(type(module))
-        modules += [child for child in own["_modules"].values() if child is not None]
+    modules = _modules(model)
     package = type(model).__module__.rpartition(".")[0]
-    return _has_any_global_hook() or not all(_own(kind, package) for kind in kinds)
+    return (
+        _has_any_global_hook()
+        or any(x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__ for x in modules)
+        or not all(_own(kind, package) for kind in {type(module) for module in modules})
+    )
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, five times as fast as `model.modules()`: the sampler asks at every step."""
+    modules = [model]
+    for module in modules:
+        modules += [child for child in module._modules.values() if child is not None]
+    return modules
 
 
 def _own(kind: type[nn.Module], package: str) -> bool:
-    """Is it a class of the package, a transparent one or a plain layer of torch's, with its own forward?"""
+    """True for a class of the package, a transparent one, or a plain torch layer, with its own forward."""
     if kind in _PLAIN_LAYERS:
         return kind.forward.__module__.startswith("torch.nn.")
     known = kind.__module__.rpartition(".")[0] == package or kind.__dict__.get("transparent", False)
@@ -274,10 +279,10 @@ def _own(kind: type[nn.Module], package: str) -> bool:
 
 
 def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] = ()) -> Fingerprint | None:
-    """What changes when a weight of the modules or one of the tensors is replaced or written to.
+    """A value that changes when a weight of the modules or one of the tensors is replaced or written to.
 
-    Numbers that a module holds, such as a LoRA's scale, are part of it. None if a tensor does not count its
-    changes, as in inference mode. (Writing through `.data` in place is not counted by torch.)
+    Numbers that a module holds, such as a LoRA's scale, are part of it. Returns None if a tensor does not
+    count its changes, as in inference mode. (torch does not count writes in place through `.data`.)
     """
     parts = [part for module in modules for part in module.modules()]
     held = [x for x in tensors if x is not None]

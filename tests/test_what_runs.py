@@ -29,11 +29,11 @@ def test_a_changed_forward_changes_a_run(outcomes):
 
 
 def test_a_changed_forward_acts_in_every_mode(outcomes):
-    """The transformer's modes are of memory, the VAE's are both directions, for pictures and videos."""
+    """The transformer's modes are of memory; the VAE has two directions, for pictures and for videos."""
     assert {mode for outcome in outcomes for mode in outcome.modes} == set(what_runs.MODES)
     for outcome in outcomes:
         if outcome.file.endswith("mmdit.py"):
-            assert {"resident", "stream", "precomputed"} <= set(outcome.modes), outcome.name
+            assert {"resident", "stream", "precomputed", "float8"} <= set(outcome.modes), outcome.name
     unchanged = {name: outcome.unchanged for name, outcome in zip(names(outcomes), outcomes, strict=True)}
     assert not {name: modes for name, modes in unchanged.items() if modes}
 

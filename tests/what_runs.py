@@ -31,6 +31,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ AT_ONCE = 2  # children
 SECONDS = 120  # after which a child is stopped
 
 CHANGE = """
+
+import torch  # not every file has it under this name
+
 
 def _times_1_01(result):
     if isinstance(result, torch.Tensor):
@@ -74,9 +78,7 @@ class Outcome(NamedTuple):
 
 
 def network_files(package: Path = PACKAGE) -> list[Path]:
-    files = sorted((package / "networks").glob("*.py"))
-    flat = "mmdit.py vae.py vae_layers.py vision_language.py vision_tower.py"  # where there is no such folder
-    return files or [package / name for name in flat.split()]
+    return sorted((package / "networks").glob("*.py"))
 
 
 def forwards(package: Path = PACKAGE) -> list[Forward]:
@@ -203,6 +205,24 @@ class Models:
     def edit_2511(self, **options: Any) -> Tensor:
         return self._result(self.load(self.folder_2511, **options).edit, "turn left")
 
+    def edit_with_shared_prefix(self) -> Tensor:
+        pipe = self.load()
+        pipe.share_prefix = True
+        try:
+            return self.edit("latent")
+        finally:
+            pipe.share_prefix = False
+
+    def edit_with_lora(self) -> Tensor:
+        layer = "transformer.transformer_blocks.0.attn.to_q"
+        width = self.load(self.folder_2511).mmdit.config.width
+        weights = {f"{layer}.lora_A.weight": _random(2, width), f"{layer}.lora_B.weight": _random(width, 2)}
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            safetensors.torch.save_file(weights, file.name)
+            pipe = self.load(self.folder_2511, residency="resident")
+            pipe.load_lora_weights(file.name)
+        return self._result(pipe.edit, "turn left")
+
     def decompose(self) -> Tensor:
         pipe = self.load(self.folder_layered)
         return self._result(pipe.decompose, "a red circle", output_type="pt", layers=1, resolution=64)
@@ -249,6 +269,7 @@ RUNS: dict[str, Run] = {
     "edit": lambda models: [models.edit("latent"), models.edit("pt")],
     "2511": lambda models: [models.edit_2511()],
     "layered": lambda models: [models.decompose()],
+    "LoRA": lambda models: [models.edit_with_lora()],
     "video": lambda models: [models.encode_video(), models.decode_video()],
 }
 
@@ -262,6 +283,14 @@ MODES: dict[str, tuple[Callable[[Models], nn.Module], Run]] = {
     "precomputed": (
         lambda models: models.load(models.folder_2511).mmdit,
         lambda models: [models.edit_2511(modulation="precomputed")],
+    ),
+    "float8": (
+        lambda models: models.load(models.folder_2511).mmdit,
+        lambda models: [models.edit_2511(storage="float8")],
+    ),
+    "shared prefix": (
+        lambda models: models.load().vision_language,
+        lambda models: [models.edit_with_shared_prefix()],
     ),
     "encode": (lambda models: models.load().vae.encoder, lambda models: [models.encode_picture()]),
     "decode": (lambda models: models.load().vae.decoder, lambda models: [models.decode_picture()]),

@@ -39,18 +39,20 @@ def encode_together(
     """
     device = next(vision_language.parameters()).device
     shared, grids = common_prefix(first, second), first.image_grid_thw
-    masks = [batch.attention_mask.to(device) for batch in (first, second)]
-    (x1, places1), (x2, places2) = (
-        vision_language.embed(batch.input_ids.to(device), mask, None, grids, pictures)
-        for batch, mask in zip((first, second), masks, strict=True)
+    ids1, ids2 = first.input_ids.to(device), second.input_ids.to(device)
+    mask1, mask2 = first.attention_mask.to(device), second.attention_mask.to(device)
+    places1, places2 = (
+        vision_language.positions(ids, mask, grids) for ids, mask in ((ids1, mask1), (ids2, mask2))
     )
-    x = torch.cat([x1, x2[:, shared:]], dim=1)
-    rope = vision_language.language.rope(torch.cat([places1, places2[:, :, shared:]], dim=2), x.dtype)
-    mask = _mask(masks[0].bool(), masks[1].bool(), shared)
-    for block in vision_language.language.blocks:
-        x = block(x, rope, mask)
-    x = vision_language.language.norm(x)
-    end = x1.shape[1]
+    x = vision_language(
+        torch.cat([ids1, ids2[:, shared:]], dim=1),
+        _mask(mask1.bool(), mask2.bool(), shared),
+        None,
+        grids,
+        pictures,
+        torch.cat([places1, places2[:, :, shared:]], dim=2),
+    )
+    end = ids1.shape[1]
     return x[:, :end], torch.cat([x[:, :shared], x[:, end:]], dim=1)
 
 

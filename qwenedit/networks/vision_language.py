@@ -106,10 +106,11 @@ class VisionLanguageConfig:
 class VisionLanguage(Tapped):
     """Encode a prompt with its pictures: every token's vector after the last block and the final norm.
 
-    Shapes: `input_ids` (B, T) long; `attention_mask` (B, T), 1 at real tokens, or None; `pixel_values`
+    Shapes: `input_ids` (B, T) long; `attention_mask` as in `LanguageModel`; `pixel_values`
         (N, C * frames * P * P), the patches of all pictures in row order, each merge x merge square of
-        patches together; `image_grid_thw` one `Grid` a picture; `pictures` (M, D), in place of the patches,
-        what `vision` has made of them. Returns (B, T, D).
+        patches together; `image_grid_thw` one `Grid` a picture; `pictures` (M, D), the vision tower's output
+        in place of the patches; `positions` (3, B, T), by default those of `mrope_positions`.
+        Returns (B, T, D).
     Units: pixels as the processor normalises them. At padding the output is finite and means nothing.
     Raises: ValueError where ids, mask, patches and grids disagree.
     Source: `Qwen2_5_VLModel.forward`, its `last_hidden_state`.
@@ -131,33 +132,13 @@ class VisionLanguage(Tapped):
         pixel_values: Tensor | None = None,
         image_grid_thw: Sequence[Grid] | None = None,
         pictures: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        x, positions = self.embed(input_ids, attention_mask, pixel_values, image_grid_thw, pictures)
-        return self.tap("out", self.language(x, positions, attention_mask), "B T D")
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Sequence[Grid] | None = None,
-        pictures: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the language model is given: (B, T, D) vectors and (3, B, T) positions."""
         given = [x for x in (pixel_values, pictures) if x is not None]
         if len(given) != (1 if image_grid_thw else 0):
             raise ValueError("pixel_values (or pictures) and image_grid_thw: wanted both or neither")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_ids.shape)}"
-            )
-        positions = mrope_positions(
-            input_ids,
-            attention_mask,
-            image_grid_thw,
-            image_token_id=self.config.image_token_id,
-            spatial_merge_size=self.config.vision_config.spatial_merge_size,
-        )
+        if positions is None:
+            positions = self.positions(input_ids, attention_mask, image_grid_thw)
         x = self.embed_tokens(input_ids)
         if image_grid_thw:
             if pictures is None:
@@ -167,13 +148,31 @@ class VisionLanguage(Tapped):
             if (count := int(is_picture.sum())) != len(pictures):
                 raise ValueError(f"input_ids hold {count} image tokens, wanted {len(pictures)}, none masked")
             x = x.masked_scatter(is_picture[..., None], pictures.to(x.dtype))
-        return self.tap("embeddings", x, "B T D"), positions
+        x = self.tap("embeddings", x, "B T D")
+        return self.tap("out", self.language(x, positions, attention_mask), "B T D")
+
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_grid_thw: Sequence[Grid] | None
+    ) -> Tensor:
+        """`mrope_positions` (3, B, T) of ids and their mask (B, T), with the config's sizes."""
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_ids.shape)}"
+            )
+        return mrope_positions(
+            input_ids,
+            attention_mask,
+            image_grid_thw,
+            image_token_id=self.config.image_token_id,
+            spatial_merge_size=self.config.vision_config.spatial_merge_size,
+        )
 
 
 class LanguageModel(nn.Module):
     """The blocks and the final norm of Qwen2.5: (B, T, D) -> (B, T, D), causal.
 
-    Shapes: `positions` (3, B, T): frame, row, column; `attention_mask` (B, T) or None.
+    Shapes: `positions` (3, B, T): frame, row, column; `attention_mask` (B, T), 1 at real tokens, or (B, 1, T,
+        T) bool, True where a query may look, or None.
     Source: `Qwen2_5_VLTextModel`. A query at padding sees itself too, so that its output is finite on any
         backend.
     """
@@ -186,8 +185,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         rope = self.rope(positions, x.dtype)
-        mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+        if attention_mask is not None and mask is None and not bool(attention_mask.all()):
             mask = causal_mask(x.shape[1], x.device) & attention_mask.bool()[:, None, None, :]
             mask = mask | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
         for block in self.blocks:

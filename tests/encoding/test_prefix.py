@@ -8,6 +8,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.encoding.prefix import common_prefix
 from qwenedit.family import EDIT, TEXT_TO_IMAGE
+from qwenedit.networks.vision_language import LanguageModel
 from qwenedit.switches import Seen, Switches
 from qwenedit.taps import taps
 from tests.support import FP32, FP64
@@ -51,7 +52,7 @@ def test_the_negative_prompt_does_not_see_the_prompt():
     assert torch.equal(negative.embeds, other.embeds)
 
 
-def test_how_often_the_networks_run():
+def test_how_often_the_networks_run(monkeypatch):
     pipe = qwenedit.load(device="cpu", progress=False)
     ran = []
     towers = {"vision.tokens": lambda x, site: ran.append(site.labels["branch"])}
@@ -62,10 +63,14 @@ def test_how_often_the_networks_run():
         embeddings(pipe, pictures()[0], PROMPTS[0], switches=Switches(seen=Seen(negative=False)))
     assert ran == ["cond"] * 2  # the negative prompt sees no picture
 
-    tokens = []
-    block = pipe.vision_language.language.blocks[0]
-    forward = block.forward
-    block.forward = lambda x, *rest: tokens.append(x.shape[1]) or forward(x, *rest)
+    tokens, forward = [], LanguageModel.forward
+
+    def counted(self, x, *rest):
+        tokens.append(x.shape[1])
+        return forward(self, x, *rest)
+
+    counted.__module__ = LanguageModel.__module__  # so that it is no foreign forward
+    monkeypatch.setattr(LanguageModel, "forward", counted)
     embeddings(pipe, pictures()[0], PROMPTS[0])
     embeddings(pipe, pictures()[0], PROMPTS[0], share=True)
     two, one = tokens[:2], tokens[2:]
