@@ -6,14 +6,17 @@ import inspect
 import pkgutil
 import pydoc
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import qwenedit
+from qwenedit.mini import EXAMPLE
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -23,16 +26,17 @@ MODULES = sorted(
 )
 # What researchers import from, beside the package itself.
 PUBLIC = (
-    "qwenedit", "qwenedit.encoding.cache", "qwenedit.encoding.conditioning", "qwenedit.family",
+    "qwenedit", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
     "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
     "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
     "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",
     "qwenedit.memory.plan", "qwenedit.memory.residency", "qwenedit.mini.oracle", "qwenedit.networks.mmdit",
-    "qwenedit.networks.vae", "qwenedit.networks.vision_language", "qwenedit.parity.compare",
-    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.sampler",
-    "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system", "qwenedit.taps",
-    "qwenedit.training.loss", "qwenedit.verify",
+    "qwenedit.networks.mmdit_layers", "qwenedit.networks.vae", "qwenedit.networks.vae_layers",
+    "qwenedit.networks.vision_language", "qwenedit.networks.vision_tower", "qwenedit.parity.compare",
+    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.predictor",
+    "qwenedit.sampling.sampler", "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system",
+    "qwenedit.taps", "qwenedit.training.loss", "qwenedit.verify",
 )  # fmt: skip
 EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
 
@@ -123,3 +127,23 @@ def test_files_that_are_named_exist(file):
     named = re.findall(r"`((?:qwenedit|tests|docs|benchmarks|notebooks|examples)/[\w./-]+)`", text)
     named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_an_edit_passes_through_the_reading_list():
+    """Every file on the list is entered, and every file of a network that is entered is named beside it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("### The reading list") : text.index("## House style")]
+    listed = re.findall(r"^[0-9]+\. `(.+?)`", section, re.MULTILINE)
+    entered = set()
+    pipe = qwenedit.load(device="cpu", progress=False)
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        pipe.edit(Image.open(EXAMPLE), "make the circle red", num_inference_steps=1)
+    finally:
+        sys.setprofile(before)
+    package = Path(qwenedit.__file__).parents[1]
+    files = {Path(name).relative_to(package).as_posix() for name in entered if name.startswith(f"{package}/")}
+    assert listed and set(listed) <= files
+    networks = [file for file in files if file.startswith("qwenedit/networks/")]
+    assert [file for file in networks if f"`{file}`" not in section] == []

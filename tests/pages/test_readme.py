@@ -96,7 +96,11 @@ def test_make_rules_exist_and_edit_edits(here):
 
 def test_links_and_length():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        file, _, heading = target.partition("#")
+        assert target.startswith("https://") or (ROOT / file).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE)
+            assert heading in [one.lower().replace(" ", "-") for one in headings], target
     assert len(README.splitlines()) <= 165, "three screens"
 
 
