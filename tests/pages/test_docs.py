@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from PIL import Image
@@ -24,7 +25,7 @@ MODULES = sorted(
     for one in pkgutil.walk_packages(qwenedit.__path__, "qwenedit.")
     if not one.name.endswith("__main__")
 )
-# What researchers import from, beside the package itself.
+# Modules that researchers import from.
 PUBLIC = (
     "qwenedit", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
@@ -38,11 +39,17 @@ PUBLIC = (
     "qwenedit.sampling.sampler", "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system",
     "qwenedit.taps", "qwenedit.training.loss", "qwenedit.verify",
 )  # fmt: skip
-EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
+    for page in sorted(ROOT.glob(pattern))
+]
+PAGES.append(ROOT / "qwenedit" / "mini" / "checkpoint" / "README.md")
+EXAMPLES = 20  # names with doctests, at least: a search that finds none must fail
 
 
 def explained(thing: object) -> bool:
-    """Has it a docstring of its own, other than the signature that dataclasses and named tuples are given?"""
+    """True if it has a docstring of its own, not the signature that dataclasses and named tuples get."""
     doc = vars(thing).get("__doc__") if inspect.isclass(thing) else inspect.getdoc(thing)
     return bool(doc) and not doc.startswith(f"{thing.__name__}(")
 
@@ -120,13 +127,25 @@ def test_changelog_has_this_version():
     assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "CHANGELOG.md"])
-def test_files_that_are_named_exist(file):
-    """Paths in backticks and links: a checklist that names what is not there is worse than none."""
-    text = (ROOT / file).read_text()
+def prose(page):
+    """The text of a page, without a notebook's code and outputs."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = nbformat.read(page, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_and_links_lead_somewhere(page):
+    text = prose(page)
     named = re.findall(r"`((?:qwenedit|tests|docs|benchmarks|notebooks|examples)/[\w./-]+)`", text)
-    named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, heading = target.partition("#")
+        assert (page.parent / file).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / file).read_text(), re.MULTILINE)
+            assert heading in [one.lower().replace(" ", "-") for one in headings], target
 
 
 def test_an_edit_passes_through_the_reading_list():
