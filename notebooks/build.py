@@ -1,7 +1,7 @@
 """Execute the notebooks in place, as they are committed: `python -m notebooks.build [FILE ...]`.
 
-Each runs in a fresh kernel, from top to bottom; what depends on the machine or the hour is taken out, so that
-a rebuilt notebook differs where its results do.
+Each runs in a fresh kernel, from top to bottom. Output that depends on the machine or the time is removed, so
+that a rebuilt notebook differs only where its results do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 300  # seconds a cell, on a machine that does other things as well
+TIMEOUT = 300  # seconds a cell, enough on a busy machine
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -40,7 +40,7 @@ def executed(path: Path) -> NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     environment = {
         "OMP_NUM_THREADS": "2",
-        "HF_HUB_OFFLINE": "1",  # what would reach for the network fails at once
+        "HF_HUB_OFFLINE": "1",  # a download fails at once
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
@@ -49,7 +49,7 @@ def executed(path: Path) -> NotebookNode:
         timeout=TIMEOUT,
         kernel_name="python3",
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # it warns of its sockets, which are this machine's alone
+        extra_arguments=["--log-level=ERROR"],  # no warnings about this machine's sockets
     )
     client.execute(cwd=str(path.parent), env=environment)
     for cell in notebook.cells:
@@ -62,7 +62,7 @@ def executed(path: Path) -> NotebookNode:
 
 
 def smaller(png: str, figure: bool) -> str:
-    """A PNG in base64, well compressed; a figure with a palette of 256 colours, which pictures have not."""
+    """A PNG in base64, recompressed; figures, unlike pictures, are reduced to 256 colours."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     if figure:
         image = image.quantize(256, dither=Image.Dither.NONE)
@@ -72,7 +72,7 @@ def smaller(png: str, figure: bool) -> str:
 
 
 def stripped(notebook: NotebookNode) -> NotebookNode:
-    """Without times, versions, addresses, and pictures that are there twice."""
+    """The notebook without metadata, addresses of objects and duplicate pictures."""
     notebook = nbformat.from_dict(notebook)
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat_minor = 5
@@ -81,7 +81,7 @@ def stripped(notebook: NotebookNode) -> NotebookNode:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
-                data.pop("image/jpeg", None)  # Pillow gives both
+                data.pop("image/jpeg", None)  # Pillow emits both
             if "text/plain" in data:
                 data["text/plain"] = re.sub(r" at 0x[0-9A-Fa-f]+", "", data["text/plain"])
             if "metadata" in output:

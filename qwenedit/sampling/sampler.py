@@ -158,6 +158,7 @@ def euler(
 
 
 def require_interval(guidance: TrueCFG | None, steps: int) -> None:
+    """Raise a ValueError if the guided interval starts after the last of the steps."""
     if guidance is not None and guidance.rule.steps is not None and guidance.rule.steps[0] >= steps:
         raise ValueError(f"guided steps are {guidance.rule.steps}, but the run has {steps}")
 

@@ -6,14 +6,18 @@ import inspect
 import pkgutil
 import pydoc
 import re
+import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 import qwenedit
+from qwenedit.mini import EXAMPLE
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -21,24 +25,31 @@ MODULES = sorted(
     for one in pkgutil.walk_packages(qwenedit.__path__, "qwenedit.")
     if not one.name.endswith("__main__")
 )
-# What researchers import from, beside the package itself.
+# Modules that researchers import from.
 PUBLIC = (
-    "qwenedit", "qwenedit.encoding.cache", "qwenedit.encoding.conditioning", "qwenedit.family",
+    "qwenedit", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
     "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
     "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
     "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",
     "qwenedit.memory.plan", "qwenedit.memory.residency", "qwenedit.mini.oracle", "qwenedit.networks.mmdit",
-    "qwenedit.networks.vae", "qwenedit.networks.vision_language", "qwenedit.parity.compare",
-    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.sampler",
-    "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system", "qwenedit.taps",
-    "qwenedit.training.loss", "qwenedit.verify",
+    "qwenedit.networks.mmdit_layers", "qwenedit.networks.vae", "qwenedit.networks.vae_layers",
+    "qwenedit.networks.vision_language", "qwenedit.networks.vision_tower", "qwenedit.parity.compare",
+    "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.predictor",
+    "qwenedit.sampling.sampler", "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system",
+    "qwenedit.taps", "qwenedit.training.loss", "qwenedit.verify",
 )  # fmt: skip
-EXAMPLES = 20  # names with doctests, at least: so that it shows if none is found
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
+    for page in sorted(ROOT.glob(pattern))
+]
+PAGES.append(ROOT / "qwenedit" / "mini" / "checkpoint" / "README.md")
+EXAMPLES = 20  # names with doctests, at least: a search that finds none must fail
 
 
 def explained(thing: object) -> bool:
-    """Has it a docstring of its own, other than the signature that dataclasses and named tuples are given?"""
+    """True if it has a docstring of its own, not the signature that dataclasses and named tuples get."""
     doc = vars(thing).get("__doc__") if inspect.isclass(thing) else inspect.getdoc(thing)
     return bool(doc) and not doc.startswith(f"{thing.__name__}(")
 
@@ -116,10 +127,42 @@ def test_changelog_has_this_version():
     assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "CHANGELOG.md"])
-def test_files_that_are_named_exist(file):
-    """Paths in backticks and links: a checklist that names what is not there is worse than none."""
-    text = (ROOT / file).read_text()
+def prose(page):
+    """The text of a page, without a notebook's code and outputs."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = nbformat.read(page, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_and_links_lead_somewhere(page):
+    text = prose(page)
     named = re.findall(r"`((?:qwenedit|tests|docs|benchmarks|notebooks|examples)/[\w./-]+)`", text)
-    named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, heading = target.partition("#")
+        assert (page.parent / file).exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (page.parent / file).read_text(), re.MULTILINE)
+            assert heading in [one.lower().replace(" ", "-") for one in headings], target
+
+
+def test_an_edit_passes_through_the_reading_list():
+    """Every file on the list is entered, and every file of a network that is entered is named beside it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("### The reading list") : text.index("## House style")]
+    listed = re.findall(r"^[0-9]+\. `(.+?)`", section, re.MULTILINE)
+    entered = set()
+    pipe = qwenedit.load(device="cpu", progress=False)
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        pipe.edit(Image.open(EXAMPLE), "make the circle red", num_inference_steps=1)
+    finally:
+        sys.setprofile(before)
+    package = Path(qwenedit.__file__).parents[1]
+    files = {Path(name).relative_to(package).as_posix() for name in entered if name.startswith(f"{package}/")}
+    assert listed and set(listed) <= files
+    networks = [file for file in files if file.startswith("qwenedit/networks/")]
+    assert [file for file in networks if f"`{file}`" not in section] == []

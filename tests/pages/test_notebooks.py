@@ -1,4 +1,4 @@
-"""The notebooks run, and are committed as a run leaves them: with outputs, small, and of no machine."""
+"""The notebooks run, and are committed as a run leaves them: with outputs, small, no trace of a machine."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ from nbformat import NotebookNode
 from notebooks.build import executed, notebooks, stripped
 
 LARGEST = 400_000  # bytes of a file
-# Folders that say whose machine it was, addresses of objects, and of the network.
+# Local folders, addresses of objects, IP addresses.
 OF_A_MACHINE = re.compile(
     r"(?<![\w.])/(?:root|home|tmp|usr|opt|var|work|Users)/|\b0x[0-9a-fA-F]{6,}|\b\d+(?:\.\d+){3}\b"
 )
@@ -27,7 +27,7 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def outputs(notebook: NotebookNode) -> list[tuple[str, str, object]]:
-    """Every output as its kind, its type, and its text: stream's name or MIME type."""
+    """Every output: its kind, its stream's name or MIME type, and its text."""
     found = []
     for cell in code_cells(notebook):
         for output in cell.outputs:
@@ -41,7 +41,7 @@ def outputs(notebook: NotebookNode) -> list[tuple[str, str, object]]:
 
 
 def words(notebook: NotebookNode) -> list[list[str]]:
-    """What the outputs say but for the numbers, which differ in last digits from machine to machine."""
+    """The outputs without numbers, whose last digits differ between machines."""
     return [
         [kind, name, *(re.findall(r"[^\W\d_]+", str(text)) if not name.startswith("image/") else [])]
         for kind, name, text in outputs(notebook)
@@ -78,9 +78,9 @@ def test_nothing_of_the_machine(path: Path) -> None:
 @every
 def test_only_public_things_are_called(path: Path) -> None:
     source = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4)))
-    for node in ast.walk(ast.parse(source)):  # a magic of the shell is no Python, and fails here
+    for node in ast.walk(ast.parse(source)):  # shell magic is not Python and fails here
         if isinstance(node, ast.Attribute):
-            private = node.attr.startswith("_") and not node.attr.endswith("__")  # Python's own are not
+            private = node.attr.startswith("_") and not node.attr.endswith("__")  # __dunder__ is public
             assert not private, f"{ast.unparse(node)} is private"
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "qwenedit":
             module = importlib.import_module(node.module)
