@@ -24,7 +24,7 @@ edit: $(VENV)/.run  ## edit the example picture with the embedded model
 	$(BIN)/python -m qwenedit.mini.demo examples/scene.png "make the circle red"
 
 test: $(VENV)/.test  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev  ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -1,10 +1,13 @@
-"""One place for what every test shares: at most two threads, reproducible hypothesis runs."""
+"""One place for what every test shares: threads, the order of the files, reproducible hypothesis runs."""
 
 import os
 
 import hypothesis
 import torch
 
+# Two threads in one process; one in each of pytest-xdist's workers, and in the processes that these start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the network fails at once
 
@@ -14,3 +17,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )  # fmt: skip
 hypothesis.settings.load_profile("qwenedit")
+
+# The slowest files, which a worker takes whole: they start first, so that no worker ends long after the others.
+SLOW = (
+    "mini/test_training.py", "pages/test_notebooks.py", "test_what_runs.py", "benchmarks/test_benchmarks.py",
+    "memory/test_residency.py", "parity/test_vae.py", "parity/test_command.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.as_posix()
+        return next((number for number, name in enumerate(SLOW) if path.endswith(name)), len(SLOW))
+
+    items.sort(key=place)
