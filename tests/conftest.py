@@ -18,7 +18,7 @@ hypothesis.settings.register_profile(
 )  # fmt: skip
 hypothesis.settings.load_profile("qwenedit")
 
-# The slowest files, which a worker takes whole: they start first, so that no worker ends long after the others.
+# A worker takes a file whole. The slowest start first, so that no worker ends long after the others.
 SLOW = (
     "mini/test_training.py", "pages/test_notebooks.py", "test_what_runs.py", "benchmarks/test_benchmarks.py",
     "memory/test_residency.py", "parity/test_vae.py", "parity/test_command.py",

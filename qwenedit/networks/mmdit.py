@@ -95,8 +95,8 @@ class MMDiT(Tapped):
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.
     Caching: `cache` keeps step-invariant tensors from one call to the next, see `RunCache`. With
-        `target_only` the last block computes the target's tokens alone. Give neither where somebody looks
-        inside (`taps.observed`), so that every tap and hook fires on every token at every step.
+        `target_only` the last block computes the target's tokens only. Pass neither if something observes the
+        module (`taps.observed`), so that every tap and hook fires at every step, for every token.
     Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
     Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
     """
@@ -106,7 +106,7 @@ class MMDiT(Tapped):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: for gradients, recompute blocks instead of keeping what they made
+        self.checkpointing = False  # True: the backward pass recomputes blocks, which saves their activations
         self.img_in = nn.Linear(config.in_channels, config.width)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
         self.txt_in = nn.Linear(config.joint_attention_dim, config.width)
@@ -156,7 +156,7 @@ class MMDiT(Tapped):
     def step_invariant(
         self, references: Tensor, txt: Tensor, grids: Sequence[Grid], txt_mask: Tensor | None
     ) -> StepInvariant:
-        """What all steps of a run share: prompt and references at the blocks' width, RoPE, key mask."""
+        """The tensors that all steps of a run share: embedded prompt and references, RoPE, key mask."""
         txt = self.tap("txt_in", self.txt_in(self.txt_norm(txt)), "B T D")
         img_length = math.prod(grids[0]) + references.shape[1]
         return StepInvariant(
@@ -176,7 +176,7 @@ class MMDiT(Tapped):
 
 
 class StepInvariant(NamedTuple):
-    """What `MMDiT.step_invariant` makes, of one prompt and its references."""
+    """The step-invariant tensors of one prompt and its references."""
 
     txt: Tensor  # B T D
     references: list[Tensor]  # one B R D, or none
@@ -185,7 +185,7 @@ class StepInvariant(NamedTuple):
 
 
 class BlockModulation(NamedTuple):
-    """The adaLN vectors of one block. Two parts of the image stream's: the target's, the references'."""
+    """The adaLN vectors of one block. Under `zero_cond_t`, `img_` has two: the target's, the references'."""
 
     img_attn: list[AdaLN]
     img_mlp: list[AdaLN]
@@ -195,7 +195,7 @@ class BlockModulation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepModulation:
-    """`temb` (R, D) of one timestep and what the blocks make of it: each when its turn comes, and once."""
+    """`temb` (R, D) of one timestep, and the blocks' adaLN vectors, each computed when first asked for."""
 
     temb: Tensor
     blocks: list[BlockModulation] = field(default_factory=list)
@@ -208,14 +208,14 @@ class StepModulation:
 
 
 class RunCache:
-    """Step-invariant tensors of one sampling run, computed by the first `MMDiT.forward` that is given it.
+    """The tensors of one sampling run that `MMDiT.forward` computes once and uses again.
 
-        once a run   for each prompt: `StepInvariant`
+        once a run   `StepInvariant`, for each prompt
         once a step  the modulation of every block, which both CFG branches share
 
-    The arithmetic is that of a forward without a cache. A `txt` tensor stands for its prompt: calls with the
-    same one must have the same reference tokens. What was made of weights or a prompt that were replaced or
-    written to is made again (`taps.fingerprint`). Use a fresh cache for every run.
+    The arithmetic is that of a forward without a cache. The `txt` tensor identifies its prompt: calls with
+    the same `txt` must have the same reference tokens. Entries are recomputed if the weights or the prompt
+    that they were made of are replaced or written to (`taps.fingerprint`). Use a fresh cache for every run.
     """
 
     def __init__(self) -> None:
@@ -241,7 +241,7 @@ class RunCache:
     def modulation(
         self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
     ) -> StepModulation:
-        """That of the last call with so many rows, if it was given the same two tensors."""
+        """The step's modulation; cached if the last call with as many rows had the same two tensors."""
         step = self._steps.get(len(timestep))
         if step is None or step[0] is not timestep or step[1] is not addition_t:
             modulation = self.new_step(mmdit, timestep, dtype, addition_t)
@@ -258,9 +258,9 @@ class Block(Tapped):
     """One dual-stream block: joint attention, then an MLP a stream, all under adaLN modulation from `temb`.
 
     Shapes: `temb` (R, D) with R = B, or 2 B under `zero_cond_t` (rows B: for the reference tokens); `target`
-        the number of the target's tokens; `mod` what `modulate` makes of `temb`, where that is cached.
-        With `wanted` the image stream is cut to its first tokens and the text stays as it came: nobody reads
-        what the last block makes of the others. Returns both streams.
+        the number of the target's tokens; `mod` the result of `modulate`, if it is cached. Returns both
+        streams. With `wanted` only that many image tokens are computed and returned, and the text is returned
+        unchanged: the rest of the last block's output is never read.
     Source: `QwenImageTransformerBlock`, which takes (img, txt) and returns (txt, img); we keep one order.
     """
 
@@ -323,7 +323,7 @@ class Block(Tapped):
 
 
 def clipped(x: Tensor) -> Tensor:
-    """In float16, which the residual stream outgrows, clipped to what it holds, as in the reference."""
+    """The residual stream, clipped in float16, whose range it exceeds; the reference does so too."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
@@ -331,8 +331,8 @@ class JointAttention(Tapped):
     """Attention over the tokens of both streams at once, in the order [text, image].
 
     Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (J, 1, K), `key_mask` (B, 1, 1, J) bool or
-        None. Returns what each stream is given, before its gate; with `wanted` only its first tokens of the
-        image ask, and for the text comes back as it was.
+        None. Returns what is added to each stream, before its gate. With `wanted` only that many image tokens
+        are queries, and `txt` is returned unchanged.
     Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
         heads at a time if the maps are large (`by_heads`).
     """
@@ -412,7 +412,7 @@ class JointAttention(Tapped):
         return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
+        """The same attention with its maps as tensors; softmax in at least float32."""
         scores = self.tap("scores", q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, "B H J J")
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, float("-inf"))

@@ -30,20 +30,20 @@ def predictor(
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
-    With `guided` it runs twice, with the prompt and with the negative prompt and the same pictures, under the
-    labels branch="cond" and "uncond"; called with guided=False, only with the prompt. Rows whose reference
-    pictures differ in size run one group after another, so that each row is computed as it would be alone.
+    Args:
+        guided: run the transformer twice a step, with the prompt and with the negative prompt and the same
+            pictures, under the labels branch="cond" and "uncond". The function can be called with
+            guided=False for steps that run the prompt alone.
+        micro_batch: the most rows that run at a time, their texts cut to the longest among them; None: all.
+            A matrix product's last bits depend on its number of rows. A row of a batch is therefore close to
+            its single run, and with micro_batch=1 equal to it, bit by bit.
+        sigmas: the run's sigmas, if known. `modulation="precomputed"` computes the adaLN vectors of all of
+            them at once.
 
-    `micro_batch` is the most rows that run at a time, their texts cut to the longest among them; None: all. A
-    matrix product's last bits depend on how many rows it has, so that a row of a batch is close to its single
-    run, and at 1 it is that run, bit by bit.
-
-    `sigmas` are those that are going to be asked for, as far as is known: `modulation="precomputed"` computes
-    the adaLN vectors of all of them at once.
-
-    Unless somebody looks inside (`taps.observed`), step-invariant tensors are cached from step to step, and
-    the last block computes the target's tokens alone. Last bits may then differ where a matrix product's
-    depend on its number of rows.
+    Rows whose reference pictures differ in size run in groups, so that each row is computed as it would be
+    alone. If nothing observes the transformer (`taps.observed`), step-invariant tensors are cached between
+    steps, and the last block computes the target's tokens only. Then last bits may differ, because its
+    matrix products have fewer rows.
 
     Raises:
         ValueError: `guided` without a negative prompt, a conditioning of another model's widths, or a
@@ -88,7 +88,7 @@ def _as_cached(mmdit: MMDiT, cache: RunCache | None) -> AbstractContextManager[N
 
 
 def _time(mmdit: MMDiT, sigma: float, latents: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """The arguments `timestep` and `addition_t` of so many rows, one pair for both branches of a step."""
+    """The arguments `timestep` and `addition_t` for `count` rows. Both branches of a step share the pair."""
     addition_t = None
     if mmdit.config.use_additional_t_cond:  # the reference's `is_rgb`: RGBA is asked for, always
         addition_t = torch.zeros(count, dtype=torch.int64, device=latents.device)
@@ -96,7 +96,7 @@ def _time(mmdit: MMDiT, sigma: float, latents: Tensor, count: int) -> tuple[Tens
 
 
 def _parts(group: RowGroup, size: int | None) -> Iterator[RowGroup]:
-    """The group, `size` rows at a time."""
+    """The group in parts of at most `size` rows."""
     if size is None:
         yield group
         return
@@ -112,7 +112,7 @@ def _parts(group: RowGroup, size: int | None) -> Iterator[RowGroup]:
 
 
 def _cut(prompt: Prompt) -> Prompt:
-    """Without the padding that all rows have."""
+    """The prompt without the padding that all of its rows share."""
     if prompt.mask is None:
         return prompt
     length = int(prompt.mask.any(dim=0).nonzero().max()) + 1
@@ -157,7 +157,7 @@ def _velocity(
 
 
 def _require_finite_predictions(cond: Tensor, uncond: Tensor | None) -> None:
-    # One look at both: on an accelerator each look waits for all that was asked for so far.
+    # One check for both: on an accelerator each check waits for all work that was queued before.
     if torch.isfinite(cond if uncond is None else torch.cat([cond, uncond])).all():
         return
     labels = current_labels()
