@@ -41,9 +41,8 @@ MMDIT = {
     "TimeEmbedding.forward: silu": 1,
     **{f"rope_table: {op}": 1 for op in ("arange", "div", "rpow", "rdiv", "mul", "cat", "cos", "sin")},
 }
-VAE = {
-    "RMSNorm.forward: normalize": 1,
-    "RMSNorm.forward: mul": 1,
+VAE = {  # without gradients its RMSNorm makes one tensor, which becomes the module's output in place
+    "CausalConv3d.forward: contiguous": 1,  # a first frame, its channels last
     "CausalConv3d.forward: pad": 1,
     "CausalConv3d.forward: cat": 1,  # what the convolution remembers, before what it is given
     "Past.keep: clone": 1,
@@ -151,9 +150,9 @@ def test_transformer_of_layered():
 @pytest.mark.parametrize("frames", [1, 5])
 def test_vae(frames):
     ours, pixels = vae.make(), vae.pixels(frames)
-    of_videos = ("CausalConv3d.forward: cat", "Past.keep: clone") if frames == 1 else ()
+    of_videos = ("CausalConv3d.forward: pad", "CausalConv3d.forward: cat", "Past.keep: clone")
     got = anonymous(ours, lambda: ours.decode(ours.encode(pixels).mode()))
-    assert got == {site: count for site, count in VAE.items() if site not in of_videos}
+    assert got == {site: count for site, count in VAE.items() if frames > 1 or site not in of_videos}
 
 
 def test_vision_language():
