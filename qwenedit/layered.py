@@ -28,8 +28,8 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import PromptEncoder
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
-from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
-from qwenedit.inputs.rows import Row, rows_of
+from qwenedit.inputs.pictures import rgba_pixels, to_pil
+from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid, normalise, pack
 from qwenedit.memory.residency import home, present
 from qwenedit.networks.vae import VAE
@@ -138,7 +138,7 @@ def layer_rows(
     variant: Variant,
     layers: int,
     resolution: int,
-) -> list[Row]:
+) -> list[BatchRow]:
     """What each prompt is run with. All checks of prompts, pictures and sizes are here; they need no network.
 
     Raises:
@@ -166,7 +166,9 @@ def require_flat(variant: Variant) -> None:
         raise ValueError(f"{variant.name} only takes pictures apart into layers: use decompose")
 
 
-def _condition(system: System, rows: Sequence[Row], grid: Grid, *, guided: bool, most: int) -> Conditioning:
+def _condition(
+    system: System, rows: Sequence[BatchRow], grid: Grid, *, guided: bool, most: int
+) -> Conditioning:
     """The prompts, of up to `most` tokens, as in text-to-image, and the pictures' latents."""
     if system.vision_language is None:
         raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
@@ -227,5 +229,5 @@ def layers_of(pixels: Tensor, output_type: str) -> list[Any] | Tensor:
     """Decoded layers (B, L, 4, H, W) as `decompose` returns them, as "pil" or "pt"."""
     if output_type == "pt":
         return pixels
-    outputs = [rgba_pictures(layers) for layers in pixels]
+    outputs = [to_pil(layers) for layers in pixels]
     return outputs[0] if len(outputs) == 1 else outputs

@@ -32,7 +32,7 @@ from qwenedit.checks import (
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_rows
 from qwenedit.inputs.pictures import to_pil
-from qwenedit.inputs.rows import Row, rows_of
+from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
 from qwenedit.layered import Layers, require_flat
 from qwenedit.lora import Loras
@@ -303,7 +303,7 @@ class QwenImageEdit(Loras, Layers):
         return self._finish(steps, num_inference_steps, grid, output_type)
 
     def _condition(
-        self, rows: list[Row], switches: Switches, *, guided: bool, max_tokens: int = MAX_TOKENS
+        self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int = MAX_TOKENS
     ) -> Conditioning:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")

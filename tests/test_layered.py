@@ -11,7 +11,7 @@ from PIL import Image
 import qwenedit
 from qwenedit.cli import options as cli
 from qwenedit.family import PRESETS
-from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
+from qwenedit.inputs.pictures import rgba_pixels, to_pil
 from qwenedit.layered import check_alpha
 from qwenedit.verify import verify
 from tests.tiny import checkpoint, picture
@@ -95,7 +95,7 @@ def test_what_is_transparent_does_not_shine_through():
     visible = alpha > 0
     assert ((alpha > 0) & (alpha < 1)).any()  # the edge
     assert (red[visible] == 0).all() and (green[visible] > 0.9).all()
-    (got,) = rgba_pictures(pixels)
+    (got,) = to_pil(pixels)
     assert got.mode == "RGBA" and got.size == (24, 24)
 
 

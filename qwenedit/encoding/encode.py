@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.encoding.picture_switches import reference_rows, seen_rows
 from qwenedit.encoding.prefix import encode_together
-from qwenedit.encoding.switched import reference_rows, seen_rows
 from qwenedit.family import TEXT_TO_IMAGE, Variant
 from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import resize_rgb, vae_pixels
 from qwenedit.inputs.processor import Processor, ProcessorOutput
-from qwenedit.inputs.rows import Row
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import normalise, pack
 from qwenedit.memory.residency import present
 from qwenedit.networks.vae import VAE
@@ -31,7 +31,7 @@ __all__ = ["PromptEncoder", "encode_pictures", "encode_rows"]
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Sequence[BatchRow],
     *,
     guided: bool,
     max_tokens: int,
@@ -98,7 +98,7 @@ class PromptEncoder:
     negative_sees: bool
 
     def __call__(
-        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None, *, at_once: int
+        self, rows: Sequence[BatchRow], prompts: list[str], negatives: list[str] | None, *, at_once: int
     ) -> tuple[Prompt, Prompt | None]:
         """Encode `at_once` rows at a time."""
         kept: list[Tensor] = []
@@ -112,7 +112,7 @@ class PromptEncoder:
         return self._prompt(kept, "cond"), self._prompt(others, "uncond") if others else None
 
     def _encode(
-        self, rows: Sequence[Row], prompts: list[str], negatives: list[str] | None
+        self, rows: Sequence[BatchRow], prompts: list[str], negatives: list[str] | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(T, D) of each prompt, and of each negative prompt."""
         resized = None
@@ -163,7 +163,7 @@ class PromptEncoder:
 
 
 def encode_pictures(
-    rows: Sequence[Row], vae: VAE, path: VAEPath | None = None
+    rows: Sequence[BatchRow], vae: VAE, path: VAEPath | None = None
 ) -> tuple[tuple[Tensor, ...], ...]:
     """The pictures of each row as normalised packed latents (S, 64); one that rows share is encoded once."""
     path = path or VAEPath()

@@ -26,7 +26,7 @@ from torch import Tensor
 from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
 from qwenedit.files import read_json
 from qwenedit.inputs.geometry import smart_resize
-from qwenedit.inputs.pictures import rgb_bytes
+from qwenedit.inputs.pictures import byte_tensor
 from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer
 from qwenedit.latents import Grid
 
@@ -274,7 +274,7 @@ def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple
     rgb = picture.convert("RGB")
     patch, merge = config.patch_size, config.merge_size
     height, width = smart_resize(rgb.height, rgb.width, patch * merge, config.min_pixels, config.max_pixels)
-    pixels = rgb_bytes(rgb.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = byte_tensor(rgb.resize((width, height), Image.Resampling.BICUBIC))
     x = (pixels.double() * config.rescale_factor).float()
     x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
     patches = repeat(

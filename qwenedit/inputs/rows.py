@@ -14,11 +14,11 @@ from qwenedit.inputs import geometry
 from qwenedit.inputs.geometry import Areas, Geometry, Picture
 from qwenedit.inputs.processor import check_prompt
 
-__all__ = ["Row", "rows_of"]
+__all__ = ["BatchRow", "rows_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class BatchRow:
     """One prompt with its negative prompt, its pictures and all their sizes."""
 
     prompt: str
@@ -40,7 +40,7 @@ def rows_of(
     areas: Areas,
     height: int | None,
     width: int | None,
-) -> list[Row]:
+) -> list[BatchRow]:
     """What each prompt is run with; without an image the rows have no pictures.
 
     All checks of prompts, pictures and sizes are here, and they need no network.
@@ -60,7 +60,7 @@ def rows_of(
     for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         plan = geometry.plan(sizes, areas=areas, height=height, width=width)
-        rows.append(Row(text, negative, of_row, plan))
+        rows.append(BatchRow(text, negative, of_row, plan))
     for row in rows:
         plan = row.geometry
         if plan.follows is not None and not plan.aligned:

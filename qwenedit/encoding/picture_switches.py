@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from qwenedit.inputs.pictures import open_picture
-from qwenedit.inputs.rows import Row
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.switches import AnyPicture, References, Seen
 
 __all__ = ["reference_rows", "seen_rows"]
@@ -16,7 +16,7 @@ __all__ = ["reference_rows", "seen_rows"]
 GREY = (128, 128, 128)  # of a blank picture
 
 
-def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
+def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
     """The rows as the text encoder is to see them.
 
     Raises:
@@ -39,7 +39,7 @@ def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
     return resized
 
 
-def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
+def reference_rows(rows: Sequence[BatchRow], references: References) -> list[BatchRow]:
     """The rows as the VAE is to see them.
 
     Raises:
@@ -51,7 +51,7 @@ def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
     return _replaced(rows, _opened(references.picture))
 
 
-def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
+def _replaced(rows: Sequence[BatchRow], picture: Image.Image) -> list[BatchRow]:
     """Every picture of every row by this one; the sizes stay, and with them the layout of the tokens."""
     return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
 
