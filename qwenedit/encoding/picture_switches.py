@@ -1,4 +1,4 @@
-"""The switches that act on pictures, before the encoders: rows in, rows out."""
+"""The switches that replace or resize pictures before the encoders: rows in, rows out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREY = (128, 128, 128)  # of a blank picture
 
 
 def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
-    """The rows as the text encoder is to see them.
+    """The rows for the text encoder.
 
     Raises:
         ValueError: the other picture cannot be read.
@@ -40,7 +40,7 @@ def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
 
 
 def reference_rows(rows: Sequence[BatchRow], references: References) -> list[BatchRow]:
-    """The rows as the VAE is to see them.
+    """The rows for the VAE.
 
     Raises:
         ValueError: the other picture cannot be read.
@@ -52,7 +52,7 @@ def reference_rows(rows: Sequence[BatchRow], references: References) -> list[Bat
 
 
 def _replaced(rows: Sequence[BatchRow], picture: Image.Image) -> list[BatchRow]:
-    """Every picture of every row by this one; the sizes stay, and with them the layout of the tokens."""
+    """The rows with this picture in place of every picture, at unchanged sizes and token layout."""
     return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
 
 
