@@ -14,13 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwenedit.latents import Grid
-
-__all__ = ["Areas", "Box", "Geometry", "Picture", "Resize", "Size", "fit_area", "plan", "smart_resize"]
+__all__ = [
+    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "fit_area", "plan", "smart_resize",
+]  # fmt: skip
 
 Size = tuple[int, int]  # width, height in pixels
+Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens; `latents.Grid` without importing torch
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
+_TOKEN = 16  # the side of a token: 2 latent pixels of 8 pixels each
 _MULTIPLE = 32  # sides that follow from an area are rounded to this, as in the official pipelines
 _LONGEST = 200  # the largest ratio of sides that `smart_resize` accepts, here as in the reference
 
@@ -88,26 +90,19 @@ class Picture:
         size: of the picture as given.
         vae: size that the VAE encodes; its tokens are the transformer's reference tokens.
         vl: size that the processor gets for the language model, before `smart_resize`.
-        token: the side of a token in VAE pixels.
     """
 
     size: Size
     vae: Size
     vl: Size
-    token: int
 
     @property
     def grid(self) -> Grid:
-        return _grid(self.vae, self.token)
+        return _grid(self.vae)
 
     @property
     def to_vae(self) -> Resize:
         return Resize(self.size, self.vae)
-
-    @property
-    def stretch(self) -> float:
-        """How much the VAE's picture is stretched sideways (see `Resize.stretch`)."""
-        return self.to_vae.stretch
 
     def token_box(self, row: int, column: int) -> Box:
         """The box of a reference token, in pixels of the picture as given; the boxes tile it exactly.
@@ -115,7 +110,7 @@ class Picture:
         Raises:
             ValueError: there is no such token.
         """
-        return self.to_vae.back_box(_token_box(self.grid, self.token, row, column))
+        return self.to_vae.back_box(_token_box(self.grid, row, column))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +121,16 @@ class Geometry:
         size: of the picture to make.
         pictures: the input pictures in order; none in text-to-image.
         follows: index of the picture whose size the output follows; None without pictures.
-        token: the side of a token in pixels.
     """
 
     size: Size
     pictures: tuple[Picture, ...]
     follows: int | None
-    token: int
 
     @property
     def grid(self) -> Grid:
         """Tokens of the picture to make."""
-        return _grid(self.size, self.token)
+        return _grid(self.size)
 
     @property
     def to_output(self) -> Resize:
@@ -165,7 +158,7 @@ class Geometry:
         Raises:
             ValueError: there is no such token.
         """
-        return _token_box(self.grid, self.token, row, column)
+        return _token_box(self.grid, row, column)
 
 
 def plan(
@@ -175,8 +168,6 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     follow: int = -1,
-    vae_factor: int = 8,
-    patch: int = 2,
 ) -> Geometry:
     """Every size of one sample, from the sizes of its pictures and the requested output size.
 
@@ -186,7 +177,6 @@ def plan(
         height, width: of the output; if one is omitted, it follows from a picture at the VAE's area,
             independently of the other, as in the reference.
         follow: index of the picture that the output's size follows; the reference takes the last.
-        vae_factor, patch: pixels per latent pixel and latent pixels per token, along a side.
 
     >>> edit = plan([(1920, 1080)], areas=Areas(vl=None))
     >>> edit.size, edit.grid, edit.pictures[0].vl
@@ -199,24 +189,20 @@ def plan(
     Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
         `QwenImagePipeline.__call__`. They round a given size down; we refuse it.
     """
-    token = vae_factor * patch
-    if token < 1 or _MULTIPLE % token:
-        raise ValueError(f"a token is {token} pixels wide, wanted a divisor of {_MULTIPLE}")
     if areas.vl is None and len(pictures) > 1:
         raise ValueError(f"got {len(pictures)} pictures, wanted one: this checkpoint edits a single picture")
     if pictures and not -len(pictures) <= follow < len(pictures):
         raise ValueError(f"the output follows picture {follow}, but there are {len(pictures)}")
-    planned = tuple(_picture(size, areas, token) for size in pictures)
+    planned = tuple(_picture(size, areas) for size in pictures)
     follows = follow % len(pictures) if pictures else None
-    default = fit_area(areas.vae, 1.0, token) if follows is None else planned[follows].vae
+    default = fit_area(areas.vae, 1.0, _TOKEN) if follows is None else planned[follows].vae
     return Geometry(
         size=(
-            default[0] if width is None else _side("width", width, token),
-            default[1] if height is None else _side("height", height, token),
+            default[0] if width is None else _side("width", width),
+            default[1] if height is None else _side("height", height),
         ),
         pictures=planned,
         follows=follows,
-        token=token,
     )
 
 
@@ -274,7 +260,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
-def _picture(size: Size, areas: Areas, token: int) -> Picture:
+def _picture(size: Size, areas: Areas) -> Picture:
     width, height = size
     _require_picture(width, height)
     ratio = width / height
@@ -285,7 +271,7 @@ def _picture(size: Size, areas: Areas, token: int) -> Picture:
             f"the picture is {width}x{height}, which the language model would see at {vl[0]}x{vl[1]}, wanted "
             f"a ratio of its sides of at most {_LONGEST}"
         )
-    return Picture(size=(width, height), vae=vae, vl=vl, token=token)
+    return Picture(size=(width, height), vae=vae, vl=vl)
 
 
 def _require_picture(width: int, height: int) -> None:
@@ -297,25 +283,25 @@ def _require_picture(width: int, height: int) -> None:
         )
 
 
-def _side(name: str, value: int, token: int) -> int:
+def _side(name: str, value: int) -> int:
     if not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels")
-    if value < 1 or value % token:
-        following = max(1, math.ceil(value / token)) * token
+    if value < 1 or value % _TOKEN:
+        following = max(1, math.ceil(value / _TOKEN)) * _TOKEN
         raise ValueError(
-            f"{name} is {value}, wanted a positive multiple of {token}: the next one is {following}"
+            f"{name} is {value}, wanted a positive multiple of {_TOKEN}: the next one is {following}"
         )
     return value
 
 
-def _grid(size: Size, token: int) -> Grid:
-    return 1, size[1] // token, size[0] // token
+def _grid(size: Size) -> Grid:
+    return 1, size[1] // _TOKEN, size[0] // _TOKEN
 
 
-def _token_box(grid: Grid, token: int, row: int, column: int) -> Box:
+def _token_box(grid: Grid, row: int, column: int) -> Box:
     _, rows, columns = grid
     if not (0 <= row < rows and 0 <= column < columns):
         raise ValueError(
             f"no token at row {row}, column {column}: the grid has {rows} rows, {columns} columns"
         )
-    return column * token, row * token, (column + 1) * token, (row + 1) * token
+    return column * _TOKEN, row * _TOKEN, (column + 1) * _TOKEN, (row + 1) * _TOKEN
