@@ -46,6 +46,7 @@ class Result:
     images: list[Any] | Tensor
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class System:
     """A checkpoint's components as plain attributes; each works without the others.
 
@@ -55,7 +56,7 @@ class System:
         mmdit: noisy latents to velocity.
         scheduler: number of steps to sigmas.
         processor: prompts and pictures to token ids and patches.
-        variant: which checkpoint of the family this is, from its model_index.json.
+        variant: the member of the family, from its model_index.json.
         areas: the areas in pixels that pictures are resized to.
         progress: show progress bars, on a terminal.
         share_prefix: run the text encoder once over the common prefix of a prompt and its negative prompt,
@@ -64,27 +65,16 @@ class System:
             with one generator per row, each row equals its single run bit by bit.
     """
 
-    def __init__(
-        self,
-        *,
-        vision_language: VisionLanguage | None,
-        vae: VAE,
-        mmdit: MMDiT,
-        scheduler: FlowMatchScheduler,
-        processor: Processor,
-        variant: Variant,
-        areas: Areas,
-    ) -> None:
-        self.vision_language = vision_language
-        self.vae = vae
-        self.mmdit = mmdit
-        self.scheduler = scheduler
-        self.processor = processor
-        self.variant = variant
-        self.areas = areas
-        self.progress = True
-        self.share_prefix = False
-        self.micro_batch: int | None = None
+    vision_language: VisionLanguage | None
+    vae: VAE
+    mmdit: MMDiT
+    scheduler: FlowMatchScheduler
+    processor: Processor
+    variant: Variant
+    areas: Areas
+    progress: bool = True
+    share_prefix: bool = False
+    micro_batch: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -138,19 +128,17 @@ class System:
             check_count("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
-        channels = self.mmdit.config.out_channels
+        config, device, dtype = self.mmdit.config, self.device, self.dtype
         if latents is None:
-            noise = initial_noise(
-                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
-            )
-        else:
-            wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
-            is_tensor = isinstance(latents, Tensor)
-            if not is_tensor or tuple(latents.shape) != wanted:
-                got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
-                raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
-            noise = latents.to(self.device, self.dtype)
-        return noise, visited
+            channels = config.out_channels
+            noise = initial_noise(batch, channels, grid, generator=generator, device=device, dtype=dtype)
+            return noise, visited
+        wanted = (batch, frames * tokens, config.in_channels)
+        is_tensor = isinstance(latents, Tensor)
+        if not is_tensor or tuple(latents.shape) != wanted:
+            got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
+            raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+        return latents.to(device, dtype), visited
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1

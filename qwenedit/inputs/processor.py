@@ -288,11 +288,10 @@ def _paired(
 ) -> list[tuple[str, Sequence[Image.Image]]]:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts are {prompts!r}, wanted a list of at least one text")
-    illustrated = pictures is not None and any(pictures)
-    for prompt in prompts:
-        check_prompt(prompt, illustrated=illustrated)
     if pictures is None:
-        return [(prompt, []) for prompt in prompts]
+        pictures = [[]] * len(prompts)
+    for prompt in prompts:
+        check_prompt(prompt, illustrated=any(pictures))
     if len(pictures) != len(prompts):
         raise ValueError(f"got pictures for {len(pictures)} prompts, wanted {len(prompts)}, a list for each")
     for row, of_prompt in enumerate(pictures):
