@@ -11,7 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 with warnings.catch_warnings():
-    # torch says so where numpy is not installed, and nothing here needs numpy
+    # torch warns if numpy is not installed; nothing here needs numpy
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     from qwenedit.encoding.conditioning import Conditioning
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`ablate` brings the report and the embedded model's world: only who asks for it pays for them."""
+    """Import `ablate` lazily: it imports the report and the embedded model's scenes."""
     if name == "ablate":
         from qwenedit.ablation.sweep import ablate
 

@@ -1,4 +1,4 @@
-"""Checks that any part of the package may need: of counts, devices, dtypes, finite numbers; and warnings."""
+"""Checks that several parts of the package need: of counts, devices, dtypes and options; and warnings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from qwenedit.files import FLOATS
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_count", "check_output_type",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_count", "check_output_type", "check_run",
     "device_of", "dtype_of", "warn", "warn_of_float16", "without_reference_options",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
-# What scripts written for the reference pipelines may also pass: the values that ask for nothing but what
-# happens anyway, and what to do for others. No values: whatever it is, it has no effect here.
+# Options of the reference pipelines: the values that are accepted because they change nothing, and the
+# alternative to other values. Without values, any value is accepted and has no effect.
 _SAMPLE = ((None,), "make a `Conditioning` and `sample` from it")
 LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "low_cpu_mem_usage": ((), ""),
@@ -38,10 +38,10 @@ CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 def without_reference_options(
     options: dict[str, Any], known: dict[str, tuple[tuple[Any, ...], str]]
 ) -> dict[str, Any]:
-    """The options that are ours.
+    """The options without the reference pipelines' own, `known`.
 
     Raises:
-        ValueError: one of the reference's asks for what is done in another way here.
+        ValueError: one of those has a value that is not supported here; the message names the alternative.
     """
     for name, (harmless, instead) in known.items():
         value = options.get(name)
@@ -52,29 +52,28 @@ def without_reference_options(
 
 
 def check_output_type(output_type: str) -> None:
-    """Is it a form that results have?
-
-    Raises:
-        ValueError: no.
-    """
+    """Raise a ValueError unless it is one of `OUTPUT_TYPES`."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
 def check_count(name: str, value: object, *, most: int | None = None) -> None:
-    """Is the argument `name` a whole number from 1 to `most`, where there is one?
-
-    Raises:
-        ValueError: no.
-    """
+    """Raise a ValueError unless the argument `name` is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
     if most is not None and value > most:
         raise ValueError(f"{name} is {value}, wanted at most {most}")
 
 
+def check_run(output_type: str, num_images_per_prompt: int, max_sequence_length: int) -> None:
+    """Raise a ValueError unless these arguments of a run have possible values."""
+    check_output_type(output_type)
+    check_count("num_images_per_prompt", num_images_per_prompt)
+    check_count("max_sequence_length", max_sequence_length, most=1024)
+
+
 def device_of(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, tried out; None is the accelerator, or the CPU where there is none.
+    """The torch device, after a test computation; by default the accelerator, or the CPU if there is none.
 
     Raises:
         ValueError: there is no such device, or it cannot compute.
@@ -84,7 +83,7 @@ def device_of(device: torch.device | str | None) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         wanted = torch.device(device)
-        torch.empty(0, device=wanted).sum().item()  # it may have a name and no hardware, or hold no numbers
+        torch.empty(0, device=wanted).sum().item()  # its hardware may be absent; "meta" holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"device is {str(device)!r}, which cannot be used here: {first_line}") from error
@@ -92,10 +91,10 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    """The dtype that is meant; None, for none, is float32 on the CPU, and elsewhere None: as it is stored.
+    """The torch dtype; by default float32 on the CPU, and None, the stored dtype, elsewhere.
 
     Raises:
-        ValueError: it is no dtype that the networks run in.
+        ValueError: the networks do not run in this dtype.
     """
     if dtype is None:
         return torch.float32 if device.type == "cpu" else None
@@ -106,13 +105,13 @@ def dtype_of(dtype: torch.dtype | str | None, device: torch.device) -> torch.dty
 
 
 def warn_of_float16(dtype: torch.dtype) -> None:
-    """Warn where the networks are to run in float16."""
+    """Warn if the networks are to run in float16."""
     if dtype == torch.float16:
         warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
 
 
 def warn(message: str) -> None:
-    """Warn at the caller's own line: however deep in this package and torch's wrappers we are."""
+    """Warn at the line of the caller outside of this package and torch."""
     depth, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("qwenedit", "torch"):
         depth, frame = depth + 1, frame.f_back

@@ -1,13 +1,11 @@
-"""The members of the family: what each does with pictures, what is written around its prompts, and how it is
-meant to be sampled.
+"""The members of the family: their use of pictures, their prompt templates, their recommended settings.
 
-Presets are what the command line takes where its user says nothing, and what `qwenedit info` shows. In Python
-the defaults are those of the reference pipelines.
+The command line takes its defaults from the presets, and `qwenedit info` shows them. In Python the defaults
+are those of the reference pipelines.
 
-Sources: for the templates diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py;
-the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the
-defaults of the reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in
-ModelTC/Qwen-Image-Lightning.
+Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, for the templates;
+the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the defaults of the
+reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in ModelTC/Qwen-Image-Lightning.
 """
 
 from __future__ import annotations
@@ -24,19 +22,19 @@ __all__ = [
     "Preset", "Sampling", "Template", "Variant", "preset_of",
 ]  # fmt: skip
 
-IMAGE_PAD = "<|image_pad|>"  # stands for a token of a picture in a prompt
+IMAGE_PAD = "<|image_pad|>"  # the placeholder of a picture token in a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """What is written around a prompt. The embeddings of its prefix are dropped after the text encoder.
+    """The text around a prompt. The embeddings of its prefix are dropped after the text encoder.
 
     Attributes:
         system: the system prompt.
-        picture: what stands for a picture, before the prompt; {} is its number from 1.
-        pictures: the least and the most pictures that a prompt may have; None for any number.
-        drop_index: tokens of the prefix, by the official tokenizer.
-        max_tokens: a prompt is cut to this many tokens, counting what follows it; None for never.
+        picture: the text for a picture, before the prompt; {} is its number from 1.
+        pictures: the least and the most pictures of a prompt; None for any number.
+        drop_index: number of tokens of the prefix, by the official tokenizer.
+        max_tokens: prompt and suffix are cut to this many tokens; None for no limit.
     """
 
     system: str
@@ -50,7 +48,7 @@ class Template:
         return f"<|im_start|>system\n{self.system}<|im_end|>\n<|im_start|>user\n"
 
     def render(self, prompt: str, pads: Sequence[int]) -> str:
-        """The whole text for a prompt; the k-th picture takes up `pads[k]` tokens of the language model.
+        """The whole text for a prompt; the k-th picture takes `pads[k]` tokens of the language model.
 
         Raises:
             ValueError: fewer or more pictures than the template takes.
@@ -94,12 +92,12 @@ EDIT_PLUS = Template(
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A member of the family: what its pipeline does with pictures."""
+    """A member of the family: how its pipeline uses pictures."""
 
     name: str
-    max_pictures: int  # 0 where it makes pictures from text only
+    max_pictures: int  # 0 for text-to-image
     template: Template
-    layered: bool = False  # it takes a picture apart, into RGBA layers
+    layered: bool = False  # it takes a picture apart into RGBA layers
 
 
 VARIANTS = {
@@ -114,7 +112,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The settings of one run, all decided."""
+    """The final settings of one run."""
 
     num_inference_steps: int
     true_cfg_scale: float
@@ -123,7 +121,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Layering:
-    """What `decompose` takes beside the settings of other runs."""
+    """The settings of `decompose` in addition to those of `Sampling`."""
 
     layers: int
     resolution: int
@@ -137,10 +135,10 @@ class Preset:
     Attributes:
         name: of the checkpoint, as on the hub, or "lightning-4", "lightning-8".
         num_inference_steps, true_cfg_scale, negative_prompt: of `edit` and `generate`.
-        sizes: (width, height) that the model card names for text to picture; of edits the size follows from
-            the picture.
-        switches: those that a run takes, beneath those that it is given.
-        layering: of `decompose`; None where there is no such thing.
+        sizes: (width, height) that the model card names for text-to-image; an edit's size follows from its
+            picture.
+        switches: the defaults of a run's switches.
+        layering: of `decompose`; None for other checkpoints.
     """
 
     name: str
@@ -157,20 +155,15 @@ class Preset:
         true_cfg_scale: float | None = None,
         negative_prompt: str | None = None,
     ) -> Sampling:
-        """What is given, completed by what is recommended; an unguided run needs no negative prompt."""
+        """The given settings, completed by the recommended ones; an unguided run needs no negative prompt."""
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         if negative_prompt is None and scale > 1:
             negative_prompt = self.negative_prompt
-        return Sampling(
-            num_inference_steps=(
-                self.num_inference_steps if num_inference_steps is None else num_inference_steps
-            ),
-            true_cfg_scale=scale,
-            negative_prompt=negative_prompt,
-        )
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return Sampling(num_inference_steps=steps, true_cfg_scale=scale, negative_prompt=negative_prompt)
 
     def __str__(self) -> str:
-        """As `qwenedit info` prints it."""
+        """The line of `qwenedit info`."""
         sizes = f"; sizes {', '.join(f'{w}x{h}' for w, h in self.sizes)}" if self.sizes else ""
         layers = ""
         if self.layering is not None:
@@ -215,11 +208,10 @@ PRESETS = {
 LIGHTNING = ("lightning-4", "lightning-8")
 
 
-def preset_of(folder: Path, *, zero_cond_t: bool | None = None) -> Preset:
-    """The preset of a checkpoint's folder, from its configs: the pipeline's class and `zero_cond_t` (the
-    argument, if the transformer is from another file).
+def preset_of(folder: Path) -> Preset:
+    """The preset of a checkpoint's folder, from its configs: the pipeline's class and `zero_cond_t`.
 
-    Qwen-Image-2512 has the configs of Qwen-Image: the name of its hub id or folder tells them apart.
+    Qwen-Image-2512 has the same configs as Qwen-Image; the hub id or the folder's name distinguishes them.
 
     Raises:
         ValueError: no readable config, or a pipeline of another family.
@@ -231,8 +223,7 @@ def preset_of(folder: Path, *, zero_cond_t: bool | None = None) -> Preset:
         is_2512 = "qwen-image-2512" in name.lower()
         return PRESETS["Qwen-Image-2512" if is_2512 else "Qwen-Image"]
     if pipeline == "QwenImageEditPlusPipeline":
-        if zero_cond_t is None:
-            zero_cond_t = read_json(folder / "transformer" / "config.json").get("zero_cond_t", False)
+        zero_cond_t = read_json(folder / "transformer" / "config.json").get("zero_cond_t", False)
         return PRESETS["Qwen-Image-Edit-2511" if zero_cond_t else "Qwen-Image-Edit-2509"]
     others = {"QwenImageEditPipeline": "Qwen-Image-Edit", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}
     if pipeline not in others:

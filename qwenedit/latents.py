@@ -1,4 +1,4 @@
-"""Raw latents, normalised latents, tokens: the way there and back, and the layout of the token sequence.
+"""Conversions between raw latents, normalised latents and tokens, and the layout of the token sequence.
 
 Tokens are 2x2 latent pixels: at 8 pixels a latent pixel, a token is 16x16 pixels of the picture.
 """
@@ -15,15 +15,15 @@ from torch import Generator, Tensor
 
 __all__ = ["Grid", "Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
 
-Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
+Grid = tuple[int, int, int]  # frames (1 for a picture), rows, columns of tokens
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens are what: text, then the target's, then each reference picture's.
+    """The order of tokens: text, then the target's, then each reference picture's.
 
     `grids` are (frames, rows, columns) of the target and of each reference. The slices `target` and
-    `references` index the image stream (B, S, ...); `in_joint` moves one to the attention's order [text,
+    `references` index the image stream (B, S, ...); `in_joint` shifts a slice to the attention's order [text,
     image].
     """
 
@@ -61,12 +61,12 @@ def unpack(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    # The reference casts the statistics to the latents' dtype before it uses them.
+    # The reference casts the statistics to the latents' dtype before their use.
     return torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
 
 
 def normalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Raw latents (B, C, F, Y, X) -> normalised ones, which the transformer works in."""
+    """Raw latents (B, C, F, Y, X) -> normalised ones, for the transformer."""
     return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
 
 
@@ -87,39 +87,32 @@ def initial_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Packed noise (B, S, 4 C) for a target grid, the reference pipelines' for the same generator state.
+    """Packed noise (B, S, 4 C) for a target grid, as in the reference pipelines for the same generator state.
 
-    Drawn as (B, frames, C, 2 rows, 2 columns) in `dtype` on the generator's device. One generator draws all
-    rows in order; a list gives each row its own, so that a row does not depend on the batch it is in.
+    It is drawn as (B, frames, C, 2 rows, 2 columns) in `dtype` on the generator's device. One generator draws
+    all rows in order; with a list each row has its own, so that a row does not depend on its batch.
 
     Raises:
-        ValueError: a list of generators that are not one a row, or a generator on another accelerator.
+        ValueError: a list with another number of generators than rows, or a generator on another accelerator.
     Source: `prepare_latents` of the pipelines with diffusers' `randn_tensor`.
     """
     frames, rows, columns = grid
     shape = (frames, channels, 2 * rows, 2 * columns)
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
-    for one in generators:
-        if one is not None and not isinstance(one, Generator):
-            raise ValueError(
-                f"a generator is {type(one).__name__}, wanted a torch.Generator, or a list of them"
-            )
     if isinstance(generator, Sequence) and len(generators) != batch:
         raise ValueError(
             f"got {len(generators)} generators, wanted one, or a list of {batch}, one for each row"
         )
     for one in generators:
+        if one is not None and not isinstance(one, Generator):
+            raise ValueError(
+                f"a generator is {type(one).__name__}, wanted a torch.Generator, or a list of them"
+            )
         if one is not None and one.device.type not in ("cpu", device.type):
             raise ValueError(f"generator is on {one.device}, wanted cpu or {device}")
-    noise = torch.cat(
-        [
-            torch.randn(
-                (batch // len(generators), *shape),
-                generator=one,
-                device=device if one is None else one.device,
-                dtype=dtype,
-            ).to(device)
-            for one in generators
-        ]
-    )
-    return pack(noise.transpose(1, 2))
+    size = (batch // len(generators), *shape)
+    parts = [
+        torch.randn(size, generator=one, device=one.device if one else device, dtype=dtype).to(device)
+        for one in generators
+    ]
+    return pack(torch.cat(parts).transpose(1, 2))

@@ -3,19 +3,14 @@
     pipe = qwenedit.load("Qwen/Qwen-Image-Layered")
     layers = pipe.decompose(picture, "a red fox on a white field", layers=4).images
 
-The target is layers + 1 frames of the picture's size: frame 0 is the whole picture again and is dropped, the
-others are the layers. The prompt describes the picture, which only the VAE sees, not the text encoder. The
-VAE has four channels, and decodes each layer alone.
+The target is layers + 1 frames of the picture's size: frame 0 repeats the whole picture and is dropped, the
+others are the layers. The prompt describes the picture; only the VAE sees it, the text encoder does not. The
+VAE has four channels and decodes each layer separately.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,28 +18,21 @@ from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.checks import check_count, check_output_type
-from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.encoding.encode import PromptEncoder
+from qwenedit.checks import check_count, check_run
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
-from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
-from qwenedit.inputs.rows import Row, rows_of
-from qwenedit.latents import Grid, normalise, pack
-from qwenedit.memory.residency import home, present
-from qwenedit.networks.vae import VAE
+from qwenedit.inputs.pictures import to_pil
+from qwenedit.inputs.rows import BatchRow, rows_of
+from qwenedit.latents import Grid
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
-from qwenedit.sampling.sampler import Step
-from qwenedit.switches import Guidance, Switches
+from qwenedit.switches import Guidance, Seen, Switches
 from qwenedit.system import Result, System
-from qwenedit.taps import require_finite
-from qwenedit.version import __version__
 
-__all__ = ["Layers", "check_alpha", "layer_rows", "layers_of", "require_flat"]
+__all__ = ["Layers", "layer_rows", "require_flat"]
 
 
 class Layers(System):
-    """The part of a pipeline that takes pictures apart; for checkpoints of Qwen-Image-Layered."""
+    """The methods of a pipeline that take pictures apart, for checkpoints of Qwen-Image-Layered."""
 
     @torch.no_grad()
     def decompose(
@@ -67,50 +55,42 @@ class Layers(System):
     ) -> Result:
         """Take a picture apart into RGBA layers.
 
-        `images` of the result are the layers of the one output in the model's order: RGBA pictures. Several
-        outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1], as "latent" (B, S,
-        64), packed, the whole picture's frame first (`decode_layers` makes the former of the latter).
+        `images` of the result are the layers of the one output, RGBA pictures in the model's order. Several
+        outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1]; as "latent" packed
+        (B, S, 64), with the whole picture's frame first (`decode_layers` decodes them).
 
-        Args:
-            image: one picture, used for every prompt, or one a prompt; without alpha it is opaque.
-            prompt: what the picture shows, as a whole: one, or a list for a batch.
-            negative_prompt: what guidance steers away from; None turns guidance off.
-            true_cfg_scale: guidance scale; guidance runs where it is above 1 and there is a negative prompt.
-            num_inference_steps: Euler steps.
-            sigmas: unshifted sigmas in place of the even ones, as many as steps.
-            layers: how many layers.
+        Args: those that are not listed here are the same as in `edit`.
+            image: one picture, used for every prompt, or one per prompt; without alpha it is opaque.
+            prompt: a description of the whole picture, or a list of them for a batch.
+            layers: the number of layers.
             resolution: side of the square whose area the layers have, in the picture's proportions and in
                 multiples of 32. The official checkpoint was made for 640 and 1024.
             cfg_normalize: rescale each token of the guided prediction to the conditional one's norm.
-            generator: one for the batch, or a list with one for each output.
-            num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64), for layers + 1 frames, in place of the generator's.
-            output_type: "pil", "pt" or "latent".
-            max_sequence_length: prompts are cut to so many tokens, at most 1024.
+            max_sequence_length: prompts are cut to this many tokens, at most 1024.
 
         Raises:
-            ValueError: another variant's checkpoint; bad input, before any network runs. An empty prompt is:
-                the reference captions the picture then, we do not.
+            ValueError: another variant's checkpoint, or bad input, before any network runs. An empty prompt
+                is bad input: the reference captions the picture then, we do not.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
         Source: `QwenImageLayeredPipeline.__call__` of diffusers 0.39.0. We differ in batches (the reference
-            deals out too many layers to all outputs but the last), in the negative prompt's default (None
-            there), in adding an alpha channel to pictures without, and in other resolutions, which it
-            refuses.
+            gives too many layers to all outputs but the last), in the negative prompt's default (None
+            there), in adding an alpha channel to pictures without one, and in accepting other resolutions.
         """
-        check_output_type(output_type)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_count("max_sequence_length", max_sequence_length, most=1024)
+        check_run(output_type, num_images_per_prompt, max_sequence_length)
         rows = layer_rows(image, prompt, negative_prompt, self.variant, layers, resolution)
+        switches = Switches(seen=Seen(picture="unseen"))
         grid: Grid = (layers + 1, *rows[0].geometry.grid[1:])
         pictures = [1] * len(rows) * num_images_per_prompt
-        plain = Switches()
-        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, plain)
+        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
         guidance = guidance_of(true_cfg_scale, negative_prompt)
         if guidance is not None and not cfg_normalize:
             guidance = TrueCFG(true_cfg_scale, Guidance(norm="none"))
-        conditioning = _condition(self, rows, grid, guided=guidance is not None, most=max_sequence_length)
-        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, plain)
-        return self._finish_layers(steps, num_inference_steps, grid, output_type)
+        conditioning = self._encode(
+            rows, switches, guided=guidance is not None, max_tokens=max_sequence_length, frames=layers + 1
+        )
+        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
+        return self._finish(steps, num_inference_steps, grid, output_type)
 
     @torch.no_grad()
     def decode_layers(self, latents: Tensor, grid: Grid) -> Tensor:
@@ -123,12 +103,15 @@ class Layers(System):
         pixels = self.decode(of_layers, (1, rows, columns))
         return pixels.unflatten(0, (-1, frames - 1))
 
-    def _finish_layers(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
-        """Take all steps and make the result."""
-        latents = self._last(steps, count)
-        if output_type == "latent":
-            return Result(latents)
-        return Result(layers_of(self.decode_layers(latents, grid), output_type))
+    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> list[Any] | Tensor:
+        """Decoded latents, as "pil" or "pt"; the forms of layers are those of `decompose`."""
+        if not self.variant.layered:
+            return super()._images(latents, grid, output_type)
+        pixels = self.decode_layers(latents, grid)
+        if output_type == "pt":
+            return pixels
+        outputs = [to_pil(layers) for layers in pixels]
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def layer_rows(
@@ -138,11 +121,11 @@ def layer_rows(
     variant: Variant,
     layers: int,
     resolution: int,
-) -> list[Row]:
-    """What each prompt is run with. All checks of prompts, pictures and sizes are here; they need no network.
+) -> list[BatchRow]:
+    """The rows of a `decompose`, with all checks of prompts, pictures and sizes; no network is needed.
 
     Raises:
-        ValueError: a variant that makes no layers, or bad input; what, got, wanted.
+        ValueError: a variant that makes no layers, or bad input.
     """
     if not variant.layered:
         raise ValueError(f"{variant.name} makes no layers: decompose wants a Qwen-Image-Layered checkpoint")
@@ -161,71 +144,6 @@ def layer_rows(
 
 
 def require_flat(variant: Variant) -> None:
-    """Raise a ValueError where the checkpoint makes layers: it neither edits nor generates."""
+    """Raise a ValueError if the checkpoint makes layers: it neither edits nor generates."""
     if variant.layered:
         raise ValueError(f"{variant.name} only takes pictures apart into layers: use decompose")
-
-
-def _condition(system: System, rows: Sequence[Row], grid: Grid, *, guided: bool, most: int) -> Conditioning:
-    """The prompts, of up to `most` tokens, as in text-to-image, and the pictures' latents."""
-    if system.vision_language is None:
-        raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-    prompts = [row.prompt for row in rows]
-    negatives = [row.negative for row in rows if row.negative is not None] if guided else None
-    encoder = PromptEncoder(
-        system.variant,
-        system.processor,
-        system.vision_language,
-        most,
-        system.share_prefix,
-        negative_sees=True,
-    )
-    unseen = [dataclasses.replace(row, pictures=[]) for row in rows]
-    with present(system.vision_language):
-        prompt, negative = encoder(unseen, prompts, negatives, at_once=system.micro_batch or len(rows))
-    encoded: dict[int, Tensor] = {}  # a picture that rows share is encoded once
-    with present(system.vae):
-        for row in rows:
-            ((picture, plan),) = row.planned
-            if id(picture) not in encoded:
-                encoded[id(picture)] = _encode(rgba_pixels(picture, *plan.vae), system.vae)
-    return Conditioning(
-        prompt=prompt,
-        negative=negative,
-        target_grid=grid,
-        reference_latents=tuple((encoded[id(row.pictures[0])],) for row in rows),
-        reference_grids=tuple((row.geometry.pictures[0].grid,) for row in rows),
-        provenance={
-            "qwenedit": __version__,
-            "variant": system.variant.name,
-            "prompt": json.dumps(prompts, ensure_ascii=False),
-            "negative_prompt": json.dumps(negatives, ensure_ascii=False),
-        },
-    ).to(system.device, system.dtype)
-
-
-def _encode(pixels: Tensor, vae: VAE) -> Tensor:
-    """(1, 4, H, W) pixels -> normalised packed latents (S, 64)."""
-    like = next(vae.parameters())
-    raw = vae.encode(pixels[:, :, None].to(home(vae), like.dtype)).mode()
-    require_finite(raw, "VAE encoder: the latents of the picture")
-    return pack(normalise(raw, vae.config.latents_mean, vae.config.latents_std))[0]
-
-
-def check_alpha(output: Path) -> None:
-    """Raise a ValueError where a file's format refuses an alpha channel, drops it, or makes it one bit."""
-    file, suffix = io.BytesIO(), output.suffix.lower()
-    with suppress(OSError, KeyError):
-        Image.new("RGBA", (1, 1)).save(file, format=Image.registered_extensions()[suffix])
-        with Image.open(file) as picture:
-            if picture.mode == "RGBA":
-                return
-    raise ValueError(f"cannot write {output}: {suffix!r} has no alpha channel (try .png)")
-
-
-def layers_of(pixels: Tensor, output_type: str) -> list[Any] | Tensor:
-    """Decoded layers (B, L, 4, H, W) as `decompose` returns them, as "pil" or "pt"."""
-    if output_type == "pt":
-        return pixels
-    outputs = [rgba_pictures(layers) for layers in pixels]
-    return outputs[0] if len(outputs) == 1 else outputs

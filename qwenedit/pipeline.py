@@ -22,18 +22,15 @@ from qwenedit.assembly import assemble, modes_of, other_files
 from qwenedit.checks import (
     CALL_OPTIONS,
     LOAD_OPTIONS,
-    check_count,
     check_output_type,
+    check_run,
     device_of,
     dtype_of,
     warn,
     without_reference_options,
 )
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.encoding.encode import encode_rows
-from qwenedit.inputs.pictures import to_pil
-from qwenedit.inputs.rows import Row, rows_of
-from qwenedit.latents import Grid
+from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import Layers, require_flat
 from qwenedit.lora import Loras
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
@@ -47,20 +44,20 @@ from qwenedit.weights.checkpoints import find_local
 
 __all__ = ["QwenImageEdit", "load"]
 
-MAX_TOKENS = 512  # of a text-to-image prompt, unless the caller wants another number
+MAX_TOKENS = 512  # of a text-to-image prompt, by default
 
 
 class QwenImageEdit(Loras, Layers):
-    """The whole system: its components, which are those of `System`, and what they do together."""
+    """The whole system: the components, which `System` lists, with editing, generation and LoRAs."""
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
         """`load` under the name that the ecosystem expects, with that ecosystem's options where they fit.
 
-        `torch_dtype` is `dtype`; `local_files_only=True` finds a hub id in the cache or not at all.
+        `torch_dtype` is `dtype`; with `local_files_only=True` a hub id is only looked up in the cache.
 
         Raises:
-            ValueError: as `load`; an option that asks for something else than what happens here.
+            ValueError: as `load`, or an option with a value that is not supported here.
         """
         options = without_reference_options(options, LOAD_OPTIONS)
         if "torch_dtype" in options:
@@ -71,9 +68,9 @@ class QwenImageEdit(Loras, Layers):
 
     @staticmethod
     def cache_context(name: str) -> AbstractContextManager[None]:
-        """Name the CFG branch of what runs in a `with` block by hand; `edit` and `steps` do so themselves.
+        """Name the CFG branch of networks that you run in a `with` block; `edit` and `steps` name theirs.
 
-        State that a hook keeps between steps is kept apart for each branch (`taps.BranchState`).
+        Hooks that keep state between steps keep it per branch (`taps.BranchState`).
         """
         return cache_context(name)
 
@@ -90,14 +87,14 @@ class QwenImageEdit(Loras, Layers):
         max_sequence_length: int = MAX_TOKENS,
         **options: Any,
     ) -> Result:
-        """`edit`, `generate` where no image is given, or `decompose` where the checkpoint is for that: for
-        scripts written for the reference pipelines.
+        """`edit`, `generate` without an image, or `decompose` with a Layered checkpoint: for scripts written
+        for the reference pipelines.
 
-        `guidance_scale` is for distilled models: ignored, with a warning. `max_sequence_length` has no effect
-        on editing, as in the reference.
+        `guidance_scale` is for distilled models and ignored with a warning. `max_sequence_length` has no
+        effect on editing, as in the reference.
 
         Raises:
-            ValueError: as `edit`; an option that asks for something else than what happens here.
+            ValueError: as `edit`, or an option with a value that is not supported here.
         """
         options = without_reference_options(options, CALL_OPTIONS)
         if guidance_scale not in (None, 1.0):
@@ -106,7 +103,7 @@ class QwenImageEdit(Loras, Layers):
                 "pass true_cfg_scale"
             )
         if self.variant.layered:
-            options.pop("use_en_prompt", None)  # the language of a caption, which is not made here
+            options.pop("use_en_prompt", None)  # the language of automatic captions, which we do not make
             return self.decompose(image, prompt or "", max_sequence_length=max_sequence_length, **options)
         if prompt is None:
             raise ValueError("prompt is None, wanted a string or a list of strings")
@@ -136,33 +133,33 @@ class QwenImageEdit(Loras, Layers):
 
         Args:
             image: one picture, used for every prompt. For the multi-picture variants a list of pictures is
-                the references of every prompt; for the single-picture variant it is one picture a prompt. A
-                list of lists gives each prompt its own references, which may differ in number and size.
+                the references of every prompt; for the single-picture variant it is one picture per prompt.
+                A list of lists gives each prompt its own references, which may differ in number and size.
             prompt: one prompt, or a list for a batch.
-            negative_prompt: what guidance steers away from; it is encoded with the same pictures. None turns
+            negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
-            true_cfg_scale: guidance scale; guidance runs where it is above 1 and there is a negative prompt.
+            true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
             num_inference_steps: Euler steps.
-            sigmas: unshifted sigmas in place of the even ones, as many as steps.
-            height, width: of the output, multiples of 16; left out, they follow from the picture (the last
+            sigmas: unshifted sigmas in place of the evenly spaced ones, one per step.
+            height, width: of the output, multiples of 16; by default they follow from the picture (the last
                 one, for the multi-picture variants) at the checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (packed, normalised).
-            switches: what to change about the system (`qwenedit.switches`); None changes nothing.
+            switches: changes to the system (`qwenedit.switches`); None changes nothing.
 
         Raises:
             ValueError: bad input, before any network runs.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
         Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
             differ in batches (the reference pairs prompts with other prompts' masks and pictures, refuses
-            batches for the multi-picture variants, and shows pictures in a list to Edit's language model at
-            their own size) and in refusing sizes that it would round.
+            batches for the multi-picture variants, and shows Edit's language model the pictures of a list at
+            their original sizes) and in refusing sizes that it would round.
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
-        return self._run(
+        return self._edit_or_generate(
             image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
             generator, num_images_per_prompt, latents, output_type, switches,
         )  # fmt: skip
@@ -192,7 +189,7 @@ class QwenImageEdit(Loras, Layers):
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
-        return self._run(
+        return self._edit_or_generate(
             None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
             generator, num_images_per_prompt, latents, output_type, switches, max_sequence_length,
         )  # fmt: skip
@@ -208,16 +205,17 @@ class QwenImageEdit(Loras, Layers):
         width: int | None = None,
         switches: Switches | None = None,
     ) -> Conditioning:
-        """Everything that a run of `edit` (or of `generate`, without an image) is conditioned on.
+        """The conditioning of a run of `edit`, or of `generate` without an image.
 
-        Save it, and the run can be repeated without the text encoder and the VAE's encoder:
-        `pipe.sample(Conditioning.load("edit.safetensors"))`. Of the switches those act that are about
-        encoding (`switches.encoding`); give the same to `steps` or `sample` for the others.
+        From a saved conditioning the run can be repeated without the text encoder and the VAE's encoder:
+        `pipe.sample(Conditioning.load("edit.safetensors"))`. Only the switches about encoding act here
+        (`switches.encoding`); give the same switches to `steps` or `sample` for the others.
         """
         require_flat(self.variant)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        require_pictures(switches or Switches(), image is not None)
-        return self._condition(rows, switches or Switches(), guided=negative_prompt is not None)
+        switches = switches or Switches()
+        require_pictures(switches, image is not None)
+        return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
     def steps(
         self,
@@ -232,7 +230,7 @@ class QwenImageEdit(Loras, Layers):
     ) -> Iterator[Step]:
         """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
 
-        Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` where none are wanted.
+        Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
         """
         switches = switches or Switches()
         pictures = [len(row) for row in conditioning.reference_grids]
@@ -240,7 +238,7 @@ class QwenImageEdit(Loras, Layers):
             conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
         )
         require_encoded(switches, conditioning)
-        # " " is what a negative prompt is by default: unguided, it needs no warning
+        # The default negative prompt " " gives no warning if the run is unguided.
         negative = None if conditioning.negative is None else " "
         guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
         return self._steps(conditioning, run, guidance, switches)
@@ -258,7 +256,7 @@ class QwenImageEdit(Loras, Layers):
         output_type: str = "pil",
         switches: Switches | None = None,
     ) -> Result:
-        """Run all `steps` (the same arguments) and decode: the rest of an `edit` after `condition`."""
+        """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         steps = self.steps(
             conditioning,
@@ -271,7 +269,7 @@ class QwenImageEdit(Loras, Layers):
         )
         return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
 
-    def _run(
+    def _edit_or_generate(
         self,
         image: Any,
         prompt: str | Sequence[str],
@@ -288,48 +286,17 @@ class QwenImageEdit(Loras, Layers):
         switches: Switches | None,
         max_tokens: int = MAX_TOKENS,
     ) -> Result:
-        """What `edit` and, with None for an image, `generate` do."""
+        """`generate` if the image is None, else `edit`."""
         require_flat(self.variant)
-        check_output_type(output_type)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_count("max_sequence_length", max_tokens, most=1024)
+        check_run(output_type, num_images_per_prompt, max_tokens)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
         switches = switches or Switches()
         grid, pictures = rows[0].geometry.grid, [len(row.pictures) for row in rows] * num_images_per_prompt
         run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
         guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
-        conditioning = self._condition(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
+        conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
         steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
         return self._finish(steps, num_inference_steps, grid, output_type)
-
-    def _condition(
-        self, rows: list[Row], switches: Switches, *, guided: bool, max_tokens: int = MAX_TOKENS
-    ) -> Conditioning:
-        if self.vision_language is None:
-            raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-        conditioning = encode_rows(
-            rows,
-            guided=guided,
-            max_tokens=max_tokens,
-            variant=self.variant,
-            processor=self.processor,
-            vision_language=self.vision_language,
-            vae=self.vae,
-            switches=switches,
-            share_prefix=self.share_prefix,
-            micro_batch=self.micro_batch,
-        )
-        return conditioning.to(self.device, self.dtype)
-
-    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
-        """Take all steps and make the result."""
-        if self.variant.layered:
-            return self._finish_layers(steps, count, grid, output_type)
-        latents = self._last(steps, count)
-        if output_type == "latent":
-            return Result(latents)
-        pixels = self.decode(latents, grid)
-        return Result(to_pil(pixels) if output_type == "pil" else pixels)
 
 
 def load(
@@ -350,35 +317,35 @@ def load(
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
     Args:
-        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, without a
+        source: hub id ("Qwen/Qwen-Image-Edit-2511") or folder; None is the embedded model, which needs no
             download.
-        device: where to; the accelerator if there is one, else the CPU.
-        dtype: torch dtype or its name; by default what the files store, on the CPU float32.
+        device: by default the accelerator if there is one, else the CPU.
+        dtype: torch dtype or its name; by default float32 on the CPU, the stored dtype elsewhere.
         revision: branch, tag or commit on the hub.
-        mmdit, vae: a file (or folder) with that network's weights in place of the checkpoint's own: official,
-            ComfyUI's (bfloat16, fp8, fp8 with scales) or GGUF (`pip install 'qwenedit[gguf]'`), told from its
-            tensors. The config stays the checkpoint's, and a file that is marked as Edit-2511's turns
+        mmdit, vae: a file (or folder) whose weights replace the checkpoint's for that network: official,
+            ComfyUI's (bfloat16, fp8, fp8 with scales) or GGUF (`pip install 'qwenedit[gguf]'`), recognised by
+            its tensors. The config stays the checkpoint's; a file that is marked as Edit-2511's turns
             `zero_cond_t` on.
-        text_encoder: likewise a file; False leaves out the text encoder (16.6 GB in the official
-            checkpoints), for runs from a saved `Conditioning`.
+        text_encoder: likewise a file; False omits the text encoder (16.6 GB in the official checkpoints), for
+            runs from a saved `Conditioning`.
         progress: progress bars on stderr, if that is a terminal.
-        compile: compile the transformer's blocks with torch.compile, on their first run: one for all, and for
-            any size. Last bits differ; under taps and hooks the blocks run uncompiled, as they are written.
-        residency: where weights are. "resident": in memory, all of them. "stage": those of one network at a
-            time, read from the files when its turn comes: memory for the largest. "stream": block by block,
-            the next one read while one computes: memory for two blocks and what is in none, and time that
-            depends on the disk. "auto": the first of these that fits. Results are the same, bit by bit.
-        modulation: "precomputed": the transformer's adaLN layers, a third of it, are read once a run, for all
-            its steps; where somebody looks inside (taps, hooks, gradients) also block by block as they run.
-            Results are the same, bit by bit.
-        storage: "float8": matrices of the transformer's and the text encoder's blocks are kept in 8 bits,
-            with a scale for each row, and widened block by block: half of bfloat16's memory, and an
-            approximation: pixels of the embedded model's edits, in 20 steps, change by 0.002 of white on
+        compile: compile the transformer's blocks with torch.compile on their first run; all blocks and all
+            sizes share one compilation. Last bits differ; under taps and hooks the blocks run uncompiled.
+        residency: where weights are. "resident": all in memory. "stage": one network at a time in memory,
+            read from the files when it runs. "stream": two blocks at a time in memory, and all that is in
+            no block; the next block is read while one computes, so time depends on the disk. "auto": the
+            first of these that fits. Results are bitwise equal.
+        modulation: "precomputed": the transformer's adaLN layers, a third of its weights, are read once per
+            run for all steps; under taps, hooks or gradients also block by block as they run. Results are
+            bitwise equal.
+        storage: "float8": matrices of the transformer's and the text encoder's blocks are stored in 8 bits
+            with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
+            approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that come and go.
+            `compile`, no C++ compiler, or weights that do not stay in memory.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)

@@ -1,17 +1,16 @@
-"""What can be changed about a run, as values: `pipe.edit(picture, prompt, switches=Switches(...))`.
+"""Changes to a run, as values: `pipe.edit(picture, prompt, switches=Switches(...))`.
 
     Switches(references=References(latents="left_out"))          # the appearance path is cut
     Switches(seen=Seen(picture="blank"))                         # the semantic path is cut
     Switches.from_flat({"guidance.norm": "none", "references.steps": [0, 10]})
 
-Every default is the plain run, bit by bit. Intervals are (start, stop) with `stop` excluded, as in `range`.
+With the default values a run is bitwise the plain one. Intervals are (start, stop) with `stop` excluded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import hashlib
 import math
 import types
@@ -30,9 +29,10 @@ __all__ = [
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
 AnyPicture = str | Path | Image.Image  # a file's name, or a PIL picture
+Norm = Literal["reference", "none", "global", "channel", "clamp", "comfy_x0"]
 
-NORMS = ("reference", "none", "global", "channel", "clamp", "comfy_x0")
-# These set the size of what they are given: a factor on a whole sample, which `rescale` is, is undone.
+NORMS: tuple[Norm, ...] = get_args(Norm)
+# These norms set the size of the prediction, which cancels `rescale`, a factor on the whole sample.
 _UNDO_RESCALE = ("reference", "global", "channel")
 
 
@@ -42,24 +42,24 @@ class References:
 
     Attributes:
         latents: "concatenated" behind the noise tokens, as in the reference; "left_out" of the sequence (the
-            transformer then sees what it sees in text-to-image, prompt embeddings apart); "zeroed", so that
-            the tokens stay and say nothing (0 is the mean of normalised latents); "noise", standard normal;
-            "other", those of `picture`.
-        picture: for "other": it is brought to the size of the picture that it replaces.
-        sigma: the latents are brought to this noise level, (1 - sigma) * latents + sigma * noise, in [0, 1].
-        seed: of the noise of "noise" and of `sigma`, which is not the target's from the same seed; the k-th
-            pictures of all rows get the same.
-        steps: present in these steps only, left out in the others.
-        blocks: visible in these blocks only. In the others no token of the text or of the target attends to a
-            reference token; the reference tokens themselves go on attending to all.
-        order: the pictures of each row in another order, which changes their RoPE frame index: (1, 0) swaps
-            two. The language model sees them as they were.
+            transformer's input is then that of text-to-image, except for the prompt embeddings); "zeroed",
+            so that the tokens stay without content (0 is the mean of normalised latents); "noise", standard
+            normal; "other", those of `picture`.
+        picture: for "other"; it is resized to the size of the picture that it replaces.
+        sigma: noise level of the latents, (1 - sigma) * latents + sigma * noise, in [0, 1].
+        seed: of the noise for "noise" and `sigma`; it differs from the target's noise of the same seed. The
+            k-th pictures of all rows get the same noise.
+        steps: references are present in these steps only.
+        blocks: references are visible in these blocks only. In the others no text or target token attends to
+            a reference token; reference tokens still attend to all tokens.
+        order: another order of each row's pictures, which changes their RoPE frame index: (1, 0) swaps two.
+            The language model sees the original order.
         frame: the RoPE frame index: "own" (1, 2, ... as in the reference) or "target" (0, that of the
-            target: rows and columns are centred in either grid, and where the grids are equal a reference
-            token then has the position of the target token that it lies under).
+            target). Rows and columns are centred in each grid; with "target" and equal grids a reference
+            token has the same position as the target token at its place.
 
-    Source: `QwenImageEditPipeline.__call__` concatenates; `QwenEmbedRope` numbers the frames. Restriction to
-        steps and blocks is what Stable Flow (arXiv 2411.14430) and its kin do by forks.
+    Source: `QwenImageEditPipeline.__call__` concatenates; `QwenEmbedRope` numbers the frames. Stable Flow
+        (arXiv 2411.14430) and similar methods restrict references to steps and blocks.
     """
 
     latents: Literal["concatenated", "left_out", "zeroed", "noise", "other"] = "concatenated"
@@ -92,13 +92,13 @@ class Seen:
 
     Attributes:
         picture: "seen", as in the reference; "unseen": the prompt is encoded with the text-to-image template,
-            without any picture, and cut to 512 tokens as there; "blank": mid-grey of the same size; "other":
-            `other` in its place, brought to the same size.
+            without pictures, and cut to 512 tokens as there; "blank": mid-grey of the same size; "other":
+            `other` instead, resized to the same size.
         other: for "other".
-        size: (width, height) in pixels that the picture is resized to for the language model, in place of the
-            checkpoint's; the processor then rounds it to its own multiple.
-        negative: whether the negative prompt is encoded with the same pictures, as in the reference, or as
-            "unseen".
+        size: (width, height) in pixels of the picture for the language model, instead of the checkpoint's;
+            the processor then rounds it to its own multiple.
+        negative: True encodes the negative prompt with the same pictures, as in the reference; False encodes
+            it as "unseen".
 
     Source: `QwenImageEditPipeline.encode_prompt`, which encodes both prompts with the picture.
     """
@@ -121,12 +121,12 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEPath:
-    """How the VAE's posterior becomes reference latents. Decoding is not touched.
+    """How the VAE's posterior becomes reference latents. Decoding does not change.
 
     Attributes:
         posterior: "mode", as in the reference, or a "sample" of it.
-        seed: of the sample, whose noise is not the target's from the same seed; each picture has its own.
-        normalised: by the checkpoint's mean and standard deviation of latents, as in the reference, or not.
+        seed: of the sample; its noise differs between pictures, and from the target's of the same seed.
+        normalised: by the checkpoint's mean and standard deviation of latents, as in the reference.
 
     Source: `QwenImageEditPipeline._encode_vae_image`.
     """
@@ -141,33 +141,33 @@ class VAEPath:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """What there is to choose in guidance beside its scale. The default is the reference's.
+    """The options of guidance other than its scale. The defaults are the reference's.
 
-    With c and u for the velocities with the prompt and with the negative prompt, and w for the scale, a step
+    Let c and u be the velocities with the prompt and with the negative prompt, and w the scale. A step
     combines them, then rescales, then norms.
 
     Attributes:
-        norm: what the combined prediction g is multiplied by.
+        norm: the factor on the combined prediction g.
             "reference": |c| / |g| of each packed token, over its 64 channels. As in the reference the ratio
-                is neither clamped nor given an epsilon: where g is exactly 0 it makes NaN.
-            "none": nothing.
-            "global": one |c| / |g| a sample, over all tokens and channels.
+                is neither clamped nor given an epsilon: where g is exactly 0, it is NaN.
+            "none": no factor.
+            "global": one |c| / |g| per sample, over all tokens and channels.
             "channel": |c| / |g| of each of the 16 latent channels, over all latent pixels of the sample. The
-                four packed channels of a token that are one latent channel share it: packing is no channel.
-            "clamp": the reference's ratio, but at most 1: it shrinks, and never amplifies.
+                four packed channels that hold one latent channel share the factor.
+            "clamp": the reference's ratio, but at most 1.
             "comfy_x0": ComfyUI's CFGNorm at strength 1. On the estimate of the clean latents instead of the
                 velocity, for each latent pixel over its 16 channels: |x0_c| / (|x0_g| + 1e-8), at most 1.
-            All but "reference" leave finite what is exactly 0: it stays 0 (of "comfy_x0", the estimate does).
-        steps: (start, stop) of the guided steps, counted from 0, stop not among them; None: all. Outside of
-            them c is the velocity, and u is not computed. Source: arXiv 2404.07724.
+            With all but "reference" a g of exactly 0 stays 0 (with "comfy_x0", an estimate of 0).
+        steps: (start, stop) of the guided steps, counted from 0, stop excluded; None for all. In other steps
+            c is the velocity, and u is not computed. Source: arXiv 2404.07724.
         rescale: phi in [0, 1]: g becomes phi g std(c) / std(g) + (1 - phi) g, with the standard deviations
-            over a whole sample. The norms "reference", "global" and "channel" would undo it, so it is refused
-            with them. Source: arXiv 2305.08891, section 3.4.
-        eta, momentum, threshold: adaptive projected guidance (APG), on estimates of the clean latents, a
-            whole sample at a time. The difference d = x0_c - x0_u becomes d + momentum * (that of the step
-            before), and where it is longer than `threshold` (None: any length) it is cut to that length; of
-            its part parallel to x0_c the share `eta` is kept; g is x0_c + (w - 1) d. The values 1, 0 and None
-            are plain guidance, u + w (c - u). The paper has eta 0, a negative momentum and norm "none".
+            over a whole sample. The norms "reference", "global" and "channel" would cancel it, so it is
+            refused with them. Source: arXiv 2305.08891, section 3.4.
+        eta, momentum, threshold: adaptive projected guidance (APG), on estimates of the clean latents, one
+            whole sample at a time. The difference d = x0_c - x0_u becomes d + momentum * (d of the previous
+            step), is cut to the length `threshold` (None: not cut), and keeps the share `eta` of its part
+            parallel to x0_c; g is x0_c + (w - 1) d. The values 1, 0 and None are plain guidance,
+            u + w (c - u). The paper has eta 0, a negative momentum and norm "none".
             Source: arXiv 2410.02416, algorithm 1.
 
     Raises:
@@ -180,69 +180,55 @@ class Guidance:
     ValueError: guidance.rescale is 2.0, wanted a number in [0, 1]
     """
 
-    norm: str = "reference"
-    steps: tuple[int, int] | None = None
+    norm: Norm = "reference"
+    steps: Interval | None = None
     rescale: float = 0.0
     eta: float = 1.0
     momentum: float = 0.0
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            close = difflib.get_close_matches(str(self.norm), NORMS, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"guidance.norm is {self.norm!r}, wanted one of {', '.join(NORMS)}{hint}")
-        if self.steps is not None:
-            whole = isinstance(self.steps, (tuple, list)) and [type(x) for x in self.steps] == [int, int]
-            if not whole or not 0 <= self.steps[0] < self.steps[1]:
-                raise ValueError(
-                    f"guidance.steps is {self.steps!r}, wanted (start, stop) with 0 <= start < stop"
-                )
-            object.__setattr__(self, "steps", tuple(self.steps))  # JSON knows lists only
-        if not _is_finite(self.rescale) or not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance.rescale is {self.rescale!r}, wanted a number in [0, 1]")
+        _check_types(self, "guidance")
+        if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
+            raise ValueError(f"guidance.steps is {self.steps}, wanted (start, stop) with 0 <= start < stop")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance.rescale is {self.rescale}, wanted a number in [0, 1]")
         if self.rescale and self.norm in _UNDO_RESCALE:
             raise ValueError(
                 f"guidance.rescale is {self.rescale}, but norm {self.norm!r} undoes it: wanted norm "
                 f"{' or '.join(repr(norm) for norm in NORMS if norm not in _UNDO_RESCALE)}"
             )
-        if not _is_finite(self.eta):
-            raise ValueError(f"guidance.eta is {self.eta!r}, wanted a finite number")
-        if not _is_finite(self.momentum) or not -1 < self.momentum < 1:
-            raise ValueError(f"guidance.momentum is {self.momentum!r}, wanted a number within (-1, 1)")
-        if self.threshold is not None and not (_is_finite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"guidance.threshold is {self.threshold!r}, wanted a positive number, or None")
+        if not -1 < self.momentum < 1:
+            raise ValueError(f"guidance.momentum is {self.momentum}, wanted a number within (-1, 1)")
+        if self.threshold is not None and self.threshold <= 0:
+            raise ValueError(f"guidance.threshold is {self.threshold}, wanted a positive number, or None")
 
     @property
     def projects(self) -> bool:
-        """Is it APG?"""
+        """True for APG."""
         return self.eta != 1 or self.momentum != 0 or self.threshold is not None
 
     @property
     def on_x0(self) -> bool:
-        """Does it work on estimates of the clean latents?"""
+        """True if guidance works on estimates of the clean latents."""
         return self.projects or self.norm == "comfy_x0"
 
     def guides(self, step: int) -> bool:
         return self.steps is None or self.steps[0] <= step < self.steps[1]
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """What the transformer is told of time, and which times it visits.
+    """The timesteps that the transformer gets, and the schedule of sigmas.
 
     Attributes:
         zero_cond_t: True modulates reference tokens as if at sigma 0 (Edit-2511), False as the target; None
-            leaves it as the checkpoint has it.
+            keeps the checkpoint's setting.
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
             "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
-            every size, no terminal stretch); or the sigmas themselves, noise first, one a step, without the
-            final 0: unlike the argument `sigmas` they are neither shifted nor stretched.
+            every size, no terminal stretch); or the sigmas themselves, noise first, one per step, without
+            the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
         values in Qwen-Image-Lightning's `generate_with_diffusers.py`.
@@ -258,14 +244,14 @@ class Time:
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Everything that can be changed about a run; the default changes nothing.
+    """All changes to a run; the default changes nothing.
 
     Attributes:
         references: the reference latents, the path of appearance.
         seen: the picture that the language model sees, the path of meaning.
         vae: how the VAE's posterior becomes reference latents.
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
-        time: what the transformer is told of time, and the sigmas.
+        time: the transformer's timesteps, and the sigmas.
 
     Raises:
         ValueError: a value without meaning; the message has the switch's dotted name.
@@ -291,7 +277,7 @@ class Switches:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Switches:
-        """From dotted names, as a spec file or the command line has them; lists count as tuples.
+        """From dotted names, the form of spec files and the command line; lists count as tuples.
 
         Raises:
             ValueError: an unknown name (close ones are listed) or a value without meaning.
@@ -307,8 +293,8 @@ class Switches:
         return cls(**{group: GROUPS[group](**options) for group, options in groups.items()})
 
     def flat(self) -> dict[str, Any]:
-        """What differs from the default, by dotted name, as JSON has it; a PIL picture is a hash of its
-        pixels.
+        """The values that differ from the default, by dotted name, in JSON's types; a PIL picture becomes a
+        hash of its pixels.
         """
         plain = Switches()
         values = {}
@@ -321,7 +307,7 @@ class Switches:
 
     @property
     def encoding(self) -> Switches:
-        """What of this `condition` depends on; the rest is as by default."""
+        """The switches that `condition` depends on; the others have their defaults."""
         references = References()
         if self.references.latents == "other":
             references = References(latents="other", picture=self.references.picture)
@@ -329,7 +315,7 @@ class Switches:
 
 
 def own_generator(seed: int, *use: object) -> Generator:
-    """The generator of one use of a seed: other numbers than any other use of the same seed.
+    """The generator of one use of a seed: different numbers from any other use of the same seed.
 
     >>> own_generator(0, "vae").initial_seed() == own_generator(0, "references").initial_seed()
     False
@@ -338,9 +324,7 @@ def own_generator(seed: int, *use: object) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-GROUPS: dict[str, Any] = {
-    "references": References, "seen": Seen, "vae": VAEPath, "guidance": Guidance, "time": Time,
-}  # fmt: skip
+GROUPS: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Switches)}
 NAMES = [f"{group}.{one.name}" for group, kind in GROUPS.items() for one in dataclasses.fields(kind)]
 
 
@@ -353,36 +337,31 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
 def _check_types(options: Any, group: str) -> None:
     """Every field holds what its annotation says; a wrong word is answered with the right ones.
 
-    A list, which is what JSON and TOML have, becomes a tuple.
+    A list, from JSON or TOML, becomes a tuple.
     """
-    for name, wanted in _hints(options.__class__).items():
+    for name, annotation in typing.get_type_hints(type(options)).items():
         value = getattr(options, name)
         if isinstance(value, list):
             value = tuple(value)
             object.__setattr__(options, name, value)
-        if not _fits(value, wanted):
-            words = _words(wanted)
+        is_union = get_origin(annotation) in (Union, types.UnionType)
+        alternatives = get_args(annotation) if is_union else (annotation,)
+        if not any(_fits(value, one) for one in alternatives):
+            words = [word for one in alternatives if get_origin(one) is Literal for word in get_args(one)]
             close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{group}.{name} is {value!r}, wanted {_named(wanted)}{hint}")
+            wanted = " or ".join(dict.fromkeys(map(_named, alternatives)))
+            raise ValueError(f"{group}.{name} is {value!r}, wanted {wanted}{hint}")
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    origin = get_origin(wanted)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in get_args(wanted))
+    origin, kinds = get_origin(wanted), get_args(wanted)
     if origin is Literal:
-        return isinstance(value, str) and value in get_args(wanted)
+        return isinstance(value, str) and value in kinds
     if origin is tuple:
-        kinds = get_args(wanted)
         if not isinstance(value, tuple):
             return False
         if kinds[-1] is Ellipsis:
@@ -395,21 +374,14 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, wanted)
 
 
-def _words(wanted: Any) -> list[str]:
-    if get_origin(wanted) in (Union, types.UnionType):
-        return [word for one in get_args(wanted) for word in _words(one)]
-    return list(get_args(wanted)) if get_origin(wanted) is Literal else []
-
-
 def _named(wanted: Any) -> str:
     """An annotation in words."""
-    if get_origin(wanted) in (Union, types.UnionType):
-        return " or ".join(_named(one) for one in get_args(wanted))
+    kinds = get_args(wanted)
     if get_origin(wanted) is Literal:
-        return " or ".join(map(repr, get_args(wanted)))
+        return " or ".join(map(repr, kinds))
     if get_origin(wanted) is tuple:
-        kinds = [_named(one) for one in get_args(wanted) if one is not Ellipsis]
-        return f"a list of {kinds[0]}s" if len(kinds) == 1 else f"({', '.join(kinds)})"
+        names = [_named(one) for one in kinds if one is not Ellipsis]
+        return f"a list of {names[0].removeprefix('a ')}s" if len(names) == 1 else f"({', '.join(names)})"
     named = {int: "a whole number", float: "a number", bool: "true or false", str: "a file's name"}
     return "nothing" if wanted is type(None) else named.get(wanted, "a picture")
 
@@ -420,10 +392,10 @@ def _check_interval(name: str, interval: Interval | None) -> None:
 
 
 def _check_idle(options: Any, group: str, switch: str, idle: Mapping[str, tuple[str, ...]]) -> None:
-    """Nothing is set beside a value of `switch` under which it has no effect."""
+    """No option is set that has no effect under the value of `switch`."""
     value = getattr(options, switch)
     for name in idle.get(value, ()):
-        if getattr(options, name) != type(options).__dataclass_fields__[name].default:
+        if getattr(options, name) != getattr(type(options), name):  # its default
             raise ValueError(f"{group}.{name} has no effect where {group}.{switch} is {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""The components of a checkpoint as one object, and what every kind of run does with them."""
+"""The components of a checkpoint as one object, and the parts that all kinds of run share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from qwenedit.checks import check_count, warn_of_float16
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.encoding.encode import Encoder
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
-from qwenedit.inputs.pictures import denormalise_pixels
+from qwenedit.inputs.pictures import denormalise_pixels, to_pil
 from qwenedit.inputs.processor import Processor
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, initial_noise, unpack
 from qwenedit.memory.residency import home, move, present, while_present
 from qwenedit.networks.mmdit import MMDiT
@@ -36,15 +38,17 @@ Own = TypeVar("Own", bound="System")
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a run made: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64);
-    of `decompose` the likes of these, which it describes.
+    """A run's output: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64).
+
+    `decompose` describes its own forms of these.
     """
 
     images: list[Any] | Tensor
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class System:
-    """A checkpoint's components. They are plain attributes, each of which works without the others.
+    """A checkpoint's components as plain attributes; each works without the others.
 
     Attributes:
         vision_language: prompt and pictures to embeddings; None if it was left out on loading.
@@ -52,36 +56,25 @@ class System:
         mmdit: noisy latents to velocity.
         scheduler: number of steps to sigmas.
         processor: prompts and pictures to token ids and patches.
-        variant: which checkpoint of the family this is, from its model_index.json.
-        areas: the areas in pixels that pictures are brought to.
-        progress: whether progress bars are shown, on a terminal.
-        share_prefix: run the text encoder once over what a prompt and its negative prompt have in common,
-            the pictures among it: about half the time, and other last bits. False, as the reference runs.
-        micro_batch: the most rows of a batch that run through a network at a time; None: all. At 1, and with
-            a generator a row, each row is its single run bit by bit.
+        variant: the member of the family, from its model_index.json.
+        areas: the areas in pixels that pictures are resized to.
+        progress: show progress bars, on a terminal.
+        share_prefix: run the text encoder once over the common prefix of a prompt and its negative prompt,
+            pictures included: about half the time, and the last bits differ. False, as in the reference.
+        micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
+            with one generator per row, each row equals its single run bit by bit.
     """
 
-    def __init__(
-        self,
-        *,
-        vision_language: VisionLanguage | None,
-        vae: VAE,
-        mmdit: MMDiT,
-        scheduler: FlowMatchScheduler,
-        processor: Processor,
-        variant: Variant,
-        areas: Areas,
-    ) -> None:
-        self.vision_language = vision_language
-        self.vae = vae
-        self.mmdit = mmdit
-        self.scheduler = scheduler
-        self.processor = processor
-        self.variant = variant
-        self.areas = areas
-        self.progress = True
-        self.share_prefix = False
-        self.micro_batch: int | None = None
+    vision_language: VisionLanguage | None
+    vae: VAE
+    mmdit: MMDiT
+    scheduler: FlowMatchScheduler
+    processor: Processor
+    variant: Variant
+    areas: Areas
+    progress: bool = True
+    share_prefix: bool = False
+    micro_batch: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +114,12 @@ class System:
         latents: Tensor | None,
         switches: Switches,
     ) -> tuple[Tensor, list[float]]:
-        """Latents to start from and sigmas, for a row each of `pictures` (how many pictures it has): cheap,
-        so that bad input shows before any network runs.
+        """Initial latents and sigmas for a batch whose rows have so many `pictures`.
+
+        It is cheap and runs before any network, so that bad input is found early.
+
+        Raises:
+            ValueError: bad input, or switches that cannot act on this run.
         """
         frames, rows, columns = grid
         batch, tokens = len(pictures), rows * columns
@@ -131,20 +128,33 @@ class System:
             check_count("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
-        channels = self.mmdit.config.out_channels
+        config, device, dtype = self.mmdit.config, self.device, self.dtype
         if latents is None:
-            noise = initial_noise(
-                batch, channels, grid, generator=generator, device=self.device, dtype=self.dtype
-            )
-        else:
-            wanted = (batch, frames * tokens, self.mmdit.config.in_channels)
-            if not isinstance(latents, Tensor) or tuple(latents.shape) != wanted:
-                got = (
-                    f"shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
-                )
-                raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
-            noise = latents.to(self.device, self.dtype)
-        return noise, visited
+            channels = config.out_channels
+            noise = initial_noise(batch, channels, grid, generator=generator, device=device, dtype=dtype)
+            return noise, visited
+        wanted = (batch, frames * tokens, config.in_channels)
+        is_tensor = isinstance(latents, Tensor)
+        if not is_tensor or tuple(latents.shape) != wanted:
+            got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
+            raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+        return latents.to(device, dtype), visited
+
+    def _encode(
+        self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
+    ) -> Conditioning:
+        if self.vision_language is None:
+            raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
+        encoder = Encoder(
+            variant=self.variant,
+            processor=self.processor,
+            vision_language=self.vision_language,
+            vae=self.vae,
+            max_tokens=max_tokens,
+            share_prefix=self.share_prefix,
+            micro_batch=self.micro_batch,
+        )
+        return encoder(rows, switches, guided=guided, frames=frames).to(self.device, self.dtype)
 
     def _steps(
         self,
@@ -153,6 +163,7 @@ class System:
         guidance: TrueCFG | None,
         switches: Switches,
     ) -> Iterator[Step]:
+        """The Euler loop from the latents and sigmas that `prepare` returned."""
         conditioning = conditioning.to(self.device, self.dtype)
         predict = switched_predictor(
             self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
@@ -160,10 +171,16 @@ class System:
         )  # fmt: skip
         return while_present(self.mmdit, euler(predict, *run, guidance))
 
-    def _last(self, steps: Iterator[Step], count: int) -> Tensor:
-        """The latents after all steps, which are taken under a progress bar."""
+    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
+        """Take all steps, under a progress bar, and make the result."""
         bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
         (last,) = deque(bar, maxlen=1)
-        latents = last.after
-        require_finite(latents, "sampler: the final latents")
-        return latents
+        require_finite(last.after, "sampler: the final latents")
+        if output_type == "latent":
+            return Result(last.after)
+        return Result(self._images(last.after, grid, output_type))
+
+    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> list[Any] | Tensor:
+        """Decoded latents, as "pil" or "pt"."""
+        pixels = self.decode(latents, grid)
+        return to_pil(pixels) if output_type == "pil" else pixels

@@ -10,9 +10,9 @@ from PIL import Image
 
 import qwenedit
 from qwenedit.cli import options as cli
+from qwenedit.cli.picture_files import check_alpha
 from qwenedit.family import PRESETS
-from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
-from qwenedit.layered import check_alpha
+from qwenedit.inputs.pictures import rgba_pixels, to_pil
 from qwenedit.verify import verify
 from tests.tiny import checkpoint, picture
 
@@ -95,7 +95,7 @@ def test_what_is_transparent_does_not_shine_through():
     visible = alpha > 0
     assert ((alpha > 0) & (alpha < 1)).any()  # the edge
     assert (red[visible] == 0).all() and (green[visible] > 0.9).all()
-    (got,) = rgba_pictures(pixels)
+    (got,) = to_pil(pixels)
     assert got.mode == "RGBA" and got.size == (24, 24)
 
 
@@ -201,7 +201,7 @@ def test_four_layers_and_the_cards_settings_are_the_default(command, monkeypatch
     ],
 )
 def test_bad_usage_is_one_line_before_weights_are_read(command, monkeypatch, capsys, options, message):
-    monkeypatch.setattr("qwenedit.pipeline.load", None)
+    monkeypatch.setattr("qwenedit.cli.commands.load", None)
     assert run(*command, *options) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
@@ -209,7 +209,7 @@ def test_bad_usage_is_one_line_before_weights_are_read(command, monkeypatch, cap
 
 
 def test_other_commands_refuse_layered_before_weights_are_read(command, monkeypatch, capsys):
-    monkeypatch.setattr("qwenedit.pipeline.load", None)
+    monkeypatch.setattr("qwenedit.cli.commands.load", None)
     for words in (["edit", command[1], "x"], ["generate", "x"]):
         assert run(*words, "--model", checkpoint("layered"), "-o", "out.png", "--quiet") == 2
         assert "only takes pictures apart into layers: use decompose" in capsys.readouterr().err

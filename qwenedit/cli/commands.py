@@ -1,102 +1,116 @@
-"""What each command of the command line does, with the options that options.py read.
+"""The commands of the command line, each a function of the options that options.py parsed.
 
-Bad input is found before any weight is read. A ValueError is the one line that the user sees.
+Bad input is found before any weight is read. A ValueError's message is the one line that the user sees.
+`plan`, `parity` and `ablate` import their part of the package when they run: other commands start faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from qwenedit.cli.outputs import check_outputs, save_pictures
+import torch
+from PIL import Image
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Generator
-
-    from qwenedit.family import Sampling
-    from qwenedit.networks.mmdit import MMDiTConfig
-    from qwenedit.pipeline import QwenImageEdit
-    from qwenedit.switches import Switches
-    from qwenedit.system import Result
+from qwenedit.assembly import modes_of, other_files
+from qwenedit.checks import device_of, dtype_of
+from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
+from qwenedit.family import PRESETS, preset_of
+from qwenedit.inputs.pictures import open_picture
+from qwenedit.inputs.rows import rows_of
+from qwenedit.layered import layer_rows, require_flat
+from qwenedit.lora import read_lora
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.pipeline import QwenImageEdit, load
+from qwenedit.sampling.compiling import require_compiler
+from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.switches import Switches
+from qwenedit.verify import describe
+from qwenedit.verify import verify as verify_checkpoint
+from qwenedit.weights.checkpoints import find_preset, read_areas, read_variant, resolve
+from qwenedit.weights.configs import network_config
 
 __all__ = ["ablate", "decompose", "edit", "generate", "info", "parity", "plan", "verify"]
 
+T = TypeVar("T")
+
 
 def edit(options: argparse.Namespace) -> None:
-    from qwenedit.inputs.pictures import open_picture
-
-    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
+    outputs = output_files(options.output, options.num_images)
     pictures = [open_picture(path) for path in options.pictures]
-    pipe, sampling = _load(options, pictures, switches)
-    _finish(pipe.edit(pictures, options.prompt, **sampling), outputs)
+    pipe, settings = _prepare(options, pictures)
+    _save(pipe.edit(pictures, options.prompt, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
-    outputs, switches = check_outputs(options.output, options.num_images), _switches(options)
-    pipe, sampling = _load(options, None, switches)
-    _finish(pipe.generate(options.prompt, **sampling), outputs)
+    outputs = output_files(options.output, options.num_images)
+    pipe, settings = _prepare(options, None)
+    _save(pipe.generate(options.prompt, **settings).images, outputs)
+
+
+def _prepare(
+    options: argparse.Namespace, pictures: list[Image.Image] | None
+) -> tuple[QwenImageEdit, dict[str, Any]]:
+    """The pipeline and the arguments of its call, after all checks: weights may be many gigabytes."""
+    switches = _switches(options)
+    folder = _folder(options)
+    variant = read_variant(folder)
+    require_flat(variant)
+    preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
+    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
+    size = {"height": options.height, "width": options.width}
+    areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
+    (row,) = _silent(lambda: rows_of(*prompts, pictures, variant, areas, **size))
+    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
+    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
+    require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=steps)
+    pipe = _load(options, folder)
+    count, generator = options.num_images, _generator(options)
+    return pipe, {
+        **vars(run), **size, "num_images_per_prompt": count, "generator": generator, "switches": switches,
+    }  # fmt: skip
 
 
 def decompose(options: argparse.Namespace) -> None:
-    """As for `edit`, all that can be wrong shows before weights are read."""
-    from qwenedit.family import PRESETS
-    from qwenedit.inputs.pictures import open_picture
-    from qwenedit.layered import check_alpha, layer_rows
-    from qwenedit.sampling.scheduler import load_scheduler
-    from qwenedit.weights.checkpoints import read_variant
-    from qwenedit.weights.configs import network_config
-
     preset = PRESETS["Qwen-Image-Layered"]
     assert preset.layering is not None
-    layers = options.layers or preset.layering.layers
-    resolution = options.resolution or preset.layering.resolution
-    outputs = check_outputs(options.output, layers)
+    given = {"layers": options.layers, "resolution": options.resolution}
+    layering = dataclasses.replace(preset.layering, **{name: n for name, n in given.items() if n is not None})
+    outputs = output_files(options.output, layering.layers)
     check_alpha(options.output)
     picture = open_picture(options.picture)
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    _check_guidance(run)
+    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
     folder = _folder(options)
     variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
-    (row,) = layer_rows(picture, *prompts, variant, layers, resolution)
+    (row,) = layer_rows(picture, *prompts, variant, layering.layers, layering.resolution)
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
-    pipe = _pipe(options, folder, network_config(folder, "transformer"))
-    result = pipe.decompose(
-        picture,
-        options.prompt,
-        negative_prompt=run.negative_prompt,
-        true_cfg_scale=run.true_cfg_scale,
-        num_inference_steps=run.num_inference_steps,
-        layers=layers,
-        resolution=resolution,
-        cfg_normalize=preset.layering.cfg_normalize,
-        generator=_generator(options),
-    )
-    _finish(result, outputs)
+    settings = {**vars(run), **vars(layering), "generator": _generator(options)}
+    _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
 
 
-def _finish(result: Result, outputs: list[Path]) -> None:
-    save_pictures(result.images, outputs)
+def _save(images: Iterable[Any], outputs: list[Path]) -> None:
+    save_pictures(images, outputs)
     print(*outputs, sep="\n")
 
 
 def info(options: argparse.Namespace) -> None:
-    from qwenedit.verify import describe
-    from qwenedit.weights.checkpoints import find_preset
-
     print(describe(options.model, revision=options.revision, files=_files(options)))
     if preset := find_preset(options.model, revision=options.revision):
         print(f"  {preset}")
 
 
 def verify(options: argparse.Namespace) -> None:
-    from qwenedit.verify import verify
-
-    report = verify(options.model, revision=options.revision, files=_files(options))
+    report = verify_checkpoint(options.model, revision=options.revision, files=_files(options))
     print(report)
     if not report.ok:
         raise ValueError(
@@ -107,31 +121,11 @@ def verify(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
-    print(
-        plan(
-            options.model,
-            device_memory=options.device_memory,
-            host_memory=options.host_memory,
-            device=options.device,
-            dtype=options.dtype,
-            height=options.height,
-            width=options.width,
-            pictures=options.pictures,
-            layers=options.layers,
-            revision=options.revision,
-            files=_files(options),
-        )
-    )
-
-
-def _files(options: argparse.Namespace) -> dict[str, Path]:
-    from qwenedit.assembly import other_files
-
-    return other_files(mmdit=options.mmdit, vae=options.vae, text_encoder=options.text_encoder)
+    names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
+    print(plan(options.model, **_chosen(options, *names, "revision"), files=_files(options)))
 
 
 def parity(options: argparse.Namespace) -> int:
-    from qwenedit.inputs.pictures import open_picture
     from qwenedit.parity.compare import PROMPT, parity
     from qwenedit.parity.report import DTYPES
 
@@ -147,8 +141,7 @@ def parity(options: argparse.Namespace) -> int:
             progress=not options.quiet,
         )
     except KeyboardInterrupt:
-        print("qwenedit: interrupted; rows that are done are kept: run it again to go on", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("rows that are done are kept: run it again to go on") from None
     print(result, options.output, sep="\n")
     return 0 if result.ok else 1
 
@@ -157,18 +150,11 @@ def ablate(options: argparse.Namespace) -> None:
     from qwenedit.ablation.sweep import ablate
 
     folder = options.output or Path(options.spec.stem)
+    chosen = _chosen(options, "device", "dtype", "yes")
     try:
-        sweep = ablate(
-            options.spec,
-            folder,
-            device=options.device,
-            dtype=options.dtype,
-            yes=options.yes,
-            progress=not options.quiet,
-        )
+        sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
     except KeyboardInterrupt:
-        print("qwenedit: interrupted; edits that are done are kept: run it again to go on", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt("edits that are done are kept: run it again to go on") from None
     print(folder / "report.html")
     if sweep.failed:
         raise ValueError(
@@ -178,106 +164,32 @@ def ablate(options: argparse.Namespace) -> None:
 
 
 def _switches(options: argparse.Namespace) -> Switches:
-    from qwenedit.family import PRESETS
-    from qwenedit.inputs.pictures import open_picture
-    from qwenedit.switches import Switches
-
     preset = {} if options.preset is None else PRESETS[options.preset].switches.flat()
     flat = {**preset, **options.switch}
-    for name in ("references.picture", "seen.other"):  # read now, before any weight is
+    for name in ("references.picture", "seen.other"):  # a missing picture is found before weights are read
         if isinstance(flat.get(name), str):
             flat[name] = open_picture(flat[name])
     return Switches.from_flat(flat)
 
 
-def _load(
-    options: argparse.Namespace, pictures: list[Image.Image] | None, switches: Switches
-) -> tuple[QwenImageEdit, dict[str, Any]]:
-    """The pipeline and what to call it with, once it is clear that it can do what is asked: weights may be
-    many gigabytes.
-    """
-    from qwenedit.family import PRESETS, preset_of
-    from qwenedit.inputs.rows import rows_of
-    from qwenedit.layered import require_flat
-    from qwenedit.sampling.scheduler import load_scheduler
-    from qwenedit.sampling.switched import require_fitting, schedule
-    from qwenedit.weights.checkpoints import read_areas, read_variant
-    from qwenedit.weights.configs import network_config
-
-    folder = _folder(options)
-    variant = read_variant(folder)
-    require_flat(variant)
-    preset = preset_of(folder) if options.preset is None else PRESETS[options.preset]
-    run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warns
-        (row,) = rows_of(*prompts, pictures, variant, areas, options.height, options.width)
-    _check_guidance(run)
-    steps = run.num_inference_steps
-    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
-    config = network_config(folder, "transformer")
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=config.num_layers, steps=steps)
-    return _pipe(options, folder, config), {
-        "negative_prompt": run.negative_prompt,
-        "true_cfg_scale": run.true_cfg_scale,
-        "num_inference_steps": steps,
-        "height": options.height,
-        "width": options.width,
-        "num_images_per_prompt": options.num_images,
-        "generator": _generator(options),
-        "switches": switches,
-    }
-
-
 def _folder(options: argparse.Namespace) -> Path:
-    """The checkpoint's, downloaded if need be, once it is clear that it can be loaded as is asked."""
-    from qwenedit.assembly import modes_of
-    from qwenedit.checks import device_of, dtype_of
-    from qwenedit.sampling.compiling import require_compiler
-    from qwenedit.weights.checkpoints import resolve
-
+    """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
     dtype_of(options.dtype, device_of(options.device))
-    modes_of(compile=options.compile, **_memory(options))
+    modes_of(**_modes(options))
     if options.compile:
         require_compiler()
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
 
 
-def _memory(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("residency", "modulation", "storage")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def _check_guidance(run: Sampling) -> None:
-    from qwenedit.sampling.guidance import guidance_of
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself warns
-        guidance_of(run.true_cfg_scale, run.negative_prompt)
-
-
-def _generator(options: argparse.Namespace) -> Generator | None:
-    import torch
-
-    return None if options.seed is None else torch.Generator().manual_seed(options.seed)
-
-
-def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> QwenImageEdit:
-    """The pipeline of a folder and of files of their own, with its LoRAs, which are checked first."""
-    from qwenedit.pipeline import load
-
-    loras = _loras(options, config)
+def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
+    """The pipeline with its LoRAs, whose files are checked first."""
+    loras = _loras(options, folder)
     pipe = load(
         folder,
-        device=options.device,
-        dtype=options.dtype,
         progress=not options.quiet,
-        mmdit=options.mmdit,
-        vae=options.vae,
         text_encoder=options.text_encoder or True,
-        compile=options.compile,
-        **_memory(options),
+        **_chosen(options, "device", "dtype", "mmdit", "vae"),
+        **_modes(options),
     )
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
@@ -286,13 +198,8 @@ def _pipe(options: argparse.Namespace, folder: Path, config: MMDiTConfig) -> Qwe
     return pipe
 
 
-def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path, float]]:
-    """The files and scales of --lora, each file compared with the transformer that is to be loaded."""
-    import torch
-
-    from qwenedit.lora import read_lora
-    from qwenedit.networks.mmdit import MMDiT
-
+def _loras(options: argparse.Namespace, folder: Path) -> list[tuple[Path, float]]:
+    """The files and scales of --lora, each file compared with the transformer's config."""
     found = []
     for text in options.lora:
         path, colon, scale = text.rpartition(":")
@@ -304,7 +211,30 @@ def _loras(options: argparse.Namespace, config: MMDiTConfig) -> list[tuple[Path,
             raise ValueError(f"--lora is {text!r}, wanted FILE or FILE:SCALE") from None
     if found:
         with torch.device("meta"):
-            transformer = MMDiT(config)
+            transformer = MMDiT(network_config(folder, "transformer"))
         for file, _ in found:
             read_lora(file, transformer)
     return found
+
+
+def _files(options: argparse.Namespace) -> dict[str, Path]:
+    return other_files(**_chosen(options, "mmdit", "vae", "text_encoder"))
+
+
+def _modes(options: argparse.Namespace) -> dict[str, Any]:
+    return _chosen(options, "compile", "residency", "modulation", "storage")
+
+
+def _chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+def _generator(options: argparse.Namespace) -> torch.Generator | None:
+    return None if options.seed is None else torch.Generator().manual_seed(options.seed)
+
+
+def _silent(check: Callable[[], T]) -> T:
+    """The result of a check without its warnings: the run itself warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return check()

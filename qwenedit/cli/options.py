@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,7 @@ __all__ = ["main"]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """argparse prints the usage first; one line is enough, and `--help` has the rest."""
+        """One line, without the usage that argparse prints first."""
         self.exit(2, f"qwenedit: {message} (see {self.prog} --help)\n")
 
 
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            return options.run(options) or 0  # a command with another way to end well returns its status
-    except KeyboardInterrupt:
-        print("qwenedit: interrupted; nothing was written", file=sys.stderr)
+            return options.run(options) or 0  # `parity` returns its own status
+    except KeyboardInterrupt as stop:
+        print(f"qwenedit: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
-    """A warning in one line, without the line of Python that it came from."""
+    """A warning in one line, without its place in the code."""
     print(f"qwenedit: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -65,19 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwenedit {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    edit = subparsers.add_parser("edit", help="change a picture as a prompt says")
+    def command(run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(run.__name__, help=help)
+        added.add_argument("--debug", action="store_true", help="show tracebacks")
+        added.set_defaults(run=run)
+        return added
+
+    edit = command(commands.edit, "change a picture as a prompt says")
     edit.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="the picture(s) to edit")
     edit.add_argument("prompt", metavar="PROMPT", help="what to change")
-    _sampling_options(edit)
-    edit.set_defaults(run=commands.edit)
+    _run_options(edit)
+    _picture_options(edit)
 
-    generate = subparsers.add_parser("generate", help="make a picture from a prompt alone")
+    generate = command(commands.generate, "make a picture from a prompt alone")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
-    _sampling_options(generate)
-    generate.set_defaults(run=commands.generate)
+    _run_options(generate)
+    _picture_options(generate)
 
-    decompose = subparsers.add_parser(
-        "decompose", help="take a picture apart into layers with alpha (Qwen-Image-Layered)"
+    decompose = command(
+        commands.decompose, "take a picture apart into layers with alpha (Qwen-Image-Layered)"
     )
     add = decompose.add_argument
     add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
@@ -85,64 +91,29 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(decompose)
     add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
     add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
-    decompose.set_defaults(run=commands.decompose)
 
-    info = subparsers.add_parser("info", help="what a checkpoint holds, or what would be downloaded")
-    verify = subparsers.add_parser(
-        "verify", help="every tensor of a checkpoint against the model, from headers"
+    _checkpoint_options(command(commands.info, "what a checkpoint holds, or what would be downloaded"))
+    _checkpoint_options(
+        command(commands.verify, "every tensor of a checkpoint against the model, from headers")
     )
-    for command, run in ((info, commands.info), (verify, commands.verify)):
-        command.add_argument(
-            "model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)"
-        )
-        command.add_argument("--revision", help="branch, tag or commit on the hub")
-        _file_options(command)
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
-        command.set_defaults(run=run)
 
-    plan = subparsers.add_parser("plan", help="what memory a run takes, how it would fit, what it downloads")
-    plan.add_argument(
-        "model", nargs="?", metavar="MODEL",
-        help="hub id or folder (default: the embedded model); of an id that is not on this machine, headers "
-        "are fetched, a megabyte or so",
-    )  # fmt: skip
-    plan.add_argument("--revision", help="branch, tag or commit on the hub")
+    plan = command(commands.plan, "what memory a run takes, how it would fit, what it downloads")
+    plan.description = "Headers of a hub id that is not on this machine are fetched, a megabyte or so."
+    _checkpoint_options(plan)
     for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
         plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
     for option in ("--height", "--width"):
         plan.add_argument(option, type=_positive, metavar="N", help="of the output (default: the model's)")
     plan.add_argument("--pictures", type=_whole, metavar="N", help="how many are given (default: 1)")
     plan.add_argument("--layers", type=_positive, default=4, metavar="N", help="of Layered (default: 4)")
-    plan.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the accelerator, if any)")
-    plan.add_argument("--dtype", metavar="T", help="(default: as stored; float32 on the CPU)")
-    _file_options(plan)
-    plan.add_argument("--debug", action="store_true", help="show tracebacks")
-    plan.set_defaults(run=commands.plan)
+    _device_options(plan)
 
-    parity = subparsers.add_parser(
-        "parity",
-        help="a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
+    parity = command(
+        commands.parity,
+        "a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
     )
-    _parity_options(parity)
-    parity.set_defaults(run=commands.parity)
-
-    ablate = subparsers.add_parser(
-        "ablate", help="run a grid of settings over pictures and seeds, and report"
-    )
-    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
-    ablate.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
-    )
-    ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
-    _machine_options(ablate)
-    ablate.set_defaults(run=commands.ablate)
-    return parser
-
-
-def _parity_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("model", nargs="?", metavar="MODEL", help="hub id or folder (default: the embedded model)")
-    add("--revision", help="branch, tag or commit on the hub")
+    _model_options(parity)
+    add = parity.add_argument
     add(
         "-o",
         "--output",
@@ -155,10 +126,19 @@ def _parity_options(command: argparse.ArgumentParser) -> None:
         "--picture", type=Path, metavar="PICTURE", help="what to edit, at a small size (default: a drawn one)"
     )
     add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
-    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
-    add("--quiet", action="store_true", help="no progress bars")
-    add("--debug", action="store_true", help="show tracebacks")
+    _device_options(parity, dtype=False)
+    _quiet_option(parity)
+
+    ablate = command(commands.ablate, "run a grid of settings over pictures and seeds, and report")
+    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
+    ablate.add_argument(
+        "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
+    )
+    ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
+    _device_options(ablate)
+    _quiet_option(ablate)
+    return parser
 
 
 def _run_options(command: argparse.ArgumentParser) -> None:
@@ -179,19 +159,36 @@ def _run_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="a LoRA for the transformer, in any trainer's layout; repeatable",
     )
-    _memory_options(command)
+    add(
+        "--residency",
+        choices=RESIDENCIES,
+        default="auto",
+        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading); "
+        "auto, the default: the first of these that fits",
+    )
+    add(
+        "--modulation",
+        choices=MODULATIONS,
+        default="live",
+        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
+    )
+    add(
+        "--storage",
+        choices=[storage for storage in STORAGES if storage],
+        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
+    )
     add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
-    _machine_options(command)
+    _device_options(command)
+    _quiet_option(command)
 
 
-def _sampling_options(command: argparse.ArgumentParser) -> None:
-    _run_options(command)
+def _picture_options(command: argparse.ArgumentParser) -> None:
+    """Of `edit` and `generate`."""
     add = command.add_argument
     add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
-    add(
-        "--height", type=_whole, metavar="H", help="of the output, a multiple of 16 (default: as the picture)"
-    )
-    add("--width", type=_whole, metavar="W", help="of the output, a multiple of 16 (default: as the picture)")
+    for option, letter in (("--height", "H"), ("--width", "W")):
+        help = "of the output, a multiple of 16 (default: as the picture)"
+        add(option, type=_whole, metavar=letter, help=help)
     add(
         "--num-images",
         type=_batch,
@@ -204,12 +201,23 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
         action=_Switch,
         default={},
         metavar="NAME=VALUE",
-        help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.ablation.switches",
+        help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.switches",
     )
 
 
+def _checkpoint_options(command: argparse.ArgumentParser) -> None:
+    _model_options(command)
+    _file_options(command)
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    model = "hub id or folder (default: the embedded model)"
+    command.add_argument("model", nargs="?", metavar="MODEL", help=model)
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
 def _file_options(command: argparse.ArgumentParser) -> None:
-    """Networks from files of their own; None in the options where the checkpoint's is wanted."""
+    """Files with weights that replace the checkpoint's."""
     for option, what in (("--mmdit", "transformer"), ("--vae", "VAE"), ("--text-encoder", "text encoder")):
         command.add_argument(
             option,
@@ -218,37 +226,20 @@ def _file_options(command: argparse.ArgumentParser) -> None:
         )
 
 
-def _memory_options(command: argparse.ArgumentParser) -> None:
-    """None in the options stands for `load`'s own default."""
-    add = command.add_argument
-    add(
-        "--residency",
-        choices=RESIDENCIES,
-        help="keep all weights in memory, one network's, or two blocks' (same picture, more reading); "
-        "auto, the default: the first of these that fits",
-    )
-    add(
-        "--modulation",
-        choices=MODULATIONS,
-        help="precomputed: read a third of the transformer once a run (same picture, less memory)",
-    )
-    add(
-        "--storage",
-        choices=[storage for storage in STORAGES if storage],
-        help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
-    )
-
-
-def _machine_options(command: argparse.ArgumentParser) -> None:
+def _device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> None:
     add = command.add_argument
     add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator if there is one)")
-    add("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: as stored; float32 on the CPU)")
-    add("--quiet", action="store_true", help="no progress bars")
-    add("--debug", action="store_true", help="show tracebacks")
+    if dtype:
+        default = "as stored; float32 on the CPU"
+        add("--dtype", metavar="T", help=f"float32, bfloat16 or float16 (default: {default})")
+
+
+def _quiet_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 class _Switch(argparse.Action):
-    """NAME=VALUE into a dict; a value is JSON where it reads as JSON, else a word."""
+    """NAME=VALUE into a dict; a value that is not JSON is a word."""
 
     def __call__(
         self, _parser: Any, options: argparse.Namespace, text: Any, _name: str | None = None
@@ -277,7 +268,7 @@ def _positive(text: str) -> int:
 
 def _batch(text: str) -> int:
     value = _positive(text)
-    if value > 1000:  # they are made together, in one batch
+    if value > 1000:  # all run in one batch
         raise argparse.ArgumentTypeError(f"{value} is more than 1000")
     return value
 

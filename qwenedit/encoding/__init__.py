@@ -1,1 +1,1 @@
-"""Prompts and pictures -> `Conditioning`: all that sampling needs to know of them."""
+"""Prompts and pictures -> `Conditioning`: all that sampling needs of them."""

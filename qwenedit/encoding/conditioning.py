@@ -1,6 +1,6 @@
-"""Everything a run is conditioned on, as one value that can be saved, loaded, moved and changed.
+"""The conditioning of a run as one value that can be saved, loaded, moved and changed.
 
-With a saved conditioning an edit can be repeated without the text encoder and without the VAE's encoder.
+From a saved conditioning an edit can be repeated without the text encoder and the VAE's encoder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Prompt:
     """The embeddings of a batch of prompts.
 
     Shapes: `embeds` (B, T, D), right-padded with zeros; `mask` (B, T) bool, True at real tokens, or None
-        where nothing is padded.
+        without padding.
 
     >>> mask = torch.tensor([[True, True, False], [True, True, True]])
     >>> Prompt(torch.zeros(2, 3, 8), mask).rows(torch.tensor([1])).mask is None
@@ -53,14 +53,14 @@ class Prompt:
             )
 
     def rows(self, index: Tensor) -> Prompt:
-        """Some rows, in any order; a mask that masks nothing in them is dropped."""
+        """Some rows, in any order; a mask that is True everywhere is dropped."""
         mask = None if self.mask is None else self.mask[index]
         return Prompt(self.embeds[index], None if mask is None or mask.all() else mask)
 
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Rows of a batch whose token sequences are laid out alike, ready for the transformer."""
+    """Rows of a batch that share a token layout, ready for the transformer."""
 
     rows: list[int]
     grids: tuple[Grid, ...]  # of the target, then of each reference
@@ -71,7 +71,7 @@ class RowGroup:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conditioning:
-    """The prompts' embeddings, the reference latents, the grids, and where they came from.
+    """The prompts' embeddings, the reference latents, the grids, and their provenance.
 
     Attributes:
         prompt, negative: embeddings of B prompts and of their negative prompts (None: no guidance possible).
@@ -79,7 +79,8 @@ class Conditioning:
             frames are the whole picture and its layers.
         reference_latents: for each row, for each of its pictures, normalised packed latents (S_k, C).
         reference_grids: likewise, the grid of each.
-        provenance: what the conditioning was made of, as text; saved with it, read by nobody.
+        provenance: prompts, variant, version and switches as text. It is saved too; a run only compares the
+            switches with its own.
 
     Raises:
         ValueError: parts that do not fit together.
@@ -129,7 +130,7 @@ class Conditioning:
         return self.prompt.embeds.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The same conditioning elsewhere, or in another floating dtype."""
+        """The same conditioning on another device, or in another floating dtype."""
 
         def move(prompt: Prompt) -> Prompt:
             mask = None if prompt.mask is None else prompt.mask.to(device)
@@ -146,8 +147,8 @@ class Conditioning:
     def repeat(self, count: int) -> Conditioning:
         """Every row `count` times, prompt-major: p0, p0, p1, p1, ...
 
-        The reference pipelines interleave embeddings so, but tile masks and reference latents (p0, p1, p0,
-        p1), which pairs a prompt with another one's mask and picture.
+        The reference pipelines interleave embeddings like this, but tile masks and reference latents (p0, p1,
+        p0, p1), which pairs a prompt with another prompt's mask and picture.
         """
         if count == 1:
             return self
@@ -162,7 +163,7 @@ class Conditioning:
         )
 
     def groups(self) -> Iterator[RowGroup]:
-        """The rows grouped by the layout of their tokens: usually one group, the whole batch."""
+        """The rows grouped by token layout; usually the whole batch is one group."""
         by_layout: dict[tuple[Grid, ...], list[int]] = {}
         for row, grids in enumerate(self.reference_grids):
             by_layout.setdefault(grids, []).append(row)

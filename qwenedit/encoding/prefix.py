@@ -1,10 +1,10 @@
-"""Two prompts about the same pictures, encoded in one pass that runs their common beginning once.
+"""Two prompts about the same pictures, encoded in one pass that runs their common prefix once.
 
-The prompt and the negative prompt of an edit differ in their last few tokens only: before them stand the
-template and all the picture's tokens, over a thousand in the official checkpoints. Attention is causal, so
-that what is common has the same vectors in both. Here the sequence is [all of the first | the rest of the
-second], and a mask keeps the rest of the second from looking at the rest of the first. The arithmetic is that
-of two passes, on matrices of other shapes: last bits differ.
+The prompt and the negative prompt of an edit differ only in their last few tokens; the template and all
+picture tokens before them, over a thousand in the official checkpoints, are equal. Attention is causal, so
+the prefix has the same vectors in both. The sequence here is [all of the first | the rest of the second], and
+a mask hides the rest of the first from the rest of the second. The arithmetic is that of two passes on
+matrices of other shapes: last bits differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["common_prefix", "encode_together"]
 
 
 def common_prefix(first: ProcessorOutput, second: ProcessorOutput) -> int:
-    """How many tokens all rows of two batches begin with alike, padding not among them."""
+    """The length of the prefix that all rows of two batches share, without padding."""
     length = min(first.input_ids.shape[1], second.input_ids.shape[1])
     same = first.input_ids[:, :length] == second.input_ids[:, :length]
     same &= (first.attention_mask[:, :length] & second.attention_mask[:, :length]).bool()
@@ -33,9 +33,9 @@ def encode_together(
     second: ProcessorOutput,
     pictures: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What `vision_language` makes of two batches with the same pictures: (B, T1, D) and (B, T2, D).
+    """The embeddings of two batches with the same pictures: (B, T1, D) and (B, T2, D).
 
-    `pictures` (M, D) is what its vision tower has made of their patches; None without pictures.
+    `pictures` (M, D) is the vision tower's output for their patches; None without pictures.
     """
     device = next(vision_language.parameters()).device
     shared, grids = common_prefix(first, second), first.image_grid_thw
@@ -57,7 +57,7 @@ def encode_together(
 
 
 def _mask(first: Tensor, second: Tensor, shared: int) -> Tensor:
-    """(B, 1, J, J): True where a query may look. Padding may look at itself, so that it stays finite."""
+    """(B, 1, J, J): True where a query attends. Padding attends to itself, so that it stays finite."""
     end, rest = first.shape[1], second.shape[1] - shared
     may = causal_mask(end + rest, first.device)
     may[end:, shared:end] = False

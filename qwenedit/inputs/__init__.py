@@ -1,1 +1,1 @@
-"""What a caller gives, brought to what the networks take: sizes, pictures, token ids, patches."""
+"""A caller's input, prepared for the networks: sizes, pictures, token ids, patches."""

@@ -1,11 +1,11 @@
-"""Every size of a run: what the VAE sees, what the language model sees, the token grids, and the way back.
+"""Every size of a run: for the VAE, for the language model, in tokens, and the maps between them.
 
-Sizes are (width, height) as PIL has them, except in `smart_resize`. Coordinates are continuous and start at
-the top left corner: pixel i covers [i, i + 1), so that a resize maps x to x * new width / old width. Nothing
-here rounds a coordinate; whoever wants pixels rounds last.
+Sizes are (width, height) as in PIL, except in `smart_resize`. Coordinates are continuous and start at the top
+left corner: pixel i covers [i, i + 1), so a resize maps x to x * new width / old width. Coordinates are never
+rounded here; round last if you want pixels.
 
-Both sides of a picture are rounded to multiples of 32 on their own, which stretches it a little: 1920x1080
-becomes 1376x768, 0.8 % wider than it should be. `Resize` measures that and undoes it.
+The two sides of a picture are rounded to multiples of 32 separately, which stretches it slightly: 1920x1080
+becomes 1376x768, 0.8 % too wide. `Resize` measures the stretch and maps coordinates back.
 """
 
 from __future__ import annotations
@@ -15,24 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    "Areas",
-    "Box",
-    "Geometry",
-    "Grid",
-    "Picture",
-    "Resize",
-    "Size",
-    "fit_area",
-    "plan",
-    "smart_resize",
-]
+    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "fit_area", "plan", "smart_resize",
+]  # fmt: skip
 
 Size = tuple[int, int]  # width, height in pixels
-Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens
+Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens; `latents.Grid` without importing torch
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-_MULTIPLE = 32  # the official pipelines round every side that follows from an area to this
-_LONGEST = 200  # times as long as it is wide: what `smart_resize` takes, here as in the reference
+_TOKEN = 16  # the side of a token: 2 latent pixels of 8 pixels each
+_MULTIPLE = 32  # sides that follow from an area are rounded to this, as in the official pipelines
+_LONGEST = 200  # the largest ratio of sides that `smart_resize` accepts, here as in the reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +32,9 @@ class Areas:
     """The areas in pixels that pictures are resized to.
 
     Attributes:
-        vae: for the VAE, and for the output where no size is given; 1024 squared in the official checkpoints.
-        vl: for the language model; 384 squared in Edit-Plus. None where it sees the VAE's picture: so does
-            Edit, which takes one picture.
+        vae: for the VAE, and for an output without a given size; 1024 squared in the official checkpoints.
+        vl: for the language model; 384 squared in Edit-Plus. None if it sees the VAE's picture, as in Edit,
+            which takes one picture.
 
     Raises:
         ValueError: an area that is not positive.
@@ -73,8 +65,7 @@ class Resize:
 
     @property
     def stretch(self) -> float:
-        """How much wider the result is than the source's aspect ratio asks: 1 is not at all, below 1
-        narrower."""
+        """How much wider the result is than the source's aspect ratio: 1 is undistorted, below 1 narrower."""
         return (self.result[0] * self.source[1]) / (self.result[1] * self.source[0])
 
     def forward(self, x: float, y: float) -> tuple[float, float]:
@@ -97,40 +88,29 @@ class Picture:
 
     Attributes:
         size: of the picture as given.
-        vae: of what the VAE encodes; its tokens are the reference tokens of the transformer.
-        vl: of what the processor gets for the language model, before `smart_resize`.
-        token: the side of a token in VAE pixels.
+        vae: size that the VAE encodes; its tokens are the transformer's reference tokens.
+        vl: size that the processor gets for the language model, before `smart_resize`.
     """
 
     size: Size
     vae: Size
     vl: Size
-    token: int
 
     @property
     def grid(self) -> Grid:
-        return _grid(self.vae, self.token)
+        return _grid(self.vae)
 
     @property
     def to_vae(self) -> Resize:
         return Resize(self.size, self.vae)
 
-    @property
-    def to_vl(self) -> Resize:
-        return Resize(self.size, self.vl)
-
-    @property
-    def stretch(self) -> float:
-        """How much the VAE's picture is stretched sideways (see `Resize.stretch`)."""
-        return self.to_vae.stretch
-
     def token_box(self, row: int, column: int) -> Box:
-        """What a reference token covers, in pixels of the picture as given; the boxes tile it exactly.
+        """The box of a reference token, in pixels of the picture as given; the boxes tile it exactly.
 
         Raises:
             ValueError: there is no such token.
         """
-        return self.to_vae.back_box(_token_box(self.grid, self.token, row, column))
+        return self.to_vae.back_box(_token_box(self.grid, row, column))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +120,21 @@ class Geometry:
     Attributes:
         size: of the picture to make.
         pictures: the input pictures in order; none in text-to-image.
-        follows: index of the picture that the output depicts; None where there is none.
-        token: the side of a token in pixels.
+        follows: index of the picture whose size the output follows; None without pictures.
     """
 
     size: Size
     pictures: tuple[Picture, ...]
     follows: int | None
-    token: int
 
     @property
     def grid(self) -> Grid:
         """Tokens of the picture to make."""
-        return _grid(self.size, self.token)
+        return _grid(self.size)
 
     @property
     def to_output(self) -> Resize:
-        """From the picture that the output follows to the output; `.back` takes an output pixel to the input.
+        """From the picture that the output follows to the output; `.back` maps output pixels to the input.
 
         Raises:
             ValueError: there is no picture.
@@ -167,20 +145,20 @@ class Geometry:
 
     @property
     def aligned(self) -> bool:
-        """Has the output the token grid of the picture that it follows?
+        """True if the output has the token grid of the picture that it follows.
 
-        Positions are centred in the transformer, so that with another grid a token of the output does not
-        stand where the reference token of the same content stands: expect a shift or a zoom.
+        The transformer centres positions. With different grids, tokens of the same content have different
+        positions: expect a shift or a zoom.
         """
         return self.follows is not None and self.pictures[self.follows].grid == self.grid
 
     def token_box(self, row: int, column: int) -> Box:
-        """What a target token covers, in pixels of the output.
+        """The box of a target token, in pixels of the output.
 
         Raises:
             ValueError: there is no such token.
         """
-        return _token_box(self.grid, self.token, row, column)
+        return _token_box(self.grid, row, column)
 
 
 def plan(
@@ -190,18 +168,15 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     follow: int = -1,
-    vae_factor: int = 8,
-    patch: int = 2,
 ) -> Geometry:
-    """Every size of one sample, from the sizes of its pictures and the size asked for.
+    """Every size of one sample, from the sizes of its pictures and the requested output size.
 
     Args:
         pictures: (width, height) of each; none for text-to-image, which defaults to a square.
-        areas: what the checkpoint works at; `areas.vl` tells Edit from Edit-Plus.
-        height, width: of the output; each one left out follows from a picture at the VAE's area, as in the
-            reference, whatever the other one is.
+        areas: the checkpoint's areas; `areas.vl` tells Edit from Edit-Plus.
+        height, width: of the output; if one is omitted, it follows from a picture at the VAE's area,
+            independently of the other, as in the reference.
         follow: index of the picture that the output's size follows; the reference takes the last.
-        vae_factor, patch: pixels a latent pixel and latent pixels a token, along a side.
 
     >>> edit = plan([(1920, 1080)], areas=Areas(vl=None))
     >>> edit.size, edit.grid, edit.pictures[0].vl
@@ -209,42 +184,39 @@ def plan(
 
     Raises:
         ValueError: a height or width that is not a positive multiple of a token's side (the message names the
-            next one), a picture over 200 times as long as it is wide, several pictures where one is edited.
+            next one), a picture with a ratio of sides over 200, several pictures for a single-picture
+            checkpoint.
     Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
-        `QwenImagePipeline.__call__`. These round a given size down; we refuse it.
+        `QwenImagePipeline.__call__`. They round a given size down; we refuse it.
     """
-    token = vae_factor * patch
-    if token < 1 or _MULTIPLE % token:
-        raise ValueError(f"a token is {token} pixels wide, wanted a divisor of {_MULTIPLE}")
     if areas.vl is None and len(pictures) > 1:
         raise ValueError(f"got {len(pictures)} pictures, wanted one: this checkpoint edits a single picture")
     if pictures and not -len(pictures) <= follow < len(pictures):
         raise ValueError(f"the output follows picture {follow}, but there are {len(pictures)}")
-    planned = tuple(_picture(size, areas, token) for size in pictures)
+    planned = tuple(_picture(size, areas) for size in pictures)
     follows = follow % len(pictures) if pictures else None
-    default = fit_area(areas.vae, 1.0, token) if follows is None else planned[follows].vae
+    default = fit_area(areas.vae, 1.0, _TOKEN) if follows is None else planned[follows].vae
     return Geometry(
         size=(
-            default[0] if width is None else _checked("width", width, token),
-            default[1] if height is None else _checked("height", height, token),
+            default[0] if width is None else _side("width", width),
+            default[1] if height is None else _side("height", height),
         ),
         pictures=planned,
         follows=follows,
-        token=token,
     )
 
 
 def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
-    """The (width, height) of about this area and ratio (width / height), each a multiple.
+    """The (width, height) of about this area and ratio (width / height), in multiples of `multiple`.
 
-    Sides are rounded on their own, halves to the even multiple, as Python's `round` does.
+    Each side is rounded separately, halves to the even multiple, as by Python's `round`.
 
     >>> fit_area(1024 * 1024, 16 / 9)
     (1376, 768)
 
     Raises:
-        ValueError: the ratio is no positive number, or so extreme that a side rounds to 0.
-    Source: `calculate_dimensions` of the edit pipelines, which returns a side of 0.
+        ValueError: the ratio is not positive and finite, or a side rounds to 0.
+    Source: `calculate_dimensions` of the edit pipelines, which may return a side of 0.
     """
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"the ratio of width to height is {ratio}, wanted a positive number")
@@ -261,21 +233,16 @@ def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The (height, width) at which the vision tower sees a picture: multiples of `factor` within the limits.
+    """The (height, width) at which the vision tower sees a picture: multiples of `factor` within limits.
 
     >>> smart_resize(384, 384, 28, min_pixels=56 * 56, max_pixels=12845056)
     (392, 392)
 
     Raises:
-        ValueError: a side that is not positive, or a picture over 200 times as long as it is wide.
+        ValueError: a side that is not positive, or a ratio of sides over 200.
     Source: transformers 4.57.6, models/qwen2_vl/image_processing_qwen2_vl.py, `smart_resize`.
     """
-    if min(height, width) < 1:
-        raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
-    if _length((width, height)) > _LONGEST:
-        raise ValueError(
-            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
-        )
+    _require_picture(width, height)
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)
@@ -293,49 +260,48 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, columns
 
 
-def _picture(size: Size, areas: Areas, token: int) -> Picture:
+def _picture(size: Size, areas: Areas) -> Picture:
     width, height = size
-    if min(width, height) < 1:
-        raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
-    if _length(size) > _LONGEST:
-        raise ValueError(
-            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
-        )
+    _require_picture(width, height)
     ratio = width / height
     vae = fit_area(areas.vae, ratio)
     vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
-    if _length(vl) > _LONGEST:  # rounding to multiples made it longer
+    if max(vl) > _LONGEST * min(vl):  # rounding to multiples made it longer
         raise ValueError(
             f"the picture is {width}x{height}, which the language model would see at {vl[0]}x{vl[1]}, wanted "
             f"a ratio of its sides of at most {_LONGEST}"
         )
-    return Picture(size=(width, height), vae=vae, vl=vl, token=token)
+    return Picture(size=(width, height), vae=vae, vl=vl)
 
 
-def _length(size: Size) -> float:
-    """The longer side in multiples of the shorter one."""
-    return max(size) / min(size)
+def _require_picture(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
+    if max(width, height) > _LONGEST * min(width, height):
+        raise ValueError(
+            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
+        )
 
 
-def _checked(name: str, value: int, token: int) -> int:
+def _side(name: str, value: int) -> int:
     if not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels")
-    if value < 1 or value % token:
-        following = max(1, math.ceil(value / token)) * token
+    if value < 1 or value % _TOKEN:
+        following = max(1, math.ceil(value / _TOKEN)) * _TOKEN
         raise ValueError(
-            f"{name} is {value}, wanted a positive multiple of {token}: the next one is {following}"
+            f"{name} is {value}, wanted a positive multiple of {_TOKEN}: the next one is {following}"
         )
     return value
 
 
-def _grid(size: Size, token: int) -> Grid:
-    return 1, size[1] // token, size[0] // token
+def _grid(size: Size) -> Grid:
+    return 1, size[1] // _TOKEN, size[0] // _TOKEN
 
 
-def _token_box(grid: Grid, token: int, row: int, column: int) -> Box:
+def _token_box(grid: Grid, row: int, column: int) -> Box:
     _, rows, columns = grid
     if not (0 <= row < rows and 0 <= column < columns):
         raise ValueError(
             f"no token at row {row}, column {column}: the grid has {rows} rows, {columns} columns"
         )
-    return column * token, row * token, (column + 1) * token, (row + 1) * token
+    return column * _TOKEN, row * _TOKEN, (column + 1) * _TOKEN, (row + 1) * _TOKEN

@@ -1,4 +1,4 @@
-"""Pictures in and out: files, sizes, 8 bits, and pixels as the VAE takes and gives them."""
+"""Pictures in and out: files, sizes, 8 bits, and the VAE's pixels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 __all__ = [
-    "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pictures", "rgba_pixels", "to_pil",
-    "vae_pixels",
+    "byte_tensor", "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pixels", "to_pil", "vae_pixels",
 ]  # fmt: skip
 
 
@@ -35,7 +34,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits, which Pillow would clip at 255, in 8; everything else as it is."""
+    """16-bit grey scaled to 8 bits, which Pillow would clip at 255; other modes unchanged."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         return picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
     return picture
@@ -50,61 +49,55 @@ def resize_rgb(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def vae_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """A picture of any size and mode as the VAE encodes it: (1, 3, height, width) float32 in [-1, 1].
+    """A picture of any size and mode for the VAE's encoder: (1, 3, height, width) float32 in [-1, 1].
 
     Source: `VaeImageProcessor.preprocess`.
     """
-    x = rgb_bytes(resize_rgb(picture, width, height)).float() / 255.0
+    return _signed(resize_rgb(picture, width, height))
+
+
+def rgba_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
+    """`vae_pixels` with alpha, for Layered's VAE: (1, 4, height, width) float32 in [-1, 1].
+
+    Pillow resizes colours premultiplied by alpha, so transparent colours do not bleed into visible pixels.
+
+    Source: `VaeImageProcessor.resize` and `preprocess`.
+    """
+    return _signed(picture.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _signed(picture: Image.Image) -> Tensor:
+    x = byte_tensor(picture).float() / 255.0
     return rearrange(2.0 * x - 1.0, "y x c -> 1 c y x").contiguous()
 
 
+def byte_tensor(picture: Image.Image) -> Tensor:
+    """(height, width, C) uint8, of an RGB or RGBA picture."""
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], -1)
+
+
 def denormalise_pixels(decoded: Tensor) -> Tensor:
-    """What the VAE decodes, about [-1, 1], as pixels in [0, 1]. Source: `VaeImageProcessor.denormalize`."""
+    """The VAE's output, about [-1, 1], as pixels in [0, 1]. Source: `VaeImageProcessor.denormalize`."""
     return (decoded * 0.5 + 0.5).clamp(0, 1)
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [0, 1] as PIL pictures, rounded halves to even.
+    """Pixels (B, 3, H, W) or (B, 4, H, W) in [0, 1] as RGB or RGBA pictures, rounded halves to even.
 
     Raises:
-        ValueError: another shape, or values outside of [0, 1] (NaN is one).
+        ValueError: another shape, or values outside of [0, 1] or NaN.
     Source: `VaeImageProcessor.pt_to_numpy` and `numpy_to_pil`.
     """
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, wanted (B, 3, H, W)")
+    if pixels.ndim != 4 or pixels.shape[1] not in (3, 4):
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, wanted (B, 3, H, W) or (B, 4, H, W)")
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError("pixels have values outside of [0, 1], or NaN")
-    height, width = pixels.shape[2:]
+    _, channels, height, width = pixels.shape
     rows = (rearrange(pixels.detach().cpu().float(), "b c y x -> b (y x c)") * 255).round().to(torch.uint8)
     pictures = []
     for row in rows:
-        buffer = bytearray(row.numel())  # a tensor gives up its bytes fast only into a buffer it shares
+        buffer = bytearray(row.numel())  # copying a tensor's bytes is fast only into a shared buffer
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(row)
-        pictures.append(Image.frombytes("RGB", (width, height), bytes(buffer)))
+        mode = "RGB" if channels == 3 else "RGBA"
+        pictures.append(Image.frombytes(mode, (width, height), bytes(buffer)))
     return pictures
-
-
-def rgb_bytes(rgb: Image.Image) -> Tensor:
-    """(height, width, 3) uint8."""
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
-
-
-def rgba_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """A picture of any size and mode as Layered's VAE encodes it: (1, 4, height, width) float32 in [-1, 1].
-
-    Pillow resizes colours multiplied by alpha, so that what is transparent does not shine through.
-
-    Source: `VaeImageProcessor.resize` and `preprocess`.
-    """
-    rgba = picture.convert("RGBA").resize((width, height), Image.Resampling.LANCZOS)
-    x = torch.frombuffer(bytearray(rgba.tobytes()), dtype=torch.uint8).view(height, width, 4).float() / 255.0
-    return rearrange(2.0 * x - 1.0, "y x c -> 1 c y x").contiguous()
-
-
-def rgba_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (L, 4, H, W) in [0, 1] as RGBA pictures, rounded as `to_pil` does."""
-    colours = to_pil(pixels[:, :3])
-    alphas = to_pil(pixels[:, 3:].expand(-1, 3, -1, -1))
-    for picture, alpha in zip(colours, alphas, strict=True):
-        picture.putalpha(alpha.getchannel(0))  # in place: it is RGBA from here on
-    return colours

@@ -1,12 +1,12 @@
-"""What the text encoder is fed: token ids and picture patches.
+"""The text encoder's input: token ids and picture patches.
 
 Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, image_processor.py;
 transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the PIL processor). Ids and
-pixels are equal to theirs bit by bit, but every picture is converted to RGB first, and one that is 1 or 3
-pixels high is a picture too (the reference takes its rows for channels).
+pixels are bitwise equal to theirs, but every picture is converted to RGB first, and pictures of 1 or 3 pixels
+in height are accepted (the reference takes their rows for channels).
 
-Pictures are taken as they are: whoever opens a file applies its EXIF orientation. Alpha is dropped, not
-composited; PIL clips modes of more than 8 bits at 255.
+EXIF orientation is not applied here: apply it when you open a file. Alpha is dropped, not composited; PIL
+clips modes of more than 8 bits at 255.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
 from qwenedit.files import read_json
 from qwenedit.inputs.geometry import smart_resize
-from qwenedit.inputs.pictures import rgb_bytes
+from qwenedit.inputs.pictures import byte_tensor
 from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer
 from qwenedit.latents import Grid
 
@@ -55,7 +55,7 @@ class ImageProcessorConfig:
     image_std: tuple[float, float, float]
     rescale_factor: float
 
-    # What the file may hold besides: what it must then hold, and what has no effect.
+    # Other keys that the file may have: with the only supported value, and without effect.
     FIXED: ClassVar[dict[str, Any]] = {
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -114,7 +114,7 @@ class ImageProcessorConfig:
         return cls(**{name: values[name] for name in names})
 
 
-# What the whole family uses; text-to-image checkpoints come without a processor/.
+# The config of the whole family; text-to-image checkpoints have no processor/.
 QWEN2_5_VL = ImageProcessorConfig(
     min_pixels=56 * 56,
     max_pixels=128 * 128 * 28 * 28,  # the reference's class default, 28 * 28 * 1280, shrinks Edit's pictures
@@ -129,7 +129,7 @@ QWEN2_5_VL = ImageProcessorConfig(
 
 @dataclass(frozen=True, eq=False)
 class ProcessorOutput:
-    """What the text encoder takes, and how many tokens of its output to drop from the front of each row.
+    """The text encoder's input, and the number of tokens to drop from the start of each row of its output.
 
     Shapes: `input_ids`, `attention_mask` (B, T) long, padded on the right; `pixel_values` (N, C * frames * P
         * P) float32, the patches of all pictures, those of row 0 first; `image_grid_thw` one grid of patches
@@ -151,8 +151,8 @@ class Processor:
         config: how pictures become patches.
 
     Raises:
-        ValueError: the tokenizer lacks a special token, or is another family's: the prefix of a template has
-            not the official number of tokens.
+        ValueError: the tokenizer lacks a special token, or is another family's: a template's prefix does not
+            have the official number of tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ImageProcessorConfig = QWEN2_5_VL) -> None:
@@ -162,7 +162,6 @@ class Processor:
         self.config = config
         self.pad_token_id: int = tokenizer.token_to_id(_PAD)
         self.image_token_id: int = tokenizer.token_to_id(IMAGE_PAD)
-        self.video_token_id: int = tokenizer.token_to_id(_VIDEO)
         for template in (TEXT_TO_IMAGE, EDIT, EDIT_PLUS):
             self.drop_index(template)
 
@@ -170,7 +169,7 @@ class Processor:
     def from_folder(cls, folder: str | os.PathLike[str]) -> Processor:
         """From a checkpoint's root, which holds tokenizer/ and, in editing variants, processor/.
 
-        The tokenizer is tokenizer/'s, or processor/'s where tokenizer/ has none.
+        The tokenizer is tokenizer/'s, or processor/'s if tokenizer/ has none.
 
         Raises:
             ValueError: files are missing, broken, or not of this family.
@@ -183,10 +182,10 @@ class Processor:
         return cls(load_tokenizer(holder), config)
 
     def drop_index(self, template: Template) -> int:
-        """How many tokens the template's prefix has: derived, and held to the official number.
+        """The number of tokens of the template's prefix, compared with the official number.
 
         Raises:
-            ValueError: it is another number.
+            ValueError: the numbers differ.
         """
         got = len(self.tokenizer.encode(template.prefix).ids)
         if got != template.drop_index:
@@ -205,21 +204,20 @@ class Processor:
         """Tokens and patches of a batch.
 
         Args:
-            prompts: may hold anything. What spells a special token becomes that token, as in the reference;
-                only <|image_pad|> and <|video_pad|> are refused where there are pictures (the reference takes
-                them for pictures, and <|placeholder|> too, which is plain text to us).
-            pictures: those of each prompt, in the size planned for the language model (`resize_rgb`).
-            template: one for all prompts. Text-to-image cuts prompts to 1024 tokens here; the pipeline cuts
-                their embeddings once more (max_sequence_length).
+            prompts: any text. The spelling of a special token becomes that token, as in the reference; only
+                <|image_pad|> and <|video_pad|> are refused beside pictures (the reference takes them, and
+                <|placeholder|>, which is plain text here, for pictures).
+            pictures: those of each prompt, at the size planned for the language model (`resize_rgb`).
+            template: of all prompts. Text-to-image cuts prompts to 1024 tokens here; the pipeline then cuts
+                their embeddings (max_sequence_length).
 
         Raises:
-            ValueError: no prompts, something that is no text or no picture, more or fewer pictures than the
-                template takes.
+            ValueError: no prompts, a prompt that is no text, a picture that is no PIL picture, or more or
+                fewer pictures than the template takes.
         Source: `_get_qwen_prompt_embeds` of the pipelines with `Qwen2VLProcessor.__call__`. A prompt that
-            starts with a line break may share a token with the end of the prefix and lose it with that, as
-            there.
+            starts with a line break may share a token with the end of the prefix and lose it, as there.
         """
-        rows = _checked(prompts, pictures)
+        rows = _paired(prompts, pictures)
         drop_index = self.drop_index(template)
         patches: list[Tensor] = []
         grids: list[Grid] = []
@@ -246,10 +244,10 @@ class Processor:
 
 
 def check_prompt(prompt: object, *, illustrated: bool) -> None:
-    """Can this be a prompt, beside pictures or without?
+    """Check a prompt; `illustrated` if it comes with pictures.
 
     Raises:
-        ValueError: no text, not valid Unicode, or what stands for a picture where there are pictures.
+        ValueError: no text, not valid Unicode, or a picture's placeholder beside pictures.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt is {type(prompt).__name__}, wanted a string")
@@ -264,17 +262,17 @@ def check_prompt(prompt: object, *, illustrated: bool) -> None:
 def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple[Tensor, Grid]:
     """A picture of any size and mode as the vision tower's patches, with their grid.
 
-    Shapes: (rows * columns, C * frames * P * P) float32 and (1, rows, columns). Patches are in the order of
-        merging: the merge_size squared patches of one token of the language model stand together.
+    Shapes: (rows * columns, C * frames * P * P) float32 and (1, rows, columns). Patches are in merging order:
+        the merge_size squared patches of one token of the language model are neighbours.
     Units: normalised by the config's mean and deviation.
-    Raises: ValueError for a picture over 200 times as long as it is wide.
+    Raises: ValueError for a ratio of sides over 200.
     Source: `Qwen2VLImageProcessor._preprocess`: scaled in float64, normalised in float32, a still picture
         repeated to `temporal_patch_size` frames.
     """
     rgb = picture.convert("RGB")
     patch, merge = config.patch_size, config.merge_size
     height, width = smart_resize(rgb.height, rgb.width, patch * merge, config.min_pixels, config.max_pixels)
-    pixels = rgb_bytes(rgb.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = byte_tensor(rgb.resize((width, height), Image.Resampling.BICUBIC))
     x = (pixels.double() * config.rescale_factor).float()
     x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
     patches = repeat(
@@ -285,16 +283,15 @@ def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple
     return patches, (1, height // patch, width // patch)
 
 
-def _checked(
+def _paired(
     prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]] | None
 ) -> list[tuple[str, Sequence[Image.Image]]]:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts are {prompts!r}, wanted a list of at least one text")
-    illustrated = pictures is not None and any(pictures)
-    for prompt in prompts:
-        check_prompt(prompt, illustrated=illustrated)
     if pictures is None:
-        return [(prompt, []) for prompt in prompts]
+        pictures = [[]] * len(prompts)
+    for prompt in prompts:
+        check_prompt(prompt, illustrated=any(pictures))
     if len(pictures) != len(prompts):
         raise ValueError(f"got pictures for {len(pictures)} prompts, wanted {len(prompts)}, a list for each")
     for row, of_prompt in enumerate(pictures):

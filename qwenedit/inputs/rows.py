@@ -1,4 +1,4 @@
-"""What a caller gives, in its many forms, checked and brought to one: a list of rows."""
+"""The caller's prompts and pictures, in all their forms, checked and converted to a list of rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qwenedit.inputs import geometry
 from qwenedit.inputs.geometry import Areas, Geometry, Picture
 from qwenedit.inputs.processor import check_prompt
 
-__all__ = ["Row", "rows_of"]
+__all__ = ["BatchRow", "rows_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class BatchRow:
     """One prompt with its negative prompt, its pictures and all their sizes."""
 
     prompt: str
@@ -40,27 +40,25 @@ def rows_of(
     areas: Areas,
     height: int | None,
     width: int | None,
-) -> list[Row]:
-    """What each prompt is run with; without an image the rows have no pictures.
+) -> list[BatchRow]:
+    """One row per prompt; without an image the rows have no pictures.
 
-    All checks of prompts, pictures and sizes are here, and they need no network.
+    All checks of prompts, pictures and sizes are here; they need no network.
 
     Raises:
-        ValueError: bad input; what, got, wanted.
+        ValueError: bad input.
     """
-    prompts = _prompts("prompt", prompt, illustrated=image is not None)
+    illustrated = image is not None
+    prompts = _prompts("prompt", prompt, illustrated=illustrated)
     negatives: list[str] | list[None] = [None] * len(prompts)
     if negative_prompt is not None:
-        negatives = _negatives(negative_prompt, len(prompts), illustrated=image is not None)
-    if image is None:
-        pictures: list[list[Image.Image]] = [[] for _ in prompts]
-    else:
-        pictures = _pictures(image, len(prompts), variant)
+        negatives = _negatives(negative_prompt, len(prompts), illustrated=illustrated)
+    pictures = _pictures(image, len(prompts), variant) if illustrated else [[]] * len(prompts)
     rows = []
     for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         plan = geometry.plan(sizes, areas=areas, height=height, width=width)
-        rows.append(Row(text, negative, of_row, plan))
+        rows.append(BatchRow(text, negative, of_row, plan))
     for row in rows:
         plan = row.geometry
         if plan.follows is not None and not plan.aligned:
@@ -98,7 +96,7 @@ def _negatives(value: str | Sequence[str], batch: int, *, illustrated: bool) -> 
 
 
 def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
-    """The references of each prompt; see `QwenImageEdit.edit` for the forms of `image`."""
+    """The references of each prompt; `QwenImageEdit.edit` describes the forms of `image`."""
     if variant.max_pictures == 0:
         raise ValueError(f"{variant.name} makes pictures from text only: it cannot edit one; use generate")
     if isinstance(image, Image.Image):

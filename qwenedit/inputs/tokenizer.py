@@ -25,8 +25,8 @@ from qwenedit.files import read_json
 
 __all__ = ["has_tokenizer", "load_tokenizer"]
 
-# How Qwen2 cuts a text before merging: contractions, words with what precedes them, single digits, runs of
-# marks, line breaks, other spaces.
+# Qwen2 splits a text before merging: contractions, words with the character before them, single digits, runs
+# of punctuation, line breaks, other spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -37,14 +37,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The byte-level BPE tokenizer of a folder, in either official form, with its added tokens.
 
     The forms are tokenizer.json, and vocab.json with merges.txt. Both take their added tokens from
-    tokenizer_config.json; where that lists none, the first has its own and the second added_tokens.json. The
-    ids do not depend on the form.
+    tokenizer_config.json; if it lists none, the first form has its own and the second takes
+    added_tokens.json. The ids do not depend on the form.
 
     Raises:
         ValueError: files are missing or broken, or ids clash or have gaps.
     Source: `Qwen2TokenizerFast`. The slow `Qwen2Tokenizer`, which the text-to-image pipeline loads, gives the
-        same ids but for one case: it normalises a text before it looks for special tokens, so that it misses
-        one with a combining mark right after it.
+        same ids with one exception: it normalises a text before it looks for special tokens, so it misses a
+        special token that is followed by a combining mark.
     """
     folder = Path(folder)
     file = folder / "tokenizer.json"
@@ -81,7 +81,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Are there the files of either form?"""
+    """True if the folder has the files of either form."""
     return (folder / "tokenizer.json").is_file() or (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     )
@@ -117,7 +117,7 @@ def _merges(file: Path) -> list[tuple[str, str]]:
         raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     merges = []
     for number, line in enumerate(lines, start=1):
-        if not line or (number == 1 and line.startswith("#version:")):  # else # is a symbol like any other
+        if not line or (number == 1 and line.startswith("#version:")):  # elsewhere # is an ordinary symbol
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
@@ -127,7 +127,7 @@ def _merges(file: Path) -> list[tuple[str, str]]:
 
 
 def _added_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, AddedToken]]:
-    """By rising id, from tokenizer_config.json's added_tokens_decoder."""
+    """In the order of ids, from tokenizer_config.json's added_tokens_decoder."""
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
     added = []
     for index, token in decoder.items():
@@ -139,7 +139,7 @@ def _added_tokens(decoder: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, A
 def _added_tokens_from_list(
     listed: Mapping[str, int], config: Mapping[str, Any]
 ) -> list[tuple[int, AddedToken]]:
-    """By rising id, from added_tokens.json; special are those that the other files give a role."""
+    """In the order of ids, from added_tokens.json; tokens with a role in the other files are special."""
     special: set[str] = set()
     for value in config.values():
         for token in value if isinstance(value, list) else [value]:

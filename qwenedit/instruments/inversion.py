@@ -29,7 +29,7 @@ from torch import Tensor
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.inputs import geometry
-from qwenedit.inputs.rows import Row
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid
 from qwenedit.memory.residency import while_present
 from qwenedit.pipeline import QwenImageEdit
@@ -54,7 +54,7 @@ def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, 
     if not isinstance(picture, Image.Image):
         raise ValueError(f"picture is {type(picture).__name__}, wanted a PIL picture")
     plan = geometry.plan([picture.size], areas=pipe.areas)
-    ((latents,),) = encode_pictures([Row("", None, [picture], plan)], pipe.vae)
+    ((latents,),) = encode_pictures([BatchRow("", None, [picture], plan)], pipe.vae)
     return latents[None].to(pipe.device, pipe.dtype), plan.pictures[0].grid
 
 

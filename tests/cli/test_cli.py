@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from qwenedit import mini, pipeline
+from qwenedit import mini
+from qwenedit.cli import commands
 from qwenedit.cli import options as cli
 from qwenedit.inputs.pictures import open_picture
-from qwenedit.sampling import compiling
 
 QUICK = ["--steps", "1", "--quiet", "--device", "cpu"]
 
@@ -157,7 +157,7 @@ def test_bad_options(picture, capsys):
 @pytest.fixture
 def no_loading(monkeypatch):
     """What is refused here is refused before any weight is read."""
-    for name in ("qwenedit.pipeline.load", "qwenedit.weights.loading.load_network"):
+    for name in ("qwenedit.cli.commands.load", "qwenedit.weights.loading.load_network"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were read"))
 
 
@@ -288,14 +288,14 @@ def test_debug_shows_the_traceback():
 @pytest.mark.parametrize("words", [["edit", "in.png", "make the circle red"], ["generate", "a red circle"]])
 def test_compile_reaches_load(picture, monkeypatch, words):
     shutil.copy(picture, "in.png")
-    given, load = [], pipeline.load
+    given, load = [], commands.load
 
     def uncompiled(*arguments, compile, **options):
         given.append(compile)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
-    monkeypatch.setattr(pipeline, "load", uncompiled)
+    monkeypatch.setattr(commands, "require_compiler", lambda: None)
+    monkeypatch.setattr(commands, "load", uncompiled)
     assert run(*words, "-o", "out.png", *QUICK) == run(*words, "-o", "out.png", "--compile", *QUICK) == 0
     assert given == [False, True]
 
@@ -318,7 +318,7 @@ def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys, m
     ],
 )
 def test_how_to_run_is_checked_before_a_download(picture, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
+    monkeypatch.setattr(commands, "require_compiler", lambda: None)
     model = ["--model", "no/such-model"]
     assert message in fails(capsys, "edit", picture, "x", "-o", "x.png", *model, *QUICK, *options)
 

@@ -41,7 +41,7 @@ def test_edit_sizes_of_common_pictures(given, vae, percent):
     geometry = plan([given], areas=EDIT)
     (picture,) = geometry.pictures
     assert picture.vae == picture.vl == geometry.size == vae
-    assert round(100 * (picture.stretch - 1), 1) == percent
+    assert round(100 * (picture.to_vae.stretch - 1), 1) == percent
     assert picture.grid == geometry.grid == (1, vae[1] // 16, vae[0] // 16)
     assert geometry.aligned
 
@@ -94,16 +94,6 @@ def test_a_size_that_is_no_multiple_is_refused_with_the_next_one(name, value, fo
 def test_a_size_that_is_no_whole_number_is_refused(value):
     with pytest.raises(ValueError, match=r"height is .*512.*, wanted a whole number"):
         plan([], areas=EDIT, height=value)
-
-
-def test_multiples_follow_the_vae_and_the_patch():
-    assert plan([], areas=EDIT, height=24, width=40, vae_factor=4).grid == (1, 3, 5)
-    with pytest.raises(
-        ValueError, match="height is 16, wanted a positive multiple of 32: the next one is 32"
-    ):
-        plan([], areas=EDIT, height=16, patch=4)
-    with pytest.raises(ValueError, match="a token is 24 pixels wide, wanted a divisor of 32"):
-        plan([], areas=EDIT, vae_factor=12)
 
 
 @pytest.mark.parametrize("areas", [{"vae": 0}, {"vl": 0}, {"vae": -1}])

@@ -406,7 +406,7 @@ def test_patches_hold_the_picture_once_a_frame():
         assert (blue == 7).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 4, 8, 8), (1, 3, 1, 8, 8)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 5, 8, 8), (1, 3, 1, 8, 8)])
 def test_pixels_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"wanted \(B, 3, H, W\)"):
         to_pil(torch.zeros(shape))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qwenedit
-from qwenedit.inputs.pictures import rgba_pictures, rgba_pixels
+from qwenedit.inputs.pictures import rgba_pixels, to_pil
 from qwenedit.networks.mmdit import RunCache
 from qwenedit.networks.mmdit_layers import Rope, TimeEmbedding
 from qwenedit.networks.vae import KEY_TABLE, VAE
@@ -241,7 +241,7 @@ def test_pixels_are_the_references(size):
     assert torch.equal(rgba_pixels(image, 80, 48), wanted)
     assert torch.equal(rgba_pixels(image.convert("RGB"), 80, 48)[:, 3], torch.ones(1, 48, 80))
     pixels = (wanted * 0.5 + 0.5).clamp(0, 1)
-    (got,), (back,) = rgba_pictures(pixels), processor.postprocess(wanted, output_type="pil")
+    (got,), (back,) = to_pil(pixels), processor.postprocess(wanted, output_type="pil")
     assert got.mode == back.mode == "RGBA" and got.tobytes() == back.tobytes()
 
 

@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
 from qwenedit.inputs import processor as ours
+from qwenedit.inputs.pictures import denormalise_pixels, resize_rgb, to_pil, vae_pixels
 from tests import tiny_tokenizer
 
 FORMS = ("json", "files")
@@ -349,21 +350,18 @@ def test_patches_equal_the_picture_processors(picture, patch_size, merge_size, t
 @given(picture=pictures(mode="RGB"), width=st.integers(1, 200), height=st.integers(1, 200))
 def test_vae_pixels_equal_the_image_processors(picture, width, height):
     reference = VaeImageProcessor(vae_scale_factor=1)  # takes any size; the pipelines' are multiples of 16
-    resized = ours.resize_rgb(picture, width, height)
+    resized = resize_rgb(picture, width, height)
     assert resized.tobytes() == reference.resize(picture, height, width).tobytes()
-    pixels = ours.vae_pixels(picture, width, height)
+    pixels = vae_pixels(picture, width, height)
     assert pixels.dtype == torch.float32 and pixels.shape == (1, 3, height, width) and pixels.is_contiguous()
     assert torch.equal(pixels, reference.preprocess(picture, height, width))
     # Edit resizes once for both networks; resizing its picture to its own size changes nothing.
-    assert torch.equal(ours.vae_pixels(resized, width, height), pixels)
+    assert torch.equal(vae_pixels(resized, width, height), pixels)
 
 
 @given(picture=pictures())
 def test_every_mode_is_converted_to_rgb_before_it_is_resized(picture):
-    assert (
-        ours.resize_rgb(picture, 17, 40).tobytes()
-        == ours.resize_rgb(picture.convert("RGB"), 17, 40).tobytes()
-    )
+    assert resize_rgb(picture, 17, 40).tobytes() == resize_rgb(picture.convert("RGB"), 17, 40).tobytes()
 
 
 @given(
@@ -374,16 +372,16 @@ def test_every_mode_is_converted_to_rgb_before_it_is_resized(picture):
 def test_pictures_out_equal_the_image_processors(shape, seed, dtype):
     decoded = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.8).to(dtype)
     reference = VaeImageProcessor(vae_scale_factor=16)
-    pixels = ours.denormalise_pixels(decoded)
+    pixels = denormalise_pixels(decoded)
     assert torch.equal(pixels, reference.postprocess(decoded, output_type="pt"))
-    got, wanted = ours.to_pil(pixels), reference.postprocess(decoded, output_type="pil")
+    got, wanted = to_pil(pixels), reference.postprocess(decoded, output_type="pil")
     assert [(p.mode, p.size, p.tobytes()) for p in got] == [(p.mode, p.size, p.tobytes()) for p in wanted]
 
 
 def test_halves_are_rounded_to_even_as_in_the_reference():
     pixels = (torch.arange(0, 255 * 3).reshape(1, 3, 15, 17) % 255 + 0.5) / 255
     (got,), (wanted,) = (
-        ours.to_pil(pixels),
+        to_pil(pixels),
         VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels)),
     )
     assert got.tobytes() == wanted.tobytes()

@@ -306,7 +306,7 @@ def test_the_norm_ratio_follows_what_is_written_and_ignores_the_norm():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"norm": "token"}, "guidance.norm is 'token', wanted one of reference, none, global"),
+        ({"norm": "token"}, "guidance.norm is 'token', wanted 'reference' or 'none' or 'global'"),
         ({"norm": None}, "guidance.norm is None"),
         ({"steps": (3, 3)}, r"guidance.steps is \(3, 3\), wanted \(start, stop\) with 0 <= start < stop"),
         ({"steps": (-1, 3)}, r"guidance.steps is \(-1, 3\)"),
@@ -316,7 +316,7 @@ def test_the_norm_ratio_follows_what_is_written_and_ignores_the_norm():
         ({"rescale": "a"}, "guidance.rescale is 'a'"),
         ({"rescale": 0.5}, r"rescale is 0\.5, but norm 'reference' undoes it: wanted norm 'none' or 'clamp'"),
         ({"rescale": 0.5, "norm": "channel"}, "norm 'channel' undoes it"),
-        ({"eta": math.inf}, "guidance.eta is inf, wanted a finite number"),
+        ({"eta": math.inf}, "guidance.eta is inf, wanted a number"),
         ({"momentum": 1.0}, r"guidance.momentum is 1\.0, wanted a number within \(-1, 1\)"),
         ({"threshold": 0.0}, r"guidance.threshold is 0\.0, wanted a positive number, or None"),
         ({"threshold": math.nan}, "guidance.threshold is nan"),

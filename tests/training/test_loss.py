@@ -12,7 +12,7 @@ from qwenedit import mini
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.inputs import geometry
-from qwenedit.inputs.rows import Row
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.instruments.inversion import picture_latents
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
@@ -62,7 +62,7 @@ def batch(seed=0, grids=((SMALL,), (), (SMALL,)), weight=None):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_the_mean_over_the_targets_tokens(weighted):
-    """Row by row, in other words than the code's."""
+    """BatchRow by row, in other words than the code's."""
     pipe = Pipe()
     weight = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)) if weighted else None
     data = batch(weight=weight)
@@ -129,7 +129,7 @@ def test_no_gradient_reaches_the_vae_unless_asked_for(pipe):
     clean, _ = picture_latents(pipe, picture)
     reached = {}
     for detach in (True, False):
-        references = encode_pictures([Row("", None, [picture], plan)], pipe.vae)
+        references = encode_pictures([BatchRow("", None, [picture], plan)], pipe.vae)
         data = TrainingBatch(
             conditioning=dataclasses.replace(plain, reference_latents=references),
             latents=clean,

@@ -1,4 +1,4 @@
-"""The files that the command line writes: whole or not at all, and checked before any work."""
+"""Picture files of the command line: checked before any work, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import io
 import stat
 import tempfile
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
-__all__ = ["check_outputs", "save_pictures"]
+from qwenedit.files import replacing_file
+
+__all__ = ["check_alpha", "output_files", "save_pictures"]
 
 
-def check_outputs(output: Path, count: int) -> list[Path]:
+def output_files(output: Path, count: int) -> list[Path]:
     """The files to write: OUT.png, or OUT-1.png, OUT-2.png, ... if there are several.
 
     Raises:
@@ -40,6 +40,7 @@ def check_outputs(output: Path, count: int) -> list[Path]:
 
 
 def _is_folder(path: Path) -> bool:
+    """As `Path.is_dir`, but a name that the file system refuses is an OSError."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
@@ -47,13 +48,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _check_format(output: Path) -> None:
-    """Pillow also knows suffixes of formats that it only reads, or that hold no colours: so try."""
-    from PIL import Image
-
+    """Write a pixel to find out: Pillow also knows formats that it only reads, or that have no colours."""
     Image.init()
-    name = Image.registered_extensions().get(output.suffix.lower())
+    name = Image.registered_extensions().get(output.suffix.lower(), "none")
     try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=name or "none")
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=name)
     except Exception:
         what = output.suffix or "no suffix"
         raise ValueError(
@@ -61,14 +60,23 @@ def _check_format(output: Path) -> None:
         ) from None
 
 
+def check_alpha(output: Path) -> None:
+    """Raise a ValueError if a file's format refuses an alpha channel, drops it, or reduces it to one bit."""
+    file, suffix = io.BytesIO(), output.suffix.lower()
+    with suppress(OSError, KeyError):
+        Image.new("RGBA", (1, 1)).save(file, format=Image.registered_extensions()[suffix])
+        with Image.open(file) as picture:
+            if picture.mode == "RGBA":
+                return
+    raise ValueError(f"cannot write {output}: {suffix!r} has no alpha channel (try .png)")
+
+
 def save_pictures(images: Iterable[Image.Image], outputs: list[Path]) -> None:
-    """Write all files, then give all of them their names: they appear together or not at all.
+    """Write all files under temporary names, then rename them: they appear together or not at all.
 
     Raises:
         ValueError: one of them could not be written.
     """
-    from qwenedit.files import replacing_file
-
     try:
         with ExitStack() as files:
             for image, path in zip(images, outputs, strict=True):

@@ -1,4 +1,4 @@
-"""The switches that act on pictures, before the encoders: rows in, rows out."""
+"""The switches that replace or resize pictures before the encoders: rows in, rows out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from qwenedit.inputs.pictures import open_picture
-from qwenedit.inputs.rows import Row
+from qwenedit.inputs.rows import BatchRow
 from qwenedit.switches import AnyPicture, References, Seen
 
 __all__ = ["reference_rows", "seen_rows"]
@@ -16,8 +16,8 @@ __all__ = ["reference_rows", "seen_rows"]
 GREY = (128, 128, 128)  # of a blank picture
 
 
-def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
-    """The rows as the text encoder is to see them.
+def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
+    """The rows for the text encoder.
 
     Raises:
         ValueError: the other picture cannot be read.
@@ -39,8 +39,8 @@ def seen_rows(rows: Sequence[Row], seen: Seen) -> list[Row]:
     return resized
 
 
-def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
-    """The rows as the VAE is to see them.
+def reference_rows(rows: Sequence[BatchRow], references: References) -> list[BatchRow]:
+    """The rows for the VAE.
 
     Raises:
         ValueError: the other picture cannot be read.
@@ -51,8 +51,8 @@ def reference_rows(rows: Sequence[Row], references: References) -> list[Row]:
     return _replaced(rows, _opened(references.picture))
 
 
-def _replaced(rows: Sequence[Row], picture: Image.Image) -> list[Row]:
-    """Every picture of every row by this one; the sizes stay, and with them the layout of the tokens."""
+def _replaced(rows: Sequence[BatchRow], picture: Image.Image) -> list[BatchRow]:
+    """The rows with this picture in place of every picture, at unchanged sizes and token layout."""
     return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
 
 
