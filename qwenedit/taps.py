@@ -1,7 +1,7 @@
 """Named taps: read or replace any tensor of a network while it runs.
 
-The networks call `self.tap("name", x, "B S D")` on every tensor worth having; the third argument is the shape
-comment (letters as in the README's table). With nothing attached that is one attribute look-up. `taps`
+The networks call `self.tap("name", x, "B S D")` on every tensor of interest. The third argument is the shape
+comment (letters as in the README's table). A tap with nothing attached costs one attribute look-up. `taps`
 attaches functions by name and detaches them on exit:
 
     def dim(x, site):                       # None keeps the tensor, a tensor replaces it
@@ -36,16 +36,14 @@ __all__ = [
 State = TypeVar("State")
 NewModule = TypeVar("NewModule", bound=nn.Module)
 
-_PLAIN_LAYERS = (
-    nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList
-)  # fmt: skip
+# The torch layers that the networks use as they are. Every other torch class is foreign (`modified`).
+_PLAIN_LAYERS = (nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList)
 
-MAX_MAP = 2**28  # elements of an attention map: a larger one is made some heads at a time
+MAX_MAP = 2**28  # elements of an attention map; larger maps are computed a few heads at a time
 
 
 class _Labels(threading.local):
-    """The labels of the innermost `scope` of this thread. They describe; no code of the networks reads
-    them."""
+    """The labels of this thread's innermost `scope`. They are descriptive: the networks never read them."""
 
     def __init__(self) -> None:
         self.now: dict[str, Any] = {}
@@ -56,8 +54,7 @@ _labels = _Labels()
 
 @contextmanager
 def scope(**labels: Any) -> Iterator[None]:
-    """Declare what is being computed (step, sigma, branch, layout), for tap functions to read as
-    `site.labels`.
+    """Label what is being computed (step, sigma, branch, layout). Tap functions read it as `site.labels`.
 
     Scopes nest: an inner label hides an outer one of the same name until the inner scope ends.
 
@@ -81,9 +78,9 @@ def current_labels() -> dict[str, Any]:
 
 
 class BranchState(Generic[State]):
-    """State that is kept from step to step, apart for each CFG branch and for rows that do not run together.
+    """State that is kept from step to step, separately for each CFG branch and each group of rows.
 
-    `new` makes a fresh one. Nothing tells a second run from a first: use a fresh `BranchState` for each.
+    `new` makes a fresh state. Use a fresh `BranchState` for each run: it cannot tell two runs apart.
 
     >>> seen = BranchState(list)
     >>> for step in range(2):
@@ -100,7 +97,7 @@ class BranchState(Generic[State]):
         self._states: dict[tuple[str, tuple[int, ...] | None], State] = {}
 
     def current(self) -> State:
-        """The state of the branch in force.
+        """The state of the current branch.
 
         Raises:
             ValueError: no label `branch` is in force.
@@ -116,7 +113,7 @@ class BranchState(Generic[State]):
 
 
 def cache_context(name: str) -> AbstractContextManager[None]:
-    """Name the branch of the forwards in a `with` block, by hand; the sampler does so by itself.
+    """Label the forwards in a `with` block with the name of their CFG branch. The sampler does this itself.
 
     Source: diffusers' `CacheMixin.cache_context`.
     """
@@ -127,8 +124,8 @@ def cache_context(name: str) -> AbstractContextManager[None]:
 class Site:
     """Where a tap function is being called.
 
-    `module` is the module instance, `name` the tap's name in its class, `full` the dotted name from the
-    model that was given to `taps` (`blocks.12.attn.img_q_rot`).
+    `module` is the module instance, `name` the tap's name in its class, `full` its dotted name in the model
+    that was given to `taps` (`blocks.12.attn.img_q_rot`).
     """
 
     module: nn.Module
@@ -137,7 +134,7 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What the sampler declared with `scope`: step, sigma, branch, layout, rows, ..."""
+        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ..."""
         return current_labels()
 
 
@@ -147,17 +144,17 @@ TapFunction = Callable[[Tensor, Site], "Tensor | None"]
 class Tapped(nn.Module):
     """A module whose named intermediates can be read or replaced with `taps`.
 
-    `TAPS` declares every name that the class taps; `taps` matches patterns against these names, so that a
-    wrong pattern fails before anything runs.
+    `TAPS` lists every tap of the class. `taps` matches patterns against it, so that a wrong pattern fails
+    before anything runs.
     """
 
     TAPS: tuple[str, ...] = ()
     _taps: dict[str, list[tuple[TapFunction, Site]]] | None = None  # set on instances, by `taps` alone
 
     def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002
-        """Hand `x` to whatever is attached under `name`; return it or its replacement.
+        """Pass `x` to the functions attached under `name`; return it or its replacement.
 
-        `shape` is the shape comment, written where tests can hold it to the tensor.
+        `shape` is the shape comment. Tests compare it with the tensor.
         """
         if self._taps is None:
             return x
@@ -167,7 +164,7 @@ class Tapped(nn.Module):
         return x
 
     def tapped(self, *names: str) -> bool:
-        """Does anybody want one of these? For tensors that cost extra to have (attention probabilities)."""
+        """True if a function is attached to one of these. Some tensors cost extra, such as attention maps."""
         return self._taps is not None and any(name in self._taps for name in names)
 
 
@@ -178,10 +175,10 @@ def by_heads(
     v: Tensor,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """`attention(q, k, v, key_mask)`, some heads at a time where the maps of all would exceed `MAX_MAP`.
+    """`attention(q, k, v, key_mask)`, a few heads at a time if the maps of all would exceed `MAX_MAP`.
 
-    Taps inside then fire once for each part, with that part's heads in place of all, under the label `heads`,
-    a slice; without parts there is no such label.
+    Taps inside then fire once per part, for that part's heads only. The label `heads`, a slice, says which;
+    without parts there is no such label.
 
     Shapes: `q`, `k`, `v` and the result (B, H, J, K); the mask broadcasts over H.
     """
@@ -219,8 +216,8 @@ def _sites(model: nn.Module) -> dict[str, Site]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by path, where neither torch.compile's wrapper nor one put in by `swapped` is a level."""
-    shown: dict[str, str] = {}  # real path -> shown path, of what a wrapper wraps
+    """Modules by path. Wrappers of torch.compile and of `swapped` do not add a level to it."""
+    shown: dict[str, str] = {}  # real path -> shown path of a wrapped module
     for path, module in model.named_modules():
         above = max((real for real in shown if f"{path}.".startswith(f"{real}.")), key=len, default=None)
         name = path if above is None else (shown[above] + path[len(above) :]).strip(".")
@@ -231,10 +228,10 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def observed(model: nn.Module) -> bool:
-    """True if anything beside the model's own code sees or changes what its modules compute.
+    """True if anything besides the model's own code can read or change what its modules compute.
 
-    That is gradients, autocast, a torch function mode, taps, hooks, and foreign modules or forwards (see
-    `modified`). A model that was compiled as a whole counts too: its graph has no room for a cache. Callers
+    That means gradients, autocast, a torch function mode, taps, hooks, and foreign modules or forwards (see
+    `modified`). A model compiled as a whole counts too, because its graph has no room for a cache. Callers
     then cache nothing between steps and skip nothing, so that every tap and hook fires at every step.
     """
     return (
@@ -248,10 +245,10 @@ def observed(model: nn.Module) -> bool:
 
 
 def modified(model: nn.Module) -> bool:
-    """True if a module of the model has a torch hook, or a class or forward that is not the model's own.
+    """True if a module of the model has a torch hook, a foreign class or a foreign forward.
 
-    The model's own classes are those of its folder, torch's plain layers, and classes that declare
-    `transparent = True`, which promises that a forward depends on its arguments and weights alone.
+    Classes are foreign unless they come from the folder of the model's class, are in `_PLAIN_LAYERS`, or
+    declare `transparent = True`. That promises that a forward depends on its arguments and weights alone.
     """
     modules = _modules(model)
     package = type(model).__module__.rpartition(".")[0]
@@ -263,7 +260,7 @@ def modified(model: nn.Module) -> bool:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, five times as fast as `model.modules()`: the sampler asks at every step."""
+    """All modules of a model. Five times as fast as `model.modules()`; the sampler calls it at every step."""
     modules = [model]
     for module in modules:
         modules += [child for child in module._modules.values() if child is not None]
@@ -271,7 +268,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _own(kind: type[nn.Module], package: str) -> bool:
-    """True for a class of the package, a transparent one, or a plain torch layer, with its own forward."""
+    """True for a class of the package, a transparent class or a plain layer, if its forward is its own."""
     if kind in _PLAIN_LAYERS:
         return kind.forward.__module__.startswith("torch.nn.")
     known = kind.__module__.rpartition(".")[0] == package or kind.__dict__.get("transparent", False)
@@ -281,13 +278,12 @@ def _own(kind: type[nn.Module], package: str) -> bool:
 def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] = ()) -> Fingerprint | None:
     """A value that changes when a weight of the modules or one of the tensors is replaced or written to.
 
-    Numbers that a module holds, such as a LoRA's scale, are part of it. Returns None if a tensor does not
-    count its changes, as in inference mode. (torch does not count writes in place through `.data`.)
+    It includes numbers that a module holds, such as a LoRA's scale. Returns None if a tensor does not count
+    the writes to it, as in inference mode. (In-place writes through `.data` are never counted.)
     """
     parts = [part for module in modules for part in module.modules()]
-    held = [x for x in tensors if x is not None]
-    for part in parts:
-        held += [x for x in (*part._parameters.values(), *part._buffers.values()) if x is not None]
+    own = [x for part in parts for x in (*part._parameters.values(), *part._buffers.values())]
+    held = [x for x in (*tensors, *own) if x is not None]
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_inference() for x in held):
         return None
     numbers = tuple(tuple(x for x in vars(part).values() if type(x) in (int, float, bool)) for part in parts)
@@ -300,14 +296,14 @@ class NonFiniteError(ArithmeticError):
 
 
 def require_finite(x: Tensor, what: str, where: str = "look for it in the component's weights") -> None:
-    """Raise NonFiniteError where `x` holds NaN or infinity, saying what it is and where to look."""
+    """Raise NonFiniteError if `x` holds NaN or infinity. The message says what `x` is and where to look."""
     if not torch.isfinite(x).all():
         raise NonFiniteError(f"{what} has NaN or infinity; {where}")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A value to compare. It keeps its tensors alive, so that no other tensor can take over their ids."""
+    """A value to compare. It keeps its tensors alive, so that no new tensor can get one of their ids."""
 
     value: tuple[Any, ...]
     tensors: list[Tensor] = field(compare=False, repr=False)
@@ -338,17 +334,17 @@ def taps(
         model: any module that holds `Tapped` modules.
         functions: glob pattern over full tap names (`*` also matches dots) -> `fn(x, site) -> None | Tensor`.
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
-        eager: run compiled modules eagerly meanwhile, so that functions may do anything. `eager=False` is
-            for pure functions that read no labels: they are compiled in.
+        eager: run compiled modules eagerly meanwhile, so that functions may do anything. With `eager=False`
+            the functions are compiled in: they must be pure and read no labels.
         strict: on a clean exit, raise if an attached tap never fired.
-        first: run before the functions of outer contexts, which then see what these have put there.
+        first: run before the functions of outer contexts, which then see the replacements.
 
     Raises:
-        KeyError: a pattern matches no tap; names that come close are listed. Nothing has run yet.
+        KeyError: a pattern matches no tap; close names are listed. Nothing has run yet.
         ValueError: a replacement differs from its tensor in shape, dtype or device.
         RuntimeError: with `strict`, taps that matched but never fired.
 
-    On exit, by exception too, every module is exactly as it was before.
+    On exit, also after an exception, every module is exactly as it was before.
 
     >>> import qwenedit
     >>> from qwenedit.networks.mmdit_layers import MLP
@@ -387,9 +383,8 @@ def taps(
             yield
     finally:
         for module, old_taps in before.items():
-            if old_taps is None:
-                del module.__dict__["_taps"]
-            else:
+            del module.__dict__["_taps"]
+            if old_taps is not None:
                 module.__dict__["_taps"] = old_taps
     silent = [full for full in added if full not in fired]
     if strict and silent:
@@ -415,14 +410,14 @@ def _no_match(pattern: str, names: list[str], what: str) -> str:
 
 @contextmanager
 def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) -> Iterator[NewModule]:
-    """Put `factory(old)` in the place of the submodule `old` at `path`, for the length of a `with` block.
+    """Replace the submodule `old` at `path` with `factory(old)`, for the length of a `with` block.
 
-    Where the new module holds the old one as a submodule, the taps under the old one keep their names. The
-    old one is back on exit, by exception too.
+    If the new module holds the old one as a submodule, the taps under the old one keep their names. The old
+    one is put back on exit, also after an exception.
 
     Raises:
-        KeyError: the model has no such submodule; names that come close are listed.
-        ValueError: the factory made something else than a module.
+        KeyError: the model has no such submodule; close names are listed.
+        ValueError: the factory returned something other than a module.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> with swapped(model, "1", lambda old: nn.Identity()):
@@ -432,7 +427,7 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     ReLU()
     """
     modules = dict(model.named_modules())
-    real: dict[str, str] = {}  # of several that show one path, the outermost
+    real: dict[str, str] = {}  # shown path -> real path, of the outermost module that is shown there
     for (shown, _), path_of in zip(named_modules(model), modules, strict=True):
         real.setdefault(shown, path_of)
     real.pop("")

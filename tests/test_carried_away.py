@@ -1,4 +1,4 @@
-"""The networks and the sampling loop work where nothing else of the package is."""
+"""The networks and the sampling loop work when copied out of the package, without its other files."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "qwenedit"
 
-# Run in the new folder. The package is declared by hand: one that is installed must not be found.
+# Run in the new folder. The script declares the package itself, so that an installed one is not found.
 SCRIPT = textwrap.dedent("""
     import importlib
     import sys

@@ -1,4 +1,4 @@
-"""What one reads is what runs: see what_runs.py, which does the work and runs as a script."""
+"""The code that one reads is the code that runs. what_runs.py does the work; it also runs as a script."""
 
 import textwrap
 
@@ -29,7 +29,7 @@ def test_a_changed_forward_changes_a_run(outcomes):
 
 
 def test_a_changed_forward_acts_in_every_mode(outcomes):
-    """The transformer's modes are of memory; the VAE has two directions, for pictures and for videos."""
+    """The transformer's modes are memory modes; the VAE's are its two directions, for pictures and videos."""
     assert {mode for outcome in outcomes for mode in outcome.modes} == set(what_runs.MODES)
     for outcome in outcomes:
         if outcome.file.endswith("mmdit.py"):

@@ -1,10 +1,10 @@
-"""What one reads is what runs: each network's `forward` is changed in a copy of the package, which must show.
+"""Shows that the code one reads is the code that runs: changing any network's `forward` must change a result.
 
     python -m tests.what_runs
 
 prints a line for each forward: its file, its class, the first run that changed ("-" if none did), and the
-modes that use the class and did not change. The change is one of the source: what the forward returns is
-multiplied by 1.01.
+modes that use the class but did not change. The change is made in the source, in a copy of the package: the
+forward's result is multiplied by 1.01.
 
 A worker process imports torch once. For each forward it forks a child, which imports the copy and runs it.
 """
@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwenedit"
-AT_ONCE = 2  # children
-SECONDS = 120  # after which a child is stopped
+AT_ONCE = 2  # children that run at the same time
+SECONDS = 120  # time limit of a child
 
 CHANGE = """
 
-import torch  # not every file has it under this name
+import torch  # some files do not import it under this name
 
 
 def _times_1_01(result):
@@ -64,13 +64,13 @@ class Forward(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What changing one forward did."""
+    """The effect of changing one forward."""
 
     file: str
     name: str
-    run: str  # the first run that changed; "-": none
-    modes: list[str]  # those that use the class
-    unchanged: list[str]  # those of them that did not change
+    run: str  # the first run that changed, or "-"
+    modes: list[str]  # the modes that use the class
+    unchanged: list[str]  # the modes among them that did not change
 
     def __str__(self) -> str:
         unchanged = f"  unchanged in: {', '.join(self.unchanged)}" if self.unchanged else ""
@@ -82,7 +82,7 @@ def network_files(package: Path = PACKAGE) -> list[Path]:
 
 
 def forwards(package: Path = PACKAGE) -> list[Forward]:
-    """Every class of the network files that has a `forward` of its own."""
+    """Every class of the network files that defines a `forward`."""
     return [
         Forward(file.relative_to(package).as_posix(), node.name)
         for file in network_files(package)
@@ -92,10 +92,10 @@ def forwards(package: Path = PACKAGE) -> list[Forward]:
 
 
 def changed(source: str, name: str) -> str:
-    """The source in which the forward of class `name` returns 1.01 times what it did.
+    """The source, changed so that the forward of class `name` returns 1.01 times its result.
 
     Raises:
-        ValueError: not one such class, or its forward returns nothing.
+        ValueError: there is not exactly one such class, or its forward returns nothing.
     """
     classes = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.ClassDef) and x.name == name]
     found = [forward for node in classes if (forward := _forward_of(node)) is not None]
@@ -104,7 +104,7 @@ def changed(source: str, name: str) -> str:
     values = list(_returned(found[0]))
     if not values:
         raise ValueError(f"{name}.forward returns nothing")
-    lines = source.encode().splitlines(keepends=True)  # bytes, as the columns of ast are
+    lines = source.encode().splitlines(keepends=True)  # bytes, because ast counts columns in bytes
     for value in sorted(values, key=lambda value: (value.lineno, value.col_offset), reverse=True):
         assert value.end_lineno is not None and value.end_col_offset is not None
         for row, column, text in (
@@ -121,7 +121,7 @@ def _forward_of(node: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def _returned(node: ast.AST) -> Iterator[ast.expr]:
-    """What a function returns; not what functions inside it do."""
+    """The expressions that a function returns, without those of functions inside it."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Return) and child.value is not None:
             yield child.value
@@ -133,12 +133,12 @@ def _returned(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def outcomes() -> Iterator[Outcome]:
-    """The outcome of every forward, as the worker finds it.
+    """The outcomes of all forwards, one by one as the worker reports them.
 
     Raises:
-        RuntimeError: the worker failed, or its runs are not reproducible; what it said is on stderr.
+        RuntimeError: the worker failed, or its runs are not reproducible. Its message is on stderr.
     """
-    from tests.tiny import checkpoint  # the reference libraries write them
+    from tests.tiny import checkpoint  # imports the reference libraries, which the worker does not need
 
     folders = [str(checkpoint("plus", zero_cond_t=True)), str(checkpoint("layered"))]
     command = [sys.executable, "-m", "tests.what_runs", *folders]
@@ -151,11 +151,11 @@ def outcomes() -> Iterator[Outcome]:
         raise RuntimeError(f"the worker ended with status {worker.returncode}")
 
 
-# --- the worker imports torch, and only its children import the package
+# --- the worker's side: it imports torch; only its children import the package
 
 
 def work(*folders: str) -> None:
-    """Print the outcome of every forward, a line of JSON each; `folders` are checkpoints of 2511 and Layered.
+    """Print each forward's outcome as a line of JSON; `folders` are checkpoints of 2511 and Layered.
 
     Raises:
         RuntimeError: a child failed, or two runs of the unchanged package differ.
@@ -182,14 +182,14 @@ def work(*folders: str) -> None:
 
     plain, again = _in_children(unchanged, [None, None])
     if plain != again:
-        raise RuntimeError("two runs of the unchanged package differ: a difference says nothing")
+        raise RuntimeError("two runs of the unchanged package differ, so a difference would prove nothing")
     every = forwards()
     for forward, outcome in zip(every, _in_children(with_a_change, every), strict=True):
         print(json.dumps([*forward, *outcome]), flush=True)
 
 
 class Models:
-    """The models that a copy of the package loads, each when it is asked for, and small inputs for them."""
+    """The models of a copy of the package, loaded when first used, and runs of them on small inputs."""
 
     def __init__(self, package: Path, folder_2511: str, folder_layered: str) -> None:
         import qwenedit
@@ -234,7 +234,7 @@ class Models:
         return self.load().vae.decode(self._latents(3))
 
     def encode_picture(self) -> Tensor:
-        """The encoder alone: the convolution behind it must not hide the encoder's own."""
+        """The encoder alone: the convolution after it could hide a change."""
         return self.load().vae.encoder(_random(1, 3, 1, 32, 32).clamp(-1, 1))
 
     def decode_picture(self) -> Tensor:
@@ -244,7 +244,7 @@ class Models:
         return _random(1, self.load().vae.config.z_dim, frames, 4, 4)
 
     def classes(self, network: nn.Module) -> list[list[str]]:
-        """File and name of every class of the package that a network is built of, base classes too."""
+        """File and name of every class of the package in a network, including base classes."""
         kinds = {kind for module in network.modules() for kind in type(module).__mro__}
         own = {kind for kind in kinds if kind.__module__.startswith("qwenedit.")}
         return sorted([_file_of(kind, self.package), kind.__name__] for kind in own)
@@ -264,7 +264,7 @@ class Models:
 
 Run = Callable[[Models], list[Tensor]]
 
-# in this order, up to the first that changes
+# A changed forward is tried in these runs, in this order, until one changes.
 RUNS: dict[str, Run] = {
     "edit": lambda models: [models.edit("latent"), models.edit("pt")],
     "2511": lambda models: [models.edit_2511()],
@@ -273,7 +273,7 @@ RUNS: dict[str, Run] = {
     "video": lambda models: [models.encode_video(), models.decode_video()],
 }
 
-# A network, and a way to run it in which every class that it is built of acts.
+# A network, and a way to run it that uses every class in it.
 MODES: dict[str, tuple[Callable[[Models], nn.Module], Run]] = {
     "resident": (lambda models: models.load(models.folder_2511).mmdit, lambda models: [models.edit_2511()]),
     "stream": (
@@ -329,8 +329,8 @@ def _copy(forward: Forward | None) -> Iterator[Path]:
 
 
 def _prepare() -> None:
-    """Do once what every child would: imports, and compiling what is the same in every copy."""
-    torch.set_num_threads(1)  # who has started threads must not fork
+    """Do the work that all children share: imports, and compiling the unchanged sources."""
+    torch.set_num_threads(1)  # a process that has started threads must not fork
     torch.set_grad_enabled(False)
     for name in ("einops", "numpy", "safetensors.torch", "tokenizers", "torch._dynamo", "tqdm"):
         importlib.import_module(name)
@@ -343,11 +343,11 @@ def _prepare() -> None:
         return code[data] if data in code else original(self, data, path, **options)
 
     SourceFileLoader.source_to_code = source_to_code  # type: ignore[method-assign]
-    gc.freeze()  # the children's collections leave alone what is there already
+    gc.freeze()  # garbage collections in the children skip the objects of the parent
 
 
 def _in_children(work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-    """What `work` makes of each job, in a process forked for it, in order."""
+    """The results of `work` for the jobs, in order. Each job gets a forked process."""
     running: deque[tuple[int, int]] = deque()
     for job in jobs:
         running.append(_start(work, job))

@@ -1,1 +1,1 @@
-"""The three networks, each whole in a file or two. They import `taps` alone."""
+"""The three networks, each in one or two files. Of the rest of the package they import only `taps`."""

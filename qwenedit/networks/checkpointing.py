@@ -1,9 +1,9 @@
-"""Activation checkpointing that keeps what the taps promise: memory for time, and the same gradients.
+"""Activation checkpointing that works with taps: it trades time for memory, with the same gradients.
 
-What a block computes is thrown away after the forward pass, and computed again when the backward pass needs
-it. Then the functions on its taps are called again, on the same values, under the labels of the first call
-and one more, `recomputation`: a function that counts or stores can tell by it, one that replaces needs not.
-(A block's last taps are not called again: it is recomputed no further than the backward pass needs.)
+A block's activations are dropped after the forward pass and recomputed in the backward pass. The functions on
+its taps are then called again, on the same values, under the labels of the first call and the additional
+label `recomputation`. Functions that count or store can check it; functions that replace need not. (A block's
+last taps are not called again, because recomputation stops where the backward pass needs no more.)
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["recomputed"]
 
 
 def recomputed(block: nn.Module) -> Callable[..., Any]:
-    """The block as a function that keeps its inputs only, where gradients are on.
+    """The block as a function that, with gradients on, keeps only its inputs for the backward pass.
 
     Raises:
-        RuntimeError: in the backward pass, if the block's taps are not those of the forward pass. The
-            gradients would be another network's.
+        RuntimeError: in the backward pass, if the block's taps have changed since the forward pass. The
+            gradients would be wrong.
     """
     if not torch.is_grad_enabled():
         return block
-    if torch.compiler.is_compiling():  # labels are not for compiled code
+    if torch.compiler.is_compiling():  # compiled code reads no labels
         return lambda *inputs: checkpoint(block, *inputs, use_reentrant=False)
     labels, taps = current_labels(), _attached(block)
 
@@ -53,5 +53,5 @@ def _again(block: nn.Module, taps: list[Any], labels: dict[str, Any]) -> Iterato
 
 
 def _attached(block: nn.Module) -> list[Any]:
-    """What `taps` attached to each of its modules: one object as long as nobody attaches or detaches."""
+    """The attached functions of each module. `taps` replaces these objects, it never writes to them."""
     return [module.__dict__.get("_taps") for module in block.modules() if isinstance(module, Tapped)]

@@ -23,7 +23,7 @@ class Delta:
 
 
 class LowRank(nn.Module):
-    """One LoRA's part in one layer; `scale` is the user's."""
+    """The change that one LoRA makes to one layer. `scale` is set by the user."""
 
     down: Tensor
     up: Tensor

@@ -1,4 +1,4 @@
-"""What the MMDiT is built of: time embedding, adaLN, RoPE, norms, the MLP. mmdit.py has the network.
+"""The layers of the MMDiT: time embedding, adaLN, RoPE, norms, the MLP. mmdit.py has the network.
 
 Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py, normalization.py, embeddings.py.
 """
@@ -21,15 +21,15 @@ __all__ = [
     "rope_table", "rotate", "sinusoids",
 ]  # fmt: skip
 
-Grid = tuple[int, int, int]  # frames (pictures 1, layers more), rows, columns of tokens: 2x2 latent pixels
+Grid = tuple[int, int, int]  # frames (1 in a picture), rows, columns of tokens, which are 2x2 latent pixels
 
 
 class TimeEmbedding(Tapped):
-    """Embed sigma: 256 sinusoids of 1000 sigma, then two linear layers. There is no text in it.
+    """Embed sigma: 256 sinusoids of 1000 sigma, then two linear layers. The text has no part in it.
 
-    Shapes: `timestep` (R,), with `addition` also `addition_t` (R,), which of two vectors is added; -> (R, D)
-        in `dtype`.
-    Raises: ValueError for an `addition_t` without `addition`, or the other way round.
+    Shapes: `timestep` (R,); with `addition` also `addition_t` (R,), which selects one of two vectors to add.
+        Returns (R, D) in `dtype`.
+    Raises: ValueError if `addition_t` is given without `addition`, or missing with it.
     Source: `QwenTimestepProjEmbeddings` (official key prefix `time_text_embed`). The sinusoids are float32.
     """
 
@@ -58,7 +58,7 @@ def sinusoids(timestep: Tensor) -> Tensor:
 
 
 class MLP(Tapped):
-    """Four times as wide inside, with the tanh form of GELU.
+    """Two linear layers, four times as wide between them, with the tanh form of GELU.
 
     Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
     """
@@ -75,9 +75,9 @@ class MLP(Tapped):
 
 
 class AdaLN(NamedTuple):
-    """What `temb` makes of one half of a block, for one stream: x * scale + shift, later x + gate * change.
+    """One stream's vectors for attention or for the MLP: x * scale + shift before it, gate * change after it.
 
-    Shapes: each (B, 1, D). The 1 of 1 + scale is added already.
+    Shapes: each (B, 1, D). `scale` includes the 1 of 1 + scale.
     """
 
     shift: Tensor
@@ -86,7 +86,7 @@ class AdaLN(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """The adaLN vectors of a stream: `temb` (R, D) -> (R, 6 D), shift, scale, gate of attention and MLP."""
+    """A stream's adaLN vectors: `temb` (R, D) -> (R, 6 D), shift, scale, gate of attention, then of MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class Modulation(nn.Module):
 
 
 def both_halves(mod: Tensor) -> tuple[AdaLN, AdaLN]:
-    """Modulation (B, 6 D) -> that of the attention, that of the MLP."""
+    """Split modulation (B, 6 D) into that of the attention and that of the MLP."""
     shift1, scale1, gate1, shift2, scale2, gate2 = mod.unflatten(-1, (6, 1, -1)).unbind(1)
     return AdaLN(shift1, 1 + scale1, gate1), AdaLN(shift2, 1 + scale2, gate2)
 
 
 def modulated(x: Tensor, parts: Sequence[AdaLN], target: int) -> Tensor:
-    """x * scale + shift, tokens from `target` on with the second of two parts (`zero_cond_t`)."""
+    """x * scale + shift. Of two parts (`zero_cond_t`), the second is for the tokens from `target` on."""
     if len(parts) == 1:
         return x * parts[0].scale + parts[0].shift
     pieces = zip(x.tensor_split([target], dim=1), parts, strict=True)
@@ -111,7 +111,7 @@ def modulated(x: Tensor, parts: Sequence[AdaLN], target: int) -> Tensor:
 
 
 def gated(x: Tensor, parts: Sequence[AdaLN], target: int) -> Tensor:
-    """gate * x, tokens from `target` on with the second of two parts (`zero_cond_t`)."""
+    """gate * x. Of two parts (`zero_cond_t`), the second is for the tokens from `target` on."""
     if len(parts) == 1:
         return parts[0].gate * x
     pieces = zip(x.tensor_split([target], dim=1), parts, strict=True)
@@ -136,16 +136,16 @@ class Rope(Tapped):
 
     Shapes: returns float32 (S, K/2, 2) for the image tokens and (T, K/2, 2) for the text; [..., 0] is the
         cosine, [..., 1] the sine.
-    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000; `layered`: `QwenEmbedLayer3DRope`, where each layer
-        is a grid of its own; ours are the frames of one. Without a reference, its last layer would be at -1.
+    Source: `QwenEmbedRope(scale_rope=True)`, theta 10000; `layered`: `QwenEmbedLayer3DRope`. There each layer
+        is its own grid, here a frame of one grid. (Without a reference, theirs would put the last at -1.)
 
     +-- positions -----------------------------------------------------------------------------------------+
     | frame   the picture's number: 0 the target, 1 the first reference, ...                               |
     |         layered: 0, 1, ... the target's frames, -1 every reference                                   |
     | row     centred: -(h - h//2) ... h//2 - 1; an odd grid has its extra row on the NEGATIVE side        |
     | column  likewise                                                                                     |
-    | text    one number for all three axes, upwards from the largest h//2 or w//2 of any picture, over    |
-    |         the PADDED length (a mask does not shift it); layered: at least from the number of frames    |
+    | text    one number for all three axes, counted over the PADDED length (a mask does not shift it);    |
+    |         it starts at the largest h//2 or w//2 of any picture, layered: at least at the frame count   |
     +------------------------------------------------------------------------------------------------------+
     """
 
@@ -190,18 +190,18 @@ def rope_table(positions: Tensor, axes: tuple[int, int, int]) -> Tensor:
 
 
 def joint_rope(img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables of both streams as `rotate` takes them, for [text, image]: cosines and sines (J, 1, K).
+    """The tables of both streams in the form that `rotate` takes: cosines and sines (J, 1, K), text first.
 
-    Each cosine stands there twice, each sine as (-sin, sin).
+    Each cosine is repeated; each sine becomes (-sin, sin).
     """
     cos, sin = torch.cat([txt, img])[:, None].unbind(-1)
     return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn NEIGHBOURING pairs (x0, x1), (x2, x3), ... of (B, N, H, K), in float32.
+    """Rotate NEIGHBOURING pairs (x0, x1), (x2, x3), ... of (B, N, H, K), in float32.
 
-    (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin). The language model's RoPE turns halves instead: x0
+    (x0, x1) becomes (x0 cos - x1 sin, x1 cos + x0 sin). The language model's RoPE rotates halves instead: x0
     with x_{K/2}.
     """
     cos, sin = rope
@@ -211,7 +211,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def joint_key_mask(txt_mask: Tensor, img_length: int) -> Tensor:
-    """(B, T) bool -> (B, 1, 1, J): padded text is no key; every image token is one."""
+    """(B, T) bool -> (B, 1, 1, J): False at padding of the text, True at every image token."""
     ones = txt_mask.new_ones(txt_mask.shape[0], img_length)
     return torch.cat([txt_mask, ones], dim=1)[:, None, None, :]
 
@@ -227,7 +227,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).sum(-1, keepdim=True) / x.shape[-1]  # sooner than mean(), bit by bit
+        mean_square = x.float().pow(2).sum(-1, keepdim=True) / x.shape[-1]  # mean()'s bits, but faster
         return (x * torch.rsqrt(mean_square + 1e-6)).to(self.weight.dtype) * self.weight
 
 

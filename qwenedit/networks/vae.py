@@ -1,13 +1,13 @@
 """The causal video VAE that Qwen-Image uses for pictures: pixels to latents and back.
 
 Source: diffusers 0.39.0, models/autoencoders/autoencoder_kl_qwenimage.py (`AutoencoderKLQwenImage`), the VAE
-of Wan 2.1 fine-tuned. A picture is a video of one frame. Longer ones have 1 + 4 k frames and go through in
-chunks, the first of one frame; what a convolution needs of earlier chunks is in a `Past`. The modules differ
-from the official ones in names only (`KEY_TABLE`); the arithmetic, casts included, is the official one. We
-differ in this: no tiling or slicing; no state left on modules; the 1x1x1 convolutions between encoder and
-decoder run chunk by chunk, so that no bit of a frame depends on later frames; a first frame is convolved in
-two dimensions, which adds in another order; bad shapes are errors. What encoder and decoder are built of has
-a file of its own, vae_layers.py, with the letters of the shapes.
+of Wan 2.1 fine-tuned. A picture is a video of one frame. Longer videos have 1 + 4 k frames and are processed
+in chunks, the first of one frame; a `Past` keeps the frames that convolutions need from earlier chunks. The
+modules differ from the official ones in names only (`KEY_TABLE`); the arithmetic, casts included, is the
+official one. We differ in this: no tiling or slicing; no state left on modules; the 1x1x1 convolutions
+between encoder and decoder run chunk by chunk, so that no bit of a frame depends on later frames; a first
+frame is convolved in two dimensions, which adds in another order; bad shapes are errors. vae_layers.py has
+the layers and explains the letters of the shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qwenedit.taps import Tapped
 
 __all__ = ["KEY_TABLE", "VAE", "Past", "Posterior", "VAEConfig"]
 
-# frames encoded at a time after the first, whatever the temporal factor; fixed in the reference too
+# frames encoded at a time after the first, for any temporal factor; fixed in the reference too
 CHUNK = 4
 
 
@@ -51,7 +51,7 @@ class VAEConfig:
     attn_scales: tuple[float, ...]  # only () exists
     temperal_downsample: tuple[bool, ...]  # which of the halvings also halve the frames
     dropout: float  # only 0 exists
-    latents_mean: tuple[float, ...]  # statistics of raw latents, for who normalises them
+    latents_mean: tuple[float, ...]  # statistics of raw latents, to normalise them with
     latents_std: tuple[float, ...]
     input_channels: int = 3  # 4 in Layered (RGBA); RGB checkpoints leave the key out
 
@@ -60,7 +60,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
         sizes = (self.base_dim, self.z_dim, self.num_res_blocks, self.input_channels, *self.dim_mult)
         if min(sizes) < 1:
             raise ValueError(
@@ -84,18 +84,18 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent pixel, in each direction."""
+        """Pixels per latent pixel, in each direction."""
         return 2 ** len(self.temperal_downsample)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames a latent frame, after the first, which stays one."""
+        """Frames per latent frame, except the first, which is one frame."""
         return 2 ** sum(self.temperal_downsample)
 
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """A normal distribution over raw latents, independent in each value.
+    """A normal distribution over raw latents, independent for each value.
 
     Shapes: `mean` and `logvar` (B, Z, f, y, x).
     Source: `DiagonalGaussianDistribution`.
@@ -109,7 +109,7 @@ class Posterior:
         return self.mean
 
     def sample(self, generator: Generator | None = None) -> Tensor:
-        """Random latents, the reference's for the same generator state.
+        """Random latents, equal to the reference's for the same generator state.
 
         The noise is drawn in the mean's dtype on the generator's device, then moved.
         """
@@ -121,7 +121,7 @@ class Posterior:
 class VAE(Tapped):
     """Encode pixels to a distribution over latents, decode latents to pixels.
 
-    Latents are raw here: `config.latents_mean` and `latents_std` are for who hands them to the transformer.
+    Latents are raw here. The transformer takes them normalised by `config.latents_mean` and `latents_std`.
     """
 
     TAPS = ("moments", "latents", "pixels")
@@ -173,11 +173,11 @@ class VAE(Tapped):
 
 
 class Encoder(Tapped):
-    """One chunk of pixels to one of moments: the picture is halved level by level.
+    """Encode one chunk of pixels to moments. Every level but the last halves the picture.
 
     Shapes: `x` (B, C, F, Y, X), F = 1 in the first chunk, then 4; returns (B, 2 Z, f, y, x).
-    Raises: ValueError where the first chunk is not one frame.
-    Source: `QwenImageEncoder3d`, whose list is flat too: residual blocks and downsamplers in one.
+    Raises: ValueError if the first chunk is not one frame.
+    Source: `QwenImageEncoder3d`, which also has one flat list of residual blocks and downsamplers.
     """
 
     TAPS = ("in", "norm_out", "act", "out")
@@ -209,10 +209,10 @@ class Encoder(Tapped):
 
 
 class Decoder(Tapped):
-    """One latent frame to its pixels: the encoder's way back, with one more residual block a level.
+    """Decode one latent frame to pixels: the encoder reversed, with one more residual block per level.
 
     Shapes: `x` (B, Z, 1, y, x); returns (B, C, F, Y, X), F = 1 for the first frame, then the temporal factor.
-    Raises: ValueError where the first chunk is not one frame.
+    Raises: ValueError if the first chunk is not one frame.
     Source: `QwenImageDecoder3d`.
     """
 
@@ -245,7 +245,7 @@ class Decoder(Tapped):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: residual blocks, then twice the size unless it is the last."""
+    """One level of the decoder: residual blocks, then upsampling unless it is the last."""
 
     def __init__(self, channels: int, out: int, depth: int, upsample: Upsample | None) -> None:
         super().__init__()

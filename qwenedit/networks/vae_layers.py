@@ -1,9 +1,9 @@
-"""What the VAE's encoder and decoder are built of: causal convolutions, norms, attention, resampling.
+"""The layers of the VAE's encoder and decoder: causal convolutions, norms, attention, resampling.
 
 Source: diffusers 0.39.0, models/autoencoders/autoencoder_kl_qwenimage.py. vae.py builds the networks.
 
-Shapes within one module: C channels coming in, D going on, E at its end; F Y X frames, rows and columns where
-they are many, f y x where they are few (the latent side); Z latent channels; S = Y X positions of a frame.
+Shapes within one module: C channels at its input, D further on, E at its end; F Y X frames, rows and columns
+at the larger size, f y x at the smaller (latent) size; Z latent channels; S = Y X positions of a frame.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["CausalConv3d", "Downsample", "FrameAttention", "Past", "RMSNorm", "R
 
 
 class Past(dict[nn.Module, Tensor]):
-    """What causal convolutions remember of earlier chunks of one video: at most two frames each.
+    """The frames that causal convolutions keep from earlier chunks of one video: at most two each.
 
-    Make one for every video, hand it to every chunk in order, and drop it. Without one (None) a chunk is the
-    first and the last: a picture.
+    Make one for every video and pass it along with every chunk in order. Without one (None) a chunk is the
+    whole input, as for a picture.
     """
 
     def keep(self, conv: nn.Module, frames: Tensor) -> None:
@@ -30,10 +30,10 @@ class Past(dict[nn.Module, Tensor]):
 
 
 class ResidualBlock(Tapped):
-    """Norm, SiLU, convolution, all twice; added to the input, which a 1x1x1 convolution widens if need be.
+    """Norm, SiLU and convolution, twice, added to the input. A 1x1x1 convolution changes its width if needed.
 
     Shapes: `x` (B, C, F, Y, X) -> (B, D, F, Y, X). `mid` is the tensor between the convolutions.
-    If nothing observes the block, SiLU and the sum overwrite their argument, which saves memory.
+    If nothing observes the block, SiLU and the sum work in place, which saves memory.
     Source: `QwenImageResidualBlock`.
     """
 
@@ -48,12 +48,12 @@ class ResidualBlock(Tapped):
         self.shortcut = nn.Identity() if channels == out else CausalConv3d(channels, out, (1, 1, 1))
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        alone = not observed(self)  # nobody else then holds what the norms and convolutions return
+        alone = not observed(self)  # if so, results of norms and convolutions may be overwritten
         plus = Tensor.add_ if alone else Tensor.add
         x = self.tap("in", x, "B C F Y X")
         skip = self.tap("skip", self.shortcut(x), "B D F Y X")
         h = self.tap("norm1", self.norm1(x), "B C F Y X")
-        h = self.tap("act1", F.silu(h, inplace=alone and h is not x), "B C F Y X")  # x if norm1 is Identity
+        h = self.tap("act1", F.silu(h, inplace=alone and h is not x), "B C F Y X")  # h is x after Identity
         h = self.tap("mid", self.conv1(h, past), "B D F Y X")
         h = self.tap("norm2", self.norm2(h), "B D F Y X")
         h = self.tap("act2", F.silu(h, inplace=alone), "B D F Y X")
@@ -62,9 +62,9 @@ class ResidualBlock(Tapped):
 
 
 class FrameAttention(Tapped):
-    """Self-attention with a single head over the positions of each frame by itself, added to the input.
+    """Self-attention with a single head within each frame, added to the input.
 
-    Shapes: `x` (B, C, F, Y, X) -> the same. There is no gate, so what leaves the projection is `attn_add`.
+    Shapes: `x` (B, C, F, Y, X) -> the same. There is no gate: `attn_add` is the output of the projection.
     Source: `QwenImageAttentionBlock`. With `scores` or `probs` tapped, attention is computed explicitly.
     """
 
@@ -95,7 +95,7 @@ class FrameAttention(Tapped):
         return self.tap("out", add + x, "B C F Y X")
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
+        """The same attention written out, so that its maps can be tapped; softmax in at least float32."""
         scores = self.tap("scores", q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, "B F S S")
         wide = torch.promote_types(scores.dtype, torch.float32)
         probs = self.tap("probs", torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype), "B F S S")
@@ -106,7 +106,7 @@ class Downsample(Tapped):
     """Half the rows and columns, and with `in_time` half the frames.
 
     Shapes: `x` (B, C, F, Y, X) -> (B, C, F, Y/2, X/2) or (B, C, F/2, Y/2, X/2). The first frame of a video
-        passes the convolution over time by, which meets it as the past of the next chunk.
+        skips the convolution over time, which gets it as the past of the next chunk.
     Source: `QwenImageResample` in the modes "downsample2d" and "downsample3d".
     """
 
@@ -134,7 +134,7 @@ class Upsample(Tapped):
     """Twice the rows and columns, half the channels, and with `in_time` twice the frames.
 
     Shapes: `x` (B, C, f, y, x) -> (B, C/2, f, 2 y, 2 x) or (B, C/2, 2 f, 2 y, 2 x). The first frame of a
-        video passes the convolution over time by, which never meets it: zeros precede the second chunk.
+        video skips the convolution over time, which never gets it: zeros precede the second chunk.
     Source: `QwenImageResample` in the modes "upsample2d" and "upsample3d" (its cache then holds "Rep").
     """
 
@@ -162,11 +162,11 @@ class Upsample(Tapped):
 class CausalConv3d(nn.Conv3d):
     """A convolution over frames, rows and columns whose output ignores later frames.
 
-    Shapes: `x` (B, C, F, Y, X) -> (B, D, F / stride, Y, X). Rows and columns are padded with zeros. Before
-        the first frame come kernel - stride others: those in `past`, and zeros where it has fewer.
-    A single frame without earlier ones meets the weight's last temporal tap only; the other taps meet zeros.
-    It is convolved in two dimensions, with its channels last in memory: a third of the work.
-    Source: `QwenImageCausalConv3d` together with the bookkeeping that the reference repeats at every call.
+    Shapes: `x` (B, C, F, Y, X) -> (B, D, F / stride, Y, X). Rows and columns are padded with zeros. Kernel -
+        stride frames are put before the first one: those in `past`, preceded by zeros if it has fewer.
+    A single frame without earlier ones needs only the last of the weight's slices in time: the others meet
+    zeros. It is convolved in two dimensions, with its channels last in memory: a third of the work.
+    Source: `QwenImageCausalConv3d`, and the cache handling that the reference repeats around every call.
     """
 
     def __init__(self, channels: int, out: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
@@ -207,9 +207,9 @@ class RMSNorm(nn.Module):
 
 
 def fold_frames(x: Tensor) -> Tensor:
-    """Frames become pictures of a larger batch, for layers in two dimensions."""
+    """Move the frames into the batch, for two-dimensional layers."""
     if x.shape[2] == 1:
-        return x[:, :, 0]  # the same, and torch still sees where the channels are last in memory
+        return x[:, :, 0]  # the same values, and torch still recognises channels-last memory
     return rearrange(x, "b c f y x -> (b f) c y x")
 
 

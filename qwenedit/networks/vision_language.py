@@ -2,10 +2,10 @@
 
 Source: transformers 4.57.6, models/qwen2_5_vl/modeling_qwen2_5_vl.py (`Qwen2_5_VLModel`, SDPA attention).
 The official modules differ from ours in names only (`KEY_TABLE`); the arithmetic, casts included, is the
-official one. We differ where the task does: positions are always ours and three-dimensional, videos, logits
-and generation do not exist, and a mask of ones is no mask. The tower has a file of its own, vision_tower.py.
+official one. We differ in this: positions are always three-dimensional and computed by us; there are no
+videos, logits or generation; a mask of ones counts as no mask. vision_tower.py has the vision tower.
 
-    B T D    the sequence: text tokens, and among them the tokens of the pictures
+    B T D    the sequence: tokens of the text and of the pictures
     H G K A  heads of queries, heads of keys and values, head dim, K/2 angles; E is inside the MLP
 """
 
@@ -104,15 +104,15 @@ class VisionLanguageConfig:
 
 
 class VisionLanguage(Tapped):
-    """Encode a prompt with its pictures: every token's vector after the last block and the final norm.
+    """Encode a prompt with its pictures to one vector per token, after the last block and the final norm.
 
     Shapes: `input_ids` (B, T) long; `attention_mask` as in `LanguageModel`; `pixel_values`
         (N, C * frames * P * P), the patches of all pictures in row order, each merge x merge square of
-        patches together; `image_grid_thw` one `Grid` a picture; `pictures` (M, D), the vision tower's output
-        in place of the patches; `positions` (3, B, T), by default those of `mrope_positions`.
+        patches together; `image_grid_thw` one `Grid` per picture; `pictures` (M, D), the vision tower's
+        output in place of the patches; `positions` (3, B, T), by default those of `mrope_positions`.
         Returns (B, T, D).
-    Units: pixels as the processor normalises them. At padding the output is finite and means nothing.
-    Raises: ValueError where ids, mask, patches and grids disagree.
+    Units: pixels as the processor normalises them. At padding the output is finite but meaningless.
+    Raises: ValueError if ids, mask, patches and grids disagree.
     Source: `Qwen2_5_VLModel.forward`, its `last_hidden_state`.
     """
 
@@ -154,7 +154,7 @@ class VisionLanguage(Tapped):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, image_grid_thw: Sequence[Grid] | None
     ) -> Tensor:
-        """`mrope_positions` (3, B, T) of ids and their mask (B, T), with the config's sizes."""
+        """`mrope_positions` (3, B, T) for ids and mask (B, T), with the config's sizes."""
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, wanted {tuple(input_ids.shape)}"
@@ -213,7 +213,7 @@ class Block(Tapped):
 
 
 class Attention(Tapped):
-    """Causal attention in which H / G heads of queries share a head of keys and values.
+    """Causal attention in which H / G query heads share one head of keys and values.
 
     Shapes: `x` (B, T, D), `rope` (B, T, K/2, 2), `mask` (B, 1, T, T) bool, True where a query may look, or
         None: causal.
@@ -249,7 +249,7 @@ class Attention(Tapped):
         return self.tap("attn_out", self.out(heads.flatten(2)), "B T D")
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
+        """The same attention written out, so that its maps can be tapped; softmax in at least float32."""
         allowed = causal_mask(q.shape[2], q.device) if mask is None else mask
         scores = self.tap("scores", q @ k.transpose(2, 3) * self.head_dim**-0.5, "B H T T")
         probs = softmax(scores.masked_fill(~allowed, float("-inf"))).to(v.dtype)
@@ -302,17 +302,17 @@ def mrope_positions(
     image_token_id: int,
     spatial_merge_size: int,
 ) -> Tensor:
-    """Where each token is: frame, row and column.
+    """The position of each token: frame, row and column.
 
     Shapes: `input_ids`, `attention_mask` (B, T) -> (3, B, T) long; grids in the order of the rows' pictures.
-    Raises: ValueError where runs of image tokens do not fit the grids.
-    Source: `Qwen2_5_VLModel.get_rope_index`, which looks for pictures behind `<|vision_start|>`; we take
-        every image token for one, and the counts must agree. Without any grid, image tokens are text.
+    Raises: ValueError if runs of image tokens do not fit the grids.
+    Source: `Qwen2_5_VLModel.get_rope_index`, which finds pictures by `<|vision_start|>`. We find them by
+        their image tokens, and the counts must agree. Without any grid, image tokens are text.
 
     +-- positions -----------------------------------------------------------------------------------------+
-    | text     one number for all three, one more a token; padding is not counted, and has 1               |
-    | picture  starts where text would go on; rows and columns of TOKENS (merged patches) count from there |
-    | after it start + max(rows, columns), not start + the number of its tokens                            |
+    | text     one number for all three, which rises by 1 per token; padding is not counted, and has 1     |
+    | picture  starts at the next number; rows and columns of TOKENS (merged patches) count from there     |
+    | after it the next number is start + max(rows, columns), not start + the number of its tokens         |
     +------------------------------------------------------------------------------------------------------+
     """
     grids = list(image_grid_thw or ())
@@ -351,7 +351,7 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-# transformers 5 (and any raw state_dict of it) names by the left prefix what the hub names by the right one.
+# transformers 5 (a raw state_dict of it, too) uses the left prefix where the hub uses the right one.
 KEY_PREFIXES: tuple[tuple[str, str], ...] = (
     ("model.language_model.", "model."),
     ("model.visual.", "visual."),

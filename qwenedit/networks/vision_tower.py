@@ -1,12 +1,12 @@
 """The vision tower of Qwen2.5-VL: patches of pictures -> tokens of the language model.
 
 Source: transformers 4.57.6, models/qwen2_5_vl/modeling_qwen2_5_vl.py
-(`Qwen2_5_VisionTransformerPretrainedModel`). We differ in names, and in that there are no videos.
+(`Qwen2_5_VisionTransformerPretrainedModel`). Ours has other names, and no videos.
 
-    N V      patches of all pictures in a row, the tower's width; I is inside its MLP
+    N V      the patches of all pictures, and the tower's width; I is inside its MLP
     U Q O    heads, their dim, Q/2 angles
-    W X      segments (windows or pictures) and the longest one
-    L Z D    the merged patches, what they are merged from (merge^2 V), what they become
+    W X      segments (windows or pictures), and the length of the longest
+    L Z D    tokens (merged patches), the width of their concatenated patches (merge^2 V), their final width
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Grid", "VisionConfig", "VisionTower"]
 # frames, rows and columns of patches, before merging; frames is 1 for pictures
 Grid = tuple[int, int, int]
 
-# Keys for generation, videos and training, which any level of text_encoder/config.json may carry.
+# Keys for generation, videos and training. Any level of text_encoder/config.json may have them.
 WITHOUT_EFFECT = frozenset(
     {
         "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
@@ -52,8 +52,8 @@ class VisionConfig:
     intermediate_size: int
     num_heads: int
     patch_size: int
-    temporal_patch_size: int  # a picture is repeated this often: the tower was made for videos
-    spatial_merge_size: int  # so many patches a side become one token
+    temporal_patch_size: int  # a picture is repeated this many times: the tower was made for videos
+    spatial_merge_size: int  # this many patches a side become one token
     window_size: int  # pixels a side
     fullatt_block_indexes: tuple[int, ...]  # these blocks see the whole picture, the others a window
     out_hidden_size: int
@@ -83,9 +83,9 @@ class VisionConfig:
 class VisionTower(Tapped):
     """Turn the patches of pictures into tokens of the language model.
 
-    Shapes: `pixel_values` (N, C * frames * P * P), `grids` one a picture -> (L, D), L = N / merge^2, in the
-        order of the patches. From `patches` to the last block everything is in the order of the windows.
-    Raises: ValueError where grids and patches disagree.
+    Shapes: `pixel_values` (N, C * frames * P * P), `grids` one per picture -> (L, D), L = N / merge^2, in the
+        order of the patches. From the tap `patches` to the last block, tensors are in window order.
+    Raises: ValueError if grids and patches disagree.
     Source: `Qwen2_5_VisionTransformerPretrainedModel`; the grouping into windows is written as loops.
     """
 
@@ -171,7 +171,7 @@ class VisionAttention(Tapped):
         return self.tap("attn_out", self.out(heads.flatten(1)), "N V")
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        """The same attention written out, for who reads or replaces its maps; softmax in at least float32."""
+        """The same attention written out, so that its maps can be tapped; softmax in at least float32."""
         q, k, v = (
             pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
         )  # W U X Q
@@ -199,7 +199,7 @@ class VisionMLP(Tapped):
 
 
 class Merger(Tapped):
-    """Make one token of each merge x merge patches: (N, V) -> (L, D). Source: `Qwen2_5_VLPatchMerger`."""
+    """Merge each merge x merge patches into one token: (N, V) -> (L, D). Source: `Qwen2_5_VLPatchMerger`."""
 
     TAPS = ("mlp_in", "mlp_hidden")
 
@@ -217,7 +217,7 @@ class Merger(Tapped):
 
 
 class VisionRope(Tapped):
-    """The tower's rotary table: of each head's angles, the first half follow the row, the second the column.
+    """The tower's rotary table. The first half of each head's angles follows the row, the second the column.
 
     Shapes: `order` (L,) of the tokens -> float32 (N, Q/2, 2); [..., 0] the cosine, [..., 1] the sine.
     Source: `Qwen2_5_VisionRotaryEmbedding` and `rot_pos_emb`, theta 10000, positions from 0 in each picture.
@@ -263,7 +263,8 @@ def check_grids(grids: Sequence[Grid], merge: int) -> None:
 def window_order(grids: Sequence[Grid], merge: int, side: int) -> tuple[list[int], list[int]]:
     """Indices of all tokens window by window, and the number of patches in each window.
 
-    Windows tile each picture from its top left corner, `side` tokens a side; at the other edges they are cut.
+    Windows of `side` x `side` tokens tile each picture from its top left corner. Right and bottom ones may be
+    smaller.
     """
     order: list[int] = []
     lengths: list[int] = []
@@ -280,7 +281,7 @@ def window_order(grids: Sequence[Grid], merge: int, side: int) -> tuple[list[int
 
 
 def patch_positions(grid: Grid, merge: int) -> Tensor:
-    """(rows * columns, 2): row and column of each patch, in the order of the patches: square by square."""
+    """(rows * columns, 2): row and column of each patch, in the order of the patches (square by square)."""
     _, rows, columns = grid
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     order = "(y j x i) place -> (y x j i) place"
@@ -294,10 +295,9 @@ def rope_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn HALVES of each head into each other, x_i with x_{i + K/2}.
+    """Rotate the HALVES of each head, x_i with x_{i + K/2}. The image transformer rotates neighbouring pairs.
 
-    Shapes: `x` (..., heads, K), `rope` (..., K/2, 2). The image transformer's RoPE turns
-        neighbouring pairs instead.
+    Shapes: `x` (..., heads, K), `rope` (..., K/2, 2).
     """
     cos, sin = rope[..., None, :, 0], rope[..., None, :, 1]
     first, second = x.chunk(2, dim=-1)
@@ -305,7 +305,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def attention_by_segment(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """(N, U, Q) -> (N, U, Q): attention of each segment to itself."""
+    """(N, U, Q) -> (N, U, Q): attention within each segment."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # 1 U N Q
     segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     heads = torch.cat([F.scaled_dot_product_attention(*segment) for segment in segments], dim=2)

@@ -1,1 +1,1 @@
-"""`Conditioning` and noise -> latents: the noise schedule, guidance, and the Euler loop."""
+"""From a `Conditioning` and noise to latents: the noise schedule, guidance, and the Euler loop."""

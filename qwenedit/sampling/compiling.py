@@ -14,22 +14,22 @@ __all__ = ["compile_blocks", "eager_if_modified", "require_compiler"]
 
 
 def require_compiler() -> None:
-    """Raise a ValueError where there is no C++ compiler: torch's own compiler needs one."""
+    """Raise a ValueError if there is no C++ compiler: torch's own compiler needs one."""
     from torch._inductor import cpp_builder
 
     try:
         cpp_builder.get_cpp_compiler()
-    except Exception as error:  # of a kind that depends on the platform
+    except Exception as error:  # its class depends on the platform
         raise ValueError(
             f"compile=True needs a C++ compiler, such as g++ or clang++, and none was found: {error}"
         ) from error
 
 
 def compile_blocks(mmdit: MMDiT) -> None:
-    """Compile the transformer's blocks: one block, on its first run, and with that all the others.
+    """Compile the transformer's blocks. The first block to run is compiled; the others share its code.
 
-    Last bits differ from those of the uncompiled blocks. The numbers of tokens may change without another
-    compilation. Taps, hooks and foreign modules work: the blocks run uncompiled meanwhile.
+    Last bits differ from those of uncompiled blocks. Other numbers of tokens need no new compilation. Taps,
+    hooks and foreign modules work: the blocks run uncompiled meanwhile.
 
     Raises:
         ValueError: there is no C++ compiler.
@@ -40,9 +40,9 @@ def compile_blocks(mmdit: MMDiT) -> None:
 
 
 def eager_if_modified(mmdit: nn.Module) -> AbstractContextManager[None]:
-    """Run uncompiled in the `with` block if a block is compiled and there are hooks or foreign modules.
+    """In the `with` block, run compiled blocks uncompiled if the model has hooks or foreign modules.
 
-    What was compiled before they came would run without them.
+    Code that was compiled before they were added would run without them.
     """
     compiled = any(
         module._compiled_call_impl is not None for module in mmdit.modules() if module is not mmdit

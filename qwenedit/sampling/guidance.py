@@ -1,4 +1,4 @@
-"""Classifier-free guidance as values: how the two predictions of a step become one velocity."""
+"""Classifier-free guidance: how the two predictions of a step become one velocity."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ __all__ = ["TrueCFG", "guidance_of"]
 class TrueCFG:
     """uncond + scale * (cond - uncond), each token rescaled to the norm of its conditional prediction.
 
-    That is the default; `rule` has what there is to choose.
+    That is the default `rule`; `Guidance` lists the alternatives. ("True" CFG runs the model twice, unlike
+    guidance that is distilled into a model.)
 
     Shapes: `cond`, `uncond` and the result (B, S, C): velocities of packed tokens, that is of 2x2 latent
         pixels, their channels in the order of `latents.pack`.
-    Units: `scale` 1 gives the conditional prediction; "true" as against guidance distilled into a model.
+    Units: `scale` 1 gives the conditional prediction.
     Raises: ValueError for a scale that is no finite number, or a rule that is no `Guidance`.
     Source: arXiv 2207.12598; the denoising loop of diffusers' `QwenImageEditPipeline`. Each sample is
-        computed alone, so that no bit of it depends on the batch that it is in.
+        computed alone, so that its bits do not depend on its batch.
 
     >>> cond, uncond = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[3.0, 0.0]]])
     >>> TrueCFG(4.0, Guidance(norm="none"))(cond, uncond)
@@ -59,8 +60,7 @@ class TrueCFG:
             average: what the method `average` returned at the step before, for rules with momentum.
 
         Raises:
-            ValueError: a rule on clean latents without `at`, or at sigma 0, where a velocity says nothing of
-                them.
+            ValueError: a rule on clean latents without `at`, or at sigma 0, where no velocity changes them.
         """
         latents, sigma = self._place(at)
 
@@ -77,27 +77,27 @@ class TrueCFG:
         at: tuple[Tensor, float] | None = None,
         average: Tensor | None = None,
     ) -> Tensor:
-        """(B, S): |cond| / |combined| of each token, the reference's factor, whatever the rule's norm is.
+        """(B, S): |cond| / |combined| of each token, the factor of the norm "reference", under any rule.
 
-        `combined` is what the norm is applied to. The arguments are those of a call.
+        `combined` is the prediction before its norm. The arguments are those of a call.
         """
         latents, sigma = self._place(at)
 
         def ratio(cond: Tensor, uncond: Tensor, latents: Tensor | None, average: Tensor | None) -> Tensor:
-            return _of_tokens(cond, self._combined(cond, uncond, latents, sigma, average))[..., 0]
+            return _token_ratio(cond, self._combined(cond, uncond, latents, sigma, average))[..., 0]
 
         return _by_sample(ratio, cond, uncond, latents, average)
 
     def average(self, cond: Tensor, uncond: Tensor, sigma: float, before: Tensor | None) -> Tensor | None:
-        """The differences of the clean latents with momentum, after a step; None without momentum.
+        """The difference of the clean latents with momentum, after a step; None for rules without momentum.
 
-        `before` is what this returned at the step before; None at the first. Nothing is kept here, so that a
-        step can be computed any number of times.
+        `before` is the result at the step before, or None at the first step. No state is kept here, so that
+        a step can be computed any number of times.
         """
         return self._difference(cond, uncond, sigma, before) if self.rule.momentum else None
 
     def _difference(self, cond: Tensor, uncond: Tensor, sigma: float, before: Tensor | None) -> Tensor:
-        difference = sigma * (_wide(uncond) - _wide(cond))  # of latents - sigma * velocity
+        difference = sigma * (_wide(uncond) - _wide(cond))  # between two x0 = latents - sigma * velocity
         return difference if before is None else difference + self.rule.momentum * before
 
     def _place(self, at: tuple[Tensor, float] | None) -> tuple[Tensor | None, float]:
@@ -128,7 +128,7 @@ class TrueCFG:
 
 
 def _by_sample(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
-    """The function of each sample alone, whose kernels then see one size of batch; as a batch."""
+    """Apply the function to each sample alone, so that kernels see a batch of one, and join the results."""
     assert arguments[0] is not None
     count = len(arguments[0])
     columns = [[None] * count if x is None else x.split(1) for x in arguments]
@@ -137,7 +137,7 @@ def _by_sample(function: Callable[..., Tensor], *arguments: Tensor | None) -> Te
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: a ratio for a whole sample would carry bfloat16's rounding to all of it."""
+    """In at least float32: bfloat16's rounding of a sample's ratio would affect all of its values."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -146,17 +146,17 @@ def _x0(latents: Tensor, sigma: float, velocity: Tensor) -> Tensor:
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and a where b is 0: what it is multiplied with is 0 there."""
+    """a / b, but a where b is 0: the quotient only multiplies zeros there."""
     return a / b.masked_fill(b == 0, 1)
 
 
-def _of_tokens(cond: Tensor, combined: Tensor) -> Tensor:
+def _token_ratio(cond: Tensor, combined: Tensor) -> Tensor:
     """The reference's ratio, in its dtype: (1, S, 1)."""
     return torch.norm(cond, dim=-1, keepdim=True) / torch.norm(combined, dim=-1, keepdim=True)
 
 
 def _projected(difference: Tensor, x0: Tensor, rule: Guidance) -> Tensor:
-    """APG's update of one sample: cut to the threshold, then without a share of what is parallel to x0."""
+    """APG's update of one sample: cut to the threshold, its part parallel to x0 multiplied by eta."""
     if rule.threshold is not None:
         length = vector_norm(difference)
         difference = difference * (rule.threshold / length.clamp(min=rule.threshold))
@@ -166,11 +166,11 @@ def _projected(difference: Tensor, x0: Tensor, rule: Guidance) -> Tensor:
 
 
 def _normed(norm: str, cond: Tensor, combined: Tensor, latents: Tensor | None, sigma: float) -> Tensor:
-    """One sample's combined prediction under a norm."""
+    """One sample's combined prediction, rescaled under the given norm."""
     if norm == "none":
         return combined
     if norm == "reference":
-        return combined * _of_tokens(cond, combined)
+        return combined * _token_ratio(cond, combined)
     c, g = _wide(cond), _wide(combined)
     if norm == "clamp":
         ratio = _quotient(torch.norm(c, dim=-1, keepdim=True), torch.norm(g, dim=-1, keepdim=True))
@@ -193,7 +193,9 @@ def _latent_pixels(tokens: Tensor) -> Tensor:
 
 
 def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = None) -> TrueCFG | None:
-    """Guidance needs both a scale above 1 and a negative prompt; one without the other is probably a slip.
+    """The guidance of a run, or None: it needs both a scale above 1 and a negative prompt.
+
+    Warns if only one of them is given, which is probably a mistake.
 
     Raises:
         ValueError: the scale is no finite number.

@@ -1,4 +1,4 @@
-"""The memory mode modulation="precomputed": adaLN vectors of all sigmas in one pass over their weights."""
+"""The memory mode modulation="precomputed": one pass over the adaLN layers' weights serves all sigmas."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def without_modulation(mmdit: MMDiT) -> AbstractContextManager[None]:
 
 
 def timestep_of(sigma: float, like: Tensor) -> Tensor:
-    """A scalar of a tensor's device and dtype, rounded in that at 1000 sigma, as the reference does."""
+    """Sigma as a scalar of the tensor's device and dtype. As in the reference, 1000 sigma is rounded."""
     return (torch.tensor(sigma, device=like.device) * 1000).to(like.dtype) / 1000
 
 
 class PrecomputedCache(RunCache):
-    """A `RunCache` whose modulation is computed for all `sigmas` when the first of them is asked for.
+    """A `RunCache` that computes the modulation of all `sigmas` when the first of them is requested.
 
-    It is computed again where the time embedding, a LoRA of an adaLN layer, or the config changes.
+    It is computed again if the time embedding, a LoRA of an adaLN layer, or the config changes.
     """
 
     def __init__(self, sigmas: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""The Euler loop as a generator that the caller owns: read, replace, stop, differentiate, without callbacks.
+"""The Euler loop as a generator: the caller reads, replaces, stops and differentiates without callbacks.
 
 for step in pipe.steps(conditioning, num_inference_steps=20):
     print(step.index, step.sigma, step.x0.std())
@@ -16,30 +16,30 @@ from torch import Tensor
 
 from qwenedit.taps import require_finite, scope
 
-if TYPE_CHECKING:  # at run time it is the caller's, so that this file runs without it
+if TYPE_CHECKING:  # not at run time: this file also works without the rest of the package
     from qwenedit.sampling.guidance import TrueCFG
 
 __all__ = ["Predict", "Step", "euler", "predict_at", "require_interval"]
 
-# latents, sigma -> cond, uncond; with guided=False, as steps out of the guided interval ask, cond, None
+# latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
 Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
 
 
 class Step:
-    """One step before it is taken. What the caller writes into it is what is used.
+    """One step before it is taken. The loop uses the values that the caller writes into it.
 
     Attributes:
         index, sigma, sigma_next: which step; sigma in [0, 1], 1 = noise.
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
-        velocity: what the step moves along: `cond`, guided where there is an `uncond`. It follows what is
-            written into `cond` or `uncond`, until it is written itself. Where guidance makes NaN or infinity,
-            reading it raises NonFiniteError.
+        velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction. Writing `cond`
+            or `uncond` has it computed anew. If guidance gives NaN or infinity, reading it raises
+            NonFiniteError.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
         after: the latents at `sigma_next`.
-        norm_ratio: (B, S), |cond| over the norm of the combined prediction, token by token: what the
-            reference's guidance multiplies by, whatever norm this run's has. None where there is no guidance.
-        average: what guidance with momentum carries to the next step (see `TrueCFG.average`), or None.
+        norm_ratio: (B, S), |cond| over the norm of the combined prediction for each token: the factor in the
+            reference's guidance, whatever norm this run has. None without guidance.
+        average: the state of guidance with momentum for the next step (see `TrueCFG.average`), or None.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Step:
         self._cond = cond
         self._uncond = uncond
         self._guidance = guidance
-        self._at = latents, sigma  # where the predictions were made, whatever is written into `latents`
+        self._at = latents, sigma  # where the predictions were made, also if `latents` is replaced
         self._average = average
         self._velocity: Tensor | None = None
 
@@ -108,7 +108,7 @@ class Step:
 
     @property
     def after(self) -> Tensor:
-        # In float32 whatever the dtype, but with the product in the velocity's: the reference's casts.
+        # The sum in float32, the product in the velocity's dtype: the reference's casts.
         sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
         return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
 
@@ -135,7 +135,7 @@ def euler(
     Source: `FlowMatchEulerDiscreteScheduler.step` and the pipelines' loop. Gradients flow if the caller lets
         them.
 
-    A velocity that knows the way, and a caller who changes where it leads to:
+    A constant velocity, and a caller who replaces the result of the last step:
 
     >>> clean, noise = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
     >>> for step in euler(lambda latents, sigma: (noise - clean, None), noise, [1.0, 0.5, 0.0]):
@@ -166,7 +166,7 @@ def require_interval(guidance: TrueCFG | None, steps: int) -> None:
 def predict_at(
     predict: Predict, latents: Tensor, sigma: float, index: int, guidance: TrueCFG | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The predictions of step `index`, without the unconditional one where the step is not guided."""
+    """The predictions of step `index`, without the unconditional one if the step is not guided."""
     if guidance is None or guidance.rule.guides(index):
         return predict(latents, sigma)
     return predict(latents, sigma, guided=False)

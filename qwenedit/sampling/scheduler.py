@@ -1,4 +1,4 @@
-"""The flow-matching schedule: which sigmas a run visits, from the official scheduler_config.json.
+"""The flow-matching schedule: the sigmas of a run, from the official scheduler_config.json.
 
 Sigma is the share of noise: x_sigma = (1 - sigma) * clean + sigma * noise; 1 is pure noise, 0 the picture.
 """
@@ -26,11 +26,11 @@ class FlowMatchScheduler:
     """Sigmas from a number of steps and a number of tokens; its fields are scheduler_config.json's.
 
     `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` is "linear" in
-    Layered alone, whose pipeline has a `mu` of its own.
+    Layered only, whose pipeline computes `mu` differently.
 
     Raises:
-        ValueError: a value without meaning here.
-    Source: diffusers 0.39.0, `FlowMatchEulerDiscreteScheduler.set_timesteps` with what the pipelines give it.
+        ValueError: a value that this schedule cannot use.
+    Source: diffusers 0.39.0, `FlowMatchEulerDiscreteScheduler.set_timesteps` as the pipelines call it.
     """
 
     num_train_timesteps: int
@@ -65,11 +65,11 @@ class FlowMatchScheduler:
             raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
 
     def mu(self, tokens: int) -> float:
-        """The resolution's shift: linear in the number of target tokens, through (base) and (max) of the
-        config; Layered's is the square root of a layer's tokens over 256.
+        """The shift for a resolution: linear in the number of target tokens, through the config's base and
+        max points. Layered's is the square root of (a layer's tokens / 256).
 
-        Source: `calculate_shift` in diffusers' pipelines, where reference tokens do not count;
-        `QwenImageLayeredPipeline.__call__`, which counts those of the picture, as large as a layer.
+        Source: `calculate_shift` in diffusers' pipelines, which does not count reference tokens;
+        `QwenImageLayeredPipeline.__call__`, which counts the tokens of the picture, as many as a layer's.
         """
         if self.time_shift_type == "linear":
             return (tokens / 256) ** 0.5
@@ -81,21 +81,21 @@ class FlowMatchScheduler:
 
         Args:
             steps: number of Euler steps.
-            tokens: tokens of the target (of one layer of it), which decide the shift.
-            custom: unshifted sigmas in place of the even ones from 1 to 1/steps; shifted and stretched alike.
+            tokens: tokens of the target (in Layered, of one layer), which determine the shift.
+            custom: unshifted sigmas in place of the even ones from 1 to 1/steps. They, too, are shifted and
+                stretched.
 
-        Each is a float32 number, equal to the reference's bit by bit. One step differs: there the reference's
-        stretch is 0/0 and its sigma NaN; ours stays 1.
+        Each is a float32 number, equal to the reference's bit by bit. Runs of a single step differ: there the
+        reference's stretch is 0/0 and its sigma NaN; ours stays 1.
 
         Raises:
-            ValueError: no steps, custom sigmas that are not falling within (0, 1] or not `steps` many, or
+            ValueError: no steps, custom sigmas that do not fall within (0, 1] or are not `steps` many, or
                 sigmas so close that float32 or the shift makes them equal.
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
         plain = _even(steps) if custom is None else _checked(custom, steps)
-        t = torch.tensor(plain, dtype=torch.float32)
-        t = self._shifted(t, tokens)
+        t = self._shifted(torch.tensor(plain, dtype=torch.float32), tokens)
         if self.shift_terminal:
             t = _stretched(t, self.shift_terminal)
         sigmas = [*t.tolist(), 0.0]
@@ -115,12 +115,12 @@ class FlowMatchScheduler:
         except OverflowError:
             raise ValueError(f"{tokens} tokens are too many for the schedule: its shift overflows") from None
         factor = torch.tensor(shift, dtype=t.dtype)
-        one = torch.ones_like(t)  # a true division: `1 / t` would be a reciprocal and a product
+        one = torch.ones_like(t)  # tensor / tensor is a true division; `1 / t` would compute a reciprocal
         return factor / (factor + (one / t - 1))
 
 
 def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
-    """Sigmas to be visited as they are, noise first, and the final 0: `steps` + 1 float32 numbers.
+    """The given sigmas, unshifted and noise first, with the final 0: `steps` + 1 float32 numbers.
 
     Raises:
         ValueError: they do not fall within (0, 1], or are not `steps` many.

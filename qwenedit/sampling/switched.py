@@ -1,7 +1,7 @@
 """The switches that act on a conditioning and while the transformer runs.
 
-`changed` turns a conditioning into another one; `switched_predictor` is the sampler's `predictor` under the
-switches. With the default switches both hand on what they are given.
+`changed` applies switches to a conditioning; `switched_predictor` is the sampler's `predictor` under the
+switches. The default switches change nothing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = [
     "changed", "require_encoded", "require_fitting", "require_pictures", "schedule", "switched_predictor",
 ]  # fmt: skip
 
-LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, whatever the number of tokens
+LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, for any number of tokens
 
 
 def require_pictures(switches: object, pictures: bool) -> None:
-    """Are they switches, with pictures to act on where they are about pictures?
+    """Check that the value is `Switches`, and that its switches for pictures have pictures to act on.
 
     Raises:
-        ValueError: no.
+        ValueError: one of these is not so.
     """
     if not isinstance(switches, Switches):
         got = type(switches).__name__
@@ -54,10 +54,10 @@ def require_pictures(switches: object, pictures: bool) -> None:
 
 
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
-    """Have the switches that act on encoding acted on this conditioning?
+    """Check that the conditioning was encoded under the switches that act on encoding.
 
     Raises:
-        ValueError: no, and here it is too late.
+        ValueError: it was not, and now it is too late.
     """
     wanted, text = switches.encoding.flat(), conditioning.provenance.get("switches", "{}")
     if wanted and wanted != (made := json.loads(text)):
@@ -68,8 +68,7 @@ def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
 
 
 def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
-    """Compare the switches with what they are to act on: the number of pictures of each row, the
-    transformer's blocks, the run's steps.
+    """Check the switches against each row's number of pictures, the transformer's blocks and the run's steps.
 
     Raises:
         ValueError: a switch that could not act.
@@ -119,22 +118,21 @@ def schedule(
 
 
 def changed(conditioning: Conditioning, references: References) -> Conditioning:
-    """The conditioning with its reference latents as the switches want them in every step and block."""
+    """The conditioning, its reference latents changed by the switches that act on every step and block."""
     if references.latents == "left_out":
         return _without_references(conditioning)
-    latents, grids = conditioning.reference_latents, conditioning.reference_grids
-    if references.latents == "zeroed":
-        latents = tuple(tuple(torch.zeros_like(x) for x in row) for row in latents)
-    elif references.latents == "noise":
-        latents = tuple(tuple(_noise(x, k, references) for k, x in enumerate(row)) for row in latents)
-    if references.sigma > 0:
-        latents = tuple(
-            tuple(
-                (1 - references.sigma) * x + references.sigma * _noise(x, k, references)
-                for k, x in enumerate(row)
-            )
-            for row in latents
-        )
+
+    def changed_latents(x: Tensor, k: int) -> Tensor:
+        if references.latents == "zeroed":
+            x = torch.zeros_like(x)
+        elif references.latents == "noise":
+            x = _noise(x, k, references)
+        if references.sigma > 0:
+            x = (1 - references.sigma) * x + references.sigma * _noise(x, k, references)
+        return x
+
+    rows, grids = conditioning.reference_latents, conditioning.reference_grids
+    latents = tuple(tuple(changed_latents(x, k) for k, x in enumerate(row)) for row in rows)
     if references.order is not None:
         latents = tuple(tuple(row[k] for k in references.order) for row in latents)
         grids = tuple(tuple(row[k] for k in references.order) for row in grids)
@@ -147,7 +145,7 @@ def _without_references(conditioning: Conditioning) -> Conditioning:
 
 
 def _noise(like: Tensor, k: int, references: References) -> Tensor:
-    """The noise of the k-th picture, the same for every row: a row does not depend on its batch."""
+    """The noise of the k-th picture, the same for every row, so that a row does not depend on its batch."""
     generator = own_generator(references.seed, "references", k)
     return torch.randn(like.shape, generator=generator).to(like)
 
@@ -209,7 +207,7 @@ def _in_the_targets_frame(table: Tensor, site: Site) -> Tensor:
 
 
 def _of_exact_sigma(rounded: Tensor, site: Site) -> Tensor:
-    """Those of the step's own sigma; rows behind the batch, which `zero_cond_t` adds, stay at sigma 0."""
+    """The sinusoids of the unrounded sigma. The rows that `zero_cond_t` adds after the batch keep sigma 0."""
     sigma = torch.zeros(rounded.shape[0], device=rounded.device)
     sigma[: len(site.labels["rows"])] = site.labels["sigma"]
     return sinusoids(sigma)
@@ -233,7 +231,7 @@ def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
         img, txt, temb, rope, key_mask, target, *others = inputs
         if key_mask is None:
             key_mask = joint_key_mask(txt.new_ones(1, txt.shape[1], dtype=torch.bool), img.shape[1])
-        first = txt.shape[1] + target  # reference token, in the order of the attention
+        first = txt.shape[1] + target  # reference token in the joint sequence
         visible = key_mask.expand(-1, -1, key_mask.shape[-1], -1).clone()
         visible[:, :, :first, first:] = False
         return img, txt, temb, rope, visible, target, *others
@@ -243,13 +241,13 @@ def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
             "references.blocks does not work with checkpointing: set mmdit.checkpointing = False"
         )
     hidden = []
-    for path, module in named_modules(mmdit):  # also where blocks are wrapped
+    for path, module in named_modules(mmdit):  # finds wrapped blocks, too
         number = re.fullmatch(r"blocks\.(\d+)", path)
         if number and isinstance(module, Block) and not blocks[0] <= int(number[1]) < blocks[1]:
             hidden.append(module)
     handles = [block.register_forward_pre_hook(hide) for block in hidden]
     try:
-        with torch.compiler.set_stance("force_eager"):  # what was compiled before knows nothing of hooks
+        with torch.compiler.set_stance("force_eager"):  # compiled code would ignore the hooks
             yield
     finally:
         for handle in handles:

@@ -1,7 +1,6 @@
-"""How the VAE's layers compute: a single frame in two dimensions, and in place where nothing observes them.
+"""The VAE's shortcuts: a single frame is convolved in two dimensions, and unobserved blocks work in place.
 
-What they are compared to is `in_three_dimensions`: the plain causal convolution, with which no block writes
-over anything.
+They are compared with `in_three_dimensions`: the plain causal convolution, and no work in place.
 """
 
 from collections import Counter
@@ -26,9 +25,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def in_three_dimensions():
-    """Every causal convolution without a past is torch's in three dimensions, of as many zeros as it takes.
+    """Make every causal convolution without a past torch's three-dimensional one, padded with zeros.
 
-    The forward is not the package's, so that `observed` is true of every block.
+    Its forward is foreign to the package, so that `observed` is true for every block.
     """
 
     def forward(self, x, past=None):
@@ -62,7 +61,7 @@ def conv(kernel, dtype, seed=0):
 
 
 def rounding(x, truth):
-    """The root of the mean square of what rounding has changed."""
+    """The root mean square of the rounding errors."""
     return (x.double() - truth).square().mean().sqrt()
 
 
@@ -71,10 +70,10 @@ def rounding(x, truth):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("past", [None, Past()])
 def test_a_frame_is_convolved_as_in_three_dimensions(kernel, dtype, past):
-    """Up to rounding, which is measured against float64 on both sides.
+    """Equal up to rounding, which is measured against float64 for both.
 
-    The orders of addition differ, and how depends on the processor: each rounds as a random walk of as many
-    steps, so that 3 times the other's is room enough. One tap or one row of padding left out is 1000 times.
+    The order of additions differs and depends on the processor. Both errors are random walks of equally many
+    steps, so that a factor of 3 is enough. Leaving out one weight or one row of padding makes it 1000.
     """
     ours = conv(kernel, dtype)
     x = random(2, 24, 1, 9, 11).to(dtype)
@@ -172,7 +171,7 @@ def test_the_norm_is_one_arithmetic(dtype, size, grad):
     assert torch.equal(x, before)
 
 
-# --- who observes ------------------------------------------------------------------------------------------
+# --- observers ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -193,7 +192,7 @@ def test_every_tap_sees_a_tensor_that_nothing_writes_over():
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 5])
 def test_a_single_tap_sees_what_all_see(frames):
-    """With one tap the other blocks go on writing over what they made. An identity changes no bit."""
+    """With one tap, all other blocks still work in place. A function that returns a copy changes no bit."""
     vae, x, every = make(**WIDE), pixels(frames), {}
     names = names_but_maps(vae)
     wanted = there_and_back(vae, x)
@@ -211,7 +210,7 @@ def test_a_single_tap_sees_what_all_see(frames):
 
 
 def replaced_norm(block):
-    block.norm1 = nn.Identity()  # hands on the block's own input
+    block.norm1 = nn.Identity()  # returns the block's own input
 
 
 def patched_norm(block):
@@ -291,7 +290,7 @@ def test_the_callers_tensor_is_left_alone(last, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """Counts the results of at least so many bytes, by operation."""
+    """Counts the results of at least `least` bytes, by operation."""
 
     def __init__(self, least):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run caches and leaves out in the transformer: the same numbers as without, and no view lost."""
+"""The transformer's run cache and skipped outputs: the same numbers, and observers still see every step."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ CONFIG = MMDiTConfig(
     joint_attention_dim=10, guidance_embeds=False, axes_dims_rope=(4, 8, 12),
 )  # fmt: skip
 ONE, TWO = ((1, 2, 2),), ((1, 3, 2), (1, 1, 4))
-# Where only the target is wanted, the last block's matrices have fewer rows; kernels may round otherwise.
+# With `target_only`, the last block's matrices have fewer rows, and kernels may round differently.
 # (RoPE and the QK norm round to float32 also in a float64 network.)
 CLOSE = {torch.float32: FP32, torch.float64: FP64_CAST}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -34,7 +34,7 @@ def network(dtype=torch.float32, **changes):
 
 
 def conditioning(rows=(ONE,), dtype=torch.float32, grid=(1, 2, 3), padded=False, length=7):
-    """A row for each of `rows`, its references' grids; where `padded`, every row's text but the first's."""
+    """One row per entry of `rows`, the grids of its references. `padded` pads every text but the first."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -60,7 +60,7 @@ def latents(rows=1, dtype=torch.float32, tokens=6):
 
 @pytest.fixture
 def cached(monkeypatch):
-    """For every forward of the transformer, in order, whether it had a cache."""
+    """Whether each forward of the transformer had a cache, in order."""
     ran = []
     forward = MMDiT.forward
 
@@ -69,7 +69,7 @@ def cached(monkeypatch):
         ran.append(cache is not None)
         return forward(self, *args, cache=cache, target_only=target_only)
 
-    counted.__module__ = MMDiT.__module__  # so that it is no foreign forward
+    counted.__module__ = MMDiT.__module__  # so that it does not count as foreign
     monkeypatch.setattr(MMDiT, "forward", counted)
     return ran
 
@@ -103,7 +103,7 @@ def test_a_cached_run_predicts_the_same(case, zero_cond_t, dtype, cached):
     assert not any(cached)
     cached.clear()
     predict = predictor(model, whole, guided=True)
-    for _ in range(2):  # computed, and from the cache
+    for _ in range(2):  # first computed, then from the cache
         for ours, reference, truth in zip(predict(x, 0.5), wanted, exact, strict=True):
             if dtype == torch.float64:
                 assert_close(ours, reference, FP64_CAST)
@@ -217,7 +217,7 @@ def test_what_is_put_in_runs(monkeypatch):
 def test_a_model_that_is_compiled_as_a_whole_has_no_cache():
     model = network()
     assert not observed(model)
-    model.blocks[1].compile(backend="eager")  # a block is called as ever
+    model.blocks[1].compile(backend="eager")  # compiled blocks keep the cache
     assert not observed(model)
     assert observed(torch.compile(model, backend="eager"))
     model.compile(backend="eager")
@@ -311,7 +311,7 @@ def test_step_invariant_tensors_are_made_once_and_again_when_an_input_changes():
     assert torch.equal(second.key_mask, joint_key_mask(prompt.mask, 10))
     prompt.mask[0, -1] = False
     assert torch.equal(made().key_mask, joint_key_mask(prompt.mask, 10))
-    with torch.inference_mode():  # tensors of this mode do not say when they change
+    with torch.inference_mode():  # its tensors do not count writes
         embeds = prompt.embeds.clone()
     assert made(embeds) is not made(embeds)
 
