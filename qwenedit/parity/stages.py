@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.latents import normalise, pack
+from qwenedit.networks.mmdit_layers import joint_rope
 from qwenedit.networks.vision_language import VisionLanguageConfig
 from qwenedit.networks.vision_tower import VisionConfig, window_order
 from qwenedit.parity.reference import Case, Streams, official_pack
@@ -242,8 +243,7 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
     part, grids, device = "transformer", case.grids, case.ids.device
     frames, *size = grids[0]
     official_grids = [(1, *size)] * frames + list(grids[1:])  # there each layer is a grid of its own
-    lengths = [math.prod(grid) for grid in grids]
-    split = (lengths[0], sum(lengths[1:]))
+    target, tokens = math.prod(grids[0]), sum(map(math.prod, grids))
 
     def img_in(net: Any, s: Streams) -> Streams:
         img = torch.cat([s["noise"], s["latents"]], dim=1) if len(grids) > 1 else s["noise"]
@@ -290,14 +290,14 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
     for i in range(depth):
 
         def block(net: Any, s: Streams, i: int = i) -> Streams:
-            rope = net.rope(grids, s["txt"].shape[1], device)
-            img, txt = net.blocks[i](s["img"], s["txt"], s["temb"], rope, None, split)
+            rope = joint_rope(*net.rope(grids, s["txt"].shape[1], device))
+            img, txt = net.blocks[i](s["img"], s["txt"], s["temb"], rope, None, target)
             return {"img": img, "txt": txt}
 
         def official(net: Any, s: Streams, i: int = i) -> Streams:
             index = None
             if net.config.zero_cond_t:
-                index = torch.tensor([[0] * split[0] + [1] * split[1]], device=device, dtype=torch.int)
+                index = (torch.arange(tokens, device=device) >= target).int()[None]
             txt, img = net.transformer_blocks[i](
                 hidden_states=s["img"],
                 encoder_hidden_states=s["txt"],
