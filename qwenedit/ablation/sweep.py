@@ -36,11 +36,11 @@ from tqdm import tqdm
 from qwenedit.ablation.attention import Shares, target_attention
 from qwenedit.ablation.metrics import compare, curves
 from qwenedit.ablation.report import picture_grid, write_report
-from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
+from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import replacing_file
+from qwenedit.files import append_line, replacing_file, write_lines
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic
@@ -133,7 +133,7 @@ def _sweep(
     (home / PICTURES).mkdir(parents=True, exist_ok=True)
     # A line that was cut off goes, and so does one of a failed run that is tried again.
     again = {run.key for run in todo} - done.keys()
-    write_results(home / RESULTS, [record for key, record in known.items() if key not in again])
+    write_lines(home / RESULTS, [record for key, record in known.items() if key not in again])
     plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
     if todo:
         pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
@@ -143,7 +143,7 @@ def _sweep(
             for run, record in _run(pipe, plan, bar, home, environment):
                 done[run.key] = record
                 _compare(home, record, done[plain[run.index[:2]]])
-                append(home / RESULTS, record)
+                append_line(home / RESULTS, record)
     for run in runs:  # what was done before may have been compared with another spec's unablated run
         _compare(home, done[run.key], done[plain[run.index[:2]]])
     return _finish(plan, home, runs, done)
@@ -155,7 +155,7 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     sweep = Sweep(folder, spec, {run.index: records[run.key] for run in in_order})
     ours = {run.key: records[run.key] for run in in_order}
     others = {key: x for key, x in read_results(folder / RESULTS).items() if key not in ours}
-    write_results(folder / RESULTS, [*others.values(), *ours.values()])
+    write_lines(folder / RESULTS, [*others.values(), *ours.values()])
     write_csv(sweep, folder / "results.csv")
     with replacing_file(folder / "grid.png") as temporary:
         picture_grid(sweep).save(temporary)

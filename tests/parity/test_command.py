@@ -112,7 +112,7 @@ def test_every_weight_is_in_one_stage():
 
 def test_every_place_of_a_tap_exists_on_both_sides():
     folder = tiny("2511")
-    networks = {name: parity._Networks.of(folder, name, torch.device("cpu")) for name in COMPONENTS}
+    networks = {name: parity._Pair.of(folder, name, torch.device("cpu")) for name in COMPONENTS}
     for stage in all_stages(folder):
         both = networks[stage.component]
         places = dict(parity_taps._places(stage, both.ours))
