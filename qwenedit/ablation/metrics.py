@@ -18,7 +18,7 @@ from torch import Tensor
 from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.sampling.sampler import Step
 
-__all__ = ["CHANGED", "changed_area", "compare", "curves", "pixels", "psnr", "ssim"]
+__all__ = ["CHANGED", "changed_area", "curves", "distances", "pixels", "psnr", "ssim"]
 
 CHANGED = 0.1  # difference of a channel, in [0, 1], above which a pixel counts as changed
 LEAST_ERROR = 1e-10  # of the mean squared error in PSNR: identical pictures have 100 dB, as in the oracle
@@ -89,7 +89,7 @@ def changed_area(picture: Tensor, reference: Tensor, threshold: float = CHANGED)
     return float(((picture - reference).abs().amax(dim=0) > threshold).double().mean())
 
 
-def compare(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
+def distances(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
     """PSNR, SSIM and changed area of a picture against another."""
     x, y = pixels(picture), pixels(reference)
     return {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}

@@ -14,6 +14,7 @@ grown, resumes. (After changing this package's code, take another folder.)
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qwenedit.ablation.attention import target_attention
-from qwenedit.ablation.metrics import compare, curves
+from qwenedit.ablation.metrics import curves, distances
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
@@ -222,29 +223,28 @@ def _run(
 ) -> Iterator[tuple[Run, Record]]:
     """Run one edit after another; write its picture and yield its record."""
     made_already = set()
-    encoded_for, encoded = None, None
-    for run in todo:
-        if run.key in made_already:  # another cell has the same settings
-            continue
-        made_already.add(run.key)
-        if encoded_for != (needed := (run.case, _encoding(run.cell))):
-            encoded = None  # freed before the next one is made
-            encoded, encoded_for = _encode(pipe, spec, run), needed
-        assert encoded is not None
-        record = _record(spec, run, made_with)
-        try:
-            if isinstance(encoded, Exception):
-                raise encoded
-            with target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext() as maps:
-                picture, made = _edit(pipe, run, *encoded)
-            made |= {"attention": maps} if maps else {}
-        except Exception as error:
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
-        else:
-            with replacing_file(folder / run.file) as temporary:
-                picture.save(temporary)
-            record |= {"status": "done", "file": run.file, **made}
-        yield run, record
+    for _, alike in itertools.groupby(todo, key=lambda run: (run.case, _encoding(run.cell))):
+        encoded = None  # shared by these runs, and freed before the next one is made
+        for run in alike:
+            if run.key in made_already:  # another cell has the same settings
+                continue
+            made_already.add(run.key)
+            encoded = encoded or _encode(pipe, spec, run)
+            record = _record(spec, run, made_with)
+            try:
+                if isinstance(encoded, Exception):
+                    raise encoded
+                mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
+                with mapped as maps:
+                    picture, made = _edit(pipe, run, *encoded)
+                made |= {"attention": maps} if maps else {}
+            except Exception as error:
+                record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
+            else:
+                with replacing_file(folder / run.file) as temporary:
+                    picture.save(temporary)
+                record |= {"status": "done", "file": run.file, **made}
+            yield run, record
 
 
 def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, float] | Exception:
@@ -312,7 +312,7 @@ def _compare(folder: Path, record: Record, plain: Record) -> None:
         record["baseline"] = None
         return
     with Image.open(folder / record["file"]) as picture, Image.open(folder / plain["file"]) as other:
-        record["metrics"] |= compare(picture, other)
+        record["metrics"] |= distances(picture, other)
     record["baseline"] = plain["key"]
 
 
