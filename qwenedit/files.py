@@ -25,8 +25,6 @@ __all__ = [
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights are stored and run in
-T = TypeVar("T")
-
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -187,6 +185,9 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+T = TypeVar("T")
 
 
 def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
