@@ -11,15 +11,18 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["FLOATS", "TensorInfo", "component_headers", "read_header", "read_json", "replacing_file"]
+__all__ = [
+    "FLOATS", "TensorInfo", "append_line", "component_headers", "read_header", "read_json", "read_lines",
+    "replacing_file", "write_lines",
+]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights are stored and run in
 _DTYPES = {
@@ -182,3 +185,46 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+T = TypeVar("T")
+
+
+def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
+    """What `parse` makes of each line of a JSON Lines file; an empty list if there is no such file.
+
+    A last line without a line break was cut off when its writer was killed: it is left out.
+
+    Raises:
+        ValueError: another line is not JSON, or `parse` fails on it; the message says that it is not `what`.
+    """
+    try:
+        *lines, _cut_off = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                found.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} of {path} is no {what}: {error!r}") from error
+    return found
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write a JSON Lines file anew, whole or not at all."""
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(b"".join(map(_line, values)))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a line to a JSON Lines file, on the disk when this returns."""
+    with path.open("ab") as file:
+        file.write(_line(value))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="replace") + b"\n"

@@ -1,5 +1,5 @@
-"""A grid of changes to the system, and what they did.
+"""Sweeps: edits under a grid of settings, with metrics and a report.
 
-spec.py reads what is wanted, sweep.py runs it, metrics.py and attention.py measure, report.py and charts.py
-show it. What can be changed is in `qwenedit.switches`.
+spec.py reads the settings, sweep.py runs them, metrics.py and attention.py measure, report.py and charts.py
+show the results. The settings are those of `qwenedit.switches`.
 """

@@ -1,6 +1,4 @@
-"""What the target attends to while an edit is made: the text, itself, the references; block by block and step
-by step.
-"""
+"""The share of the target's attention that goes to text, target and references, in every block and step."""
 
 from __future__ import annotations
 
@@ -14,18 +12,18 @@ from qwenedit.networks.mmdit import MMDiT
 __all__ = ["GROUPS", "target_attention"]
 
 GROUPS = ("text", "target", "references")
-Shares = dict[str, list[list[float]]]  # of each group: a row a block, a column a step
+Shares = dict[str, list[list[float]]]  # for each group: a row for each block, a column for each step
 
 
 @contextmanager
 def target_attention(mmdit: MMDiT, conditioning: Conditioning) -> Iterator[Shares]:
-    """Collect, for the length of a `with` block in which one picture is sampled, how the attention of the
-    target's tokens is shared out, with the prompt; means over tokens and heads, whose sum is 1.
+    """Record how the target's attention is divided among the groups while one picture is sampled.
 
-    The dict is filled when the block ends. Where there are no references their share is 0.
+    Shares are means over tokens and heads in the branch with the prompt, and sum to 1; without references
+    their share is 0. The dict is filled when the `with` block ends.
 
     Raises:
-        ValueError: a batch, of which there would be several maps.
+        ValueError: the conditioning has several rows.
     """
     if conditioning.batch != 1:
         raise ValueError(f"the conditioning is of {conditioning.batch} rows, wanted 1")
@@ -34,9 +32,9 @@ def target_attention(mmdit: MMDiT, conditioning: Conditioning) -> Iterator[Share
     shares: Shares = {}
     with maps.attached(mmdit):
         yield shares
-    rows: dict[str, list[list[float]]] = {}
+    blocks: dict[str, list[list[float]]] = {}
     for key, of_groups in maps.items():
         text, target, *references = of_groups[0, 0].tolist()
-        rows.setdefault(key.name, []).append([text, target, sum(references)])
+        blocks.setdefault(key.name, []).append([text, target, sum(references)])
     for k, name in enumerate(GROUPS):
-        shares[name] = [[float(f"{step[k]:.4g}") for step in steps] for steps in rows.values()]
+        shares[name] = [[float(f"{step[k]:.4g}") for step in steps] for steps in blocks.values()]

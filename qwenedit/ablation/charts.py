@@ -1,4 +1,4 @@
-"""Small line charts as inline SVG, coloured by the page's style: what the report needs, and no more."""
+"""Small line charts as inline SVG, coloured by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 __all__ = ["Line", "chart", "nice_range"]
 
 WIDTH, HEIGHT = 240.0, 120.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 30.0, 6.0, 18.0, 16.0  # margins, for the labels
 
-Numbers = Sequence[float | None]  # None where there is no point: the line has a gap
+Numbers = Sequence[float | None]  # None: the line has a gap
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: `style` is its class in the page's style; `band` what is shaded, low and high."""
+    """A line of a chart; `style` is its CSS class, `band` the lower and upper edge of a shaded area."""
 
     x: Sequence[float]
     y: Numbers
@@ -26,7 +27,7 @@ class Line:
 
 
 def nice_range(values: Iterable[float | None]) -> tuple[float, float]:
-    """A range around values that begins and ends at round numbers."""
+    """A range around the values, from a round number to a round number."""
     known = [value for value in values if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     if high - low < 1e-9:
@@ -38,10 +39,7 @@ def nice_range(values: Iterable[float | None]) -> tuple[float, float]:
 def chart(
     name: str, lines: Sequence[Line], *, x: tuple[float, float], y: tuple[float, float], along: str
 ) -> str:
-    """An SVG with its name on top, ticks, and the lines; x may run from high to low.
-
-    What lies outside of the ranges is cut off at their edges.
-    """
+    """An SVG with a name, ticks and lines; x may run from high to low, and y is clamped to its range."""
 
     def across(value: float) -> float:
         return _LEFT + (value - x[0]) / (x[1] - x[0]) * (WIDTH - _LEFT - _RIGHT)
@@ -80,14 +78,10 @@ def chart(
 
 
 def _pieces(x: Sequence[float], y: Numbers) -> list[list[tuple[float, float]]]:
-    """The points between gaps."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for a, b in zip(x, y, strict=True):
-        if b is None:
-            pieces.append([])
-        else:
-            pieces[-1].append((a, b))
-    return [piece for piece in pieces if piece]
+    """The runs of points between gaps."""
+    points = zip(x, y, strict=True)
+    runs = groupby(points, key=lambda point: point[1] is None)
+    return [[(a, b) for a, b in run if b is not None] for is_gap, run in runs if not is_gap]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -97,6 +91,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _round_step(least: float) -> float:
-    """1, 2, 2.5 or 5 times a power of ten, at least that."""
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""First-block caching: where the first block changes little since the last full step, reuse the other blocks.
+"""First-block caching: reuse the other blocks' output while the first block's output changes little.
 
 with first_block_cache(pipe.mmdit, threshold=0.1) as cache:
     pipe.edit(picture, "make the circle red")
@@ -20,12 +20,12 @@ __all__ = ["FirstBlockCache", "first_block_cache"]
 
 
 class FirstBlockCache(nn.Module):
-    """All blocks as one module, which after the first decides whether to run the others.
+    """All blocks as one module that decides after the first block whether to run the others.
 
-    They are skipped, and what they last added is added again, where mean |change of the first block's
-    residual| / mean |residual| is below the threshold. The means are over all rows that run together, so that
-    a row's result may depend on its batch. A step that does not follow on the branch's last one is never
-    skipped, nor one with another number of tokens.
+    They are skipped, and the residual of the last full step is added again, if mean |change of the first
+    block's residual| / mean |residual| is below the threshold. The means are over all rows that run together,
+    so that a row's result may depend on its batch. A step is never skipped if it does not directly follow the
+    branch's last one, or if the number of tokens changed.
 
     Attributes:
         computed, skipped: forwards with and without the other blocks.
@@ -35,12 +35,12 @@ class FirstBlockCache(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.threshold = threshold
-        self.state: BranchState[dict[str, Any]] = BranchState(dict)  # of the last step that ran in full
+        self.state: BranchState[dict[str, Any]] = BranchState(dict)  # of the last full step
         self.computed = 0
         self.skipped = 0
 
     def forward(self, img: Tensor, txt: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        blocks = iter(self.blocks)  # each has its weights in its turn (memory/residency.py)
+        blocks = iter(self.blocks)  # one by one: streamed blocks have weights only in their turn
         first_block = next(blocks)
         last = self.state.current()
         img_1, txt_1 = first_block(img, txt, *others)
@@ -52,7 +52,7 @@ class FirstBlockCache(nn.Module):
             change = (first - last["first"]).abs().mean() / last["first"].abs().mean()
             if change.item() < self.threshold:
                 self.skipped += 1
-                return img_1 + last["rest"], txt_1  # nobody reads the text after the last block
+                return img_1 + last["rest"], txt_1  # the text stream is not read after the blocks
         img_n, txt_n = img_1, txt_1
         for block in blocks:
             img_n, txt_n = block(img_n, txt_n, *others)
@@ -67,8 +67,8 @@ def first_block_cache(mmdit: MMDiT, threshold: float) -> Iterator[FirstBlockCach
 
     Raises:
         ValueError: a negative threshold; while running, no label `branch` is in force.
-    Source: ParaAttention's first block cache; diffusers 0.39.0, hooks/first_block_cache.py. There a change
-        that equals the threshold is skipped, too.
+    Source: ParaAttention's first block cache; diffusers 0.39.0, hooks/first_block_cache.py, which also skips
+        where the change equals the threshold.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold is {threshold}, wanted 0 or more")

@@ -1,7 +1,7 @@
-"""How far a picture is from another one, and how a run went: what a sweep records of every edit.
+"""Differences between two pictures, and curves over the steps of a run: what a sweep records of every edit.
 
-Pictures are (3, H, W) in [0, 1]; `pixels` makes them of what is written to disk, so that every figure can be
-computed again from the files alone.
+Pictures are (3, H, W) in [0, 1]. `pixels` makes them from the files that are written, so that every number
+can be computed again from the files alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.sampling.sampler import Step
 
-__all__ = ["CHANGED", "changed_area", "compare", "curves", "pixels", "psnr", "ssim"]
+__all__ = ["CHANGED", "changed_area", "curves", "distances", "pixels", "psnr", "ssim"]
 
 CHANGED = 0.1  # difference of a channel, in [0, 1], above which a pixel counts as changed
-LEAST_ERROR = 1e-10  # of a PSNR's mean squared error: identical pictures have 100 dB, as the oracle has it
-WINDOW, SIGMA = 11, 1.5  # of the SSIM: pixels a side, standard deviation in pixels
-K1, K2 = 0.01, 0.03  # its constants, for a data range of 1
+LEAST_ERROR = 1e-10  # of the mean squared error in PSNR: identical pictures have 100 dB, as in the oracle
+WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian: pixels a side, standard deviation in pixels
+K1, K2 = 0.01, 0.03  # SSIM's constants, for a data range of 1
 
 
 def pixels(picture: Image.Image) -> Tensor:
@@ -34,7 +34,7 @@ def pixels(picture: Image.Image) -> Tensor:
 def psnr(picture: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB: -10 log10 of the mean squared error over pixels and channels.
 
-    At most 100 dB, which identical pictures have: means over several pictures stay finite.
+    It is capped at 100 dB, so that means over several pictures stay finite.
 
     Raises:
         ValueError: pictures of different shapes.
@@ -45,17 +45,18 @@ def psnr(picture: Tensor, reference: Tensor) -> float:
 
 
 def ssim(picture: Tensor, reference: Tensor) -> float:
-    """Structural similarity, 1 for identical pictures: the mean over windows and channels of
+    """Structural similarity (1 for identical pictures): the mean over windows and channels of
 
         (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),  C1 = K1^2, C2 = K2^2
 
     with means m, variances s^2 and covariance sxy under a Gaussian window of 11x11 pixels and sigma 1.5. Only
-    windows that lie within the picture count.
+    windows inside the picture count.
 
     Raises:
         ValueError: pictures of different shapes, or smaller than a window.
-    Source: Wang, Bovik, Sheikh, Simoncelli, 2004, for each channel; scikit-image's `structural_similarity`
-        has the same with gaussian_weights=True, use_sample_covariance=False, data_range=1, channel_axis=0.
+    Source: Wang, Bovik, Sheikh, Simoncelli, 2004, for each channel; equal to scikit-image's
+        `structural_similarity` with gaussian_weights=True, use_sample_covariance=False, data_range=1,
+        channel_axis=0.
     """
     _require_alike(picture, reference)
     if min(picture.shape[-2:]) < WINDOW:
@@ -79,7 +80,7 @@ def ssim(picture: Tensor, reference: Tensor) -> float:
 
 
 def changed_area(picture: Tensor, reference: Tensor, threshold: float = CHANGED) -> float:
-    """The share of pixels of which a channel differs by more than `threshold`.
+    """The share of pixels with a channel that differs by more than `threshold`.
 
     Raises:
         ValueError: pictures of different shapes.
@@ -88,18 +89,20 @@ def changed_area(picture: Tensor, reference: Tensor, threshold: float = CHANGED)
     return float(((picture - reference).abs().amax(dim=0) > threshold).double().mean())
 
 
-def compare(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
-    """All three of a picture against another one."""
+def distances(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
+    """PSNR, SSIM and changed area of a picture against another."""
     x, y = pixels(picture), pixels(reference)
     return {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}
 
 
 def curves(steps: Iterable[Step]) -> tuple[Tensor, dict[str, Any]]:
-    """Take all steps of a batch of one; the final latents, and what each step was like.
+    """Take all steps of a batch of one; the final latents, and curves with one number per step.
 
-    `sigma` and `velocity` (the mean over tokens of the guided velocity's norm over channels) have a number a
-    step. So have `mean`, `min` and `max` of `norm_ratio`, over tokens: what the reference's guidance would
-    scale (or scales) a token's velocity by; None at steps without guidance.
+    `sigma`; `velocity`, the norm of the guided velocity, mean over tokens; and `mean`, `min` and `max` over
+    tokens of `norm_ratio` (`Step.norm_ratio`), None at steps without guidance.
+
+    Raises:
+        ValueError: there are no steps.
     """
     sigma, velocity = [], []
     ratio: dict[str, list[float | None]] = {"mean": [], "min": [], "max": []}

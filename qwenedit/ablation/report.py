@@ -1,7 +1,7 @@
-"""A sweep to look at: report.html, one page without anything from elsewhere, and grid.png, a contact sheet.
+"""The pages of a sweep: report.html, a self-contained page, and grid.png, a contact sheet.
 
-The page's frame, style and script are report.html beside this file; its parts are made here. Whatever text
-comes from a spec or a result is escaped where it enters the page.
+The page's frame, style and script are in report.html beside this file; its parts are made here. Text from a
+spec or a result is escaped where it enters the page.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import json
 import re
 import textwrap
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,22 +31,22 @@ from qwenedit.inputs.pictures import to_pil
 __all__ = ["picture_grid", "write_report"]
 
 THUMBNAIL = 256  # pixels: larger pictures are embedded at this size
-SMALL = 128  # pixels: up to here a picture's pixels are shown as squares
-BAND = 4.0  # the norm ratio's axis ends at the latest at this many times the largest mean
+SMALL = 128  # pixels: up to this size pixels are shown as squares
+BAND = 4.0  # the norm ratio's axis is cut off at this multiple of the largest mean
 
-# Of the summary: measure, heading, unit, factor, decimals, what it is. Columns without numbers are left out.
+# The summary's columns: measure, heading, unit, factor, decimals, meaning. Empty columns are left out.
 COLUMNS = (
-    ("psnr", "PSNR", "dB", 1, 1, "peak signal-to-noise ratio to the unablated picture; 100 dB: the same"),
-    ("ssim", "SSIM", "", 1, 3, "structural similarity to it, under a Gaussian of 11 pixels, sigma 1.5"),
+    ("psnr", "PSNR", "dB", 1, 1, "peak signal-to-noise ratio to the unablated picture; 100 dB: identical"),
+    ("ssim", "SSIM", "", 1, 3, "structural similarity to it, with a Gaussian window of 11 pixels, sigma 1.5"),
     ("changed", "changed", "% of pixels", 100, 1,
-     f"pixels of which a channel differs from it by more than {CHANGED:g} of its range"),
+     f"pixels with a channel that differs from it by more than {CHANGED:g} of its range"),
     ("norm_ratio", "norm ratio", "", 1, 3,
-     "the norm of a token's conditional velocity over that of its guided one, mean of tokens and steps: what "
-     "the reference's guidance scales it by"),
-    ("success", "success", "%", 100, 1, "the oracle says: what was asked for is there, the rest as before"),
+     "the norm of a token's conditional velocity over the norm of its guided velocity, mean over tokens and "
+     "steps: the factor that the reference's guidance applies"),
+    ("success", "success", "%", 100, 1, "by the oracle: the request is fulfilled and the rest is unchanged"),
     ("strict", "strict", "%", 100, 1, "success, with at least 22 dB where nothing should change"),
     ("preserved", "preserved", "dB", 1, 1, "PSNR to the source where the edit should change nothing"),
-    ("sample", "sampling", "s", 1, 2, "seconds of the steps of an edit"),
+    ("sample", "sampling", "s", 1, 2, "seconds of an edit's steps"),
 )  # fmt: skip
 
 
@@ -60,12 +60,12 @@ def write_report(sweep: Sweep, path: Path) -> None:
         "LEAD": escape(
             f"{len(sweep.spec.cells)} settings of {len(sweep.spec.cases)} edit(s) from "
             f"{len(sweep.spec.seeds)} seed(s): {case_names}"
-            + (f"; {n} combinations that cannot be were left out" if (n := sweep.spec.impossible) else "")
+            + (f"; {n} contradictory combinations were left out" if (n := sweep.spec.impossible) else "")
         ),
         "FACTS": _facts(sweep),
         "FAILURES": _failures(sweep),
         "SUMMARY": _summary(sweep),
-        "JUDGED": ", and what the oracle says of it" if judged else "",
+        "JUDGED": ", and the oracle's verdict" if judged else "",
         "PICTURES": _pictures(sweep),
         "CURVES": _curves(sweep),
         "ATTENTION": _attention(sweep),
@@ -80,7 +80,7 @@ def write_report(sweep: Sweep, path: Path) -> None:
 
 
 def _facts(sweep: Sweep) -> str:
-    """What the runs were made with; where they differ, all that there is."""
+    """The environment of the runs; where they differ, all values."""
     spec, records = sweep.spec, list(sweep.records.values())
     plain = spec.cells[0]
     facts = {
@@ -111,12 +111,12 @@ def _failures(sweep: Sweep) -> str:
 
 
 def _summary(sweep: Sweep) -> str:
-    """The inside of the table: a row a cell."""
+    """The content of the table: a row for each cell."""
     means = sweep.means()
     columns = [column for column in COLUMNS if any(row[column[0]] is not None for row in means)]
     head = [_heading(axis, axis, "", "") for axis in sweep.spec.axes or ["settings"]]
     head += [_heading(name, text, unit, what) for name, text, unit, _, _, what in columns]
-    head.append(_heading("runs", "runs", "done", "how many runs the means are of"))
+    head.append(_heading("runs", "runs", "done", "the number of runs in the means"))
     rows = []
     for k, (cell, of_cell) in enumerate(zip(sweep.spec.cells, means, strict=True)):
         values = [_text(value) for value in cell.values.values()]
@@ -149,7 +149,7 @@ def _heading(name: str, text: str, unit: str, what: str) -> str:
 
 
 def _pictures(sweep: Sweep) -> str:
-    """The inside of the table: settings across, pictures and seeds down, sources on the left."""
+    """The content of the table: settings across, pictures and seeds down, sources on the left."""
     rows = []
     for i, case in enumerate(sweep.spec.cases):
         for j, seed in enumerate(sweep.spec.seeds):
@@ -169,7 +169,7 @@ def _pictures(sweep: Sweep) -> str:
 
 
 def _picture_heads(sweep: Sweep) -> str:
-    """A row an axis; neighbours that agree in it, and in those above, are under one heading."""
+    """A row for each axis; neighbours that agree in it and in the axes above share a heading."""
     axes, rows = sweep.spec.axes, []
     for depth, axis in enumerate(axes):
         fields = [f'<th class="axis fixed" scope="row">{escape(axis)}</th>']
@@ -188,7 +188,7 @@ def _picture_heads(sweep: Sweep) -> str:
 
 
 def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
-    """The picture of a run with what there is to say of it, or that it failed."""
+    """The picture of a run with its metrics, or a note that it failed."""
     record, prompt = sweep.records[index], sweep.spec.cases[index[0]].prompt
     if record["status"] == "failed":
         return f'<div class="failed" title="{escape(record["error"])}">failed</div>'
@@ -197,7 +197,7 @@ def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
         picture.load()
     measured, verdict = record["metrics"], ""
     if "success" in measured:
-        reason = escape(measured["reason"] or "what was asked for")
+        reason = escape(measured["reason"] or "as asked")
         kind, sign = ("good", "✓") if measured["success"] else ("bad", "✗")
         verdict = f' <span class="{kind}" title="{reason}">{sign}</span>'
     figure = _figure(_data_uri(picture), picture, prompt, _distance(record, index[2]), verdict)
@@ -206,7 +206,7 @@ def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
 
 
 def _distance(record: Record, cell: int) -> str:
-    """How far a picture is from the unablated one, in a word."""
+    """The PSNR to the unablated picture."""
     measured = record["metrics"]["psnr"]
     return "unablated" if cell == 0 else "–" if measured is None else f"{measured:.1f} dB"
 
@@ -220,7 +220,7 @@ def _figure(uri: str, picture: Image.Image, alt: str, caption: str, verdict: str
 
 
 def _data_uri(picture: Image.Image) -> str:
-    """A picture within a page, as PNG, larger ones reduced."""
+    """A picture to embed in the page: PNG, of at most `THUMBNAIL` pixels a side."""
     rgb = picture.convert("RGB")
     rgb.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -229,7 +229,7 @@ def _data_uri(picture: Image.Image) -> str:
 
 
 def _curves(sweep: Sweep) -> str:
-    """A card a cell with its charts on common axes, and before them the schedules of sigmas."""
+    """The schedules of sigmas, then a card with the charts of each cell, on common axes."""
     of_cells = [_mean_curves(sweep.of_cell(k)) for k in range(len(sweep.spec.cells))]
     known = [one for one in of_cells if one is not None]
     if not known:
@@ -248,71 +248,61 @@ def _curves(sweep: Sweep) -> str:
         if one is None:
             continue
         plain = of_cells[0] if of_cells[0] is not one else None
-        ghosts = [[], []] if plain is None else [
-            [Line(plain["sigma"], plain[name], "ghost")] for name in ("mean", "velocity")
-        ]  # fmt: skip
-        band = Line(one["sigma"], one["mean"], band=(one["min"], one["max"]))
-        speed = [*ghosts[1], Line(one["sigma"], one["velocity"])]
+
+        def lines(name: str, line: Line, plain: dict[str, list[Any]] | None = plain) -> list[Line]:
+            return [line] if plain is None else [Line(plain["sigma"], plain[name], "ghost"), line]
+
+        speed = lines("velocity", Line(one["sigma"], one["velocity"]))
         charts = [chart("|velocity|", speed, x=(1, 0), y=velocity, along="σ")]
         if any(value is not None for value in one["mean"]):
-            charts.append(chart("norm ratio", [*ghosts[0], band], x=(1, 0), y=ratio, along="σ"))
+            band = lines("mean", Line(one["sigma"], one["mean"], band=(one["min"], one["max"])))
+            charts.append(chart("norm ratio", band, x=(1, 0), y=ratio, along="σ"))
         cards.append(_card(_label(sweep, cell), charts))
     return "".join(cards)
 
 
-def _card(caption: str, charts: list[str]) -> str:
+def _card(caption: str, inside: list[str], kind: str = "charts") -> str:
     return (
         f'<figure class="card"><figcaption>{escape(caption)}</figcaption>'
-        f'<div class="charts">{"".join(charts)}</div></figure>'
+        f'<div class="{kind}">{"".join(inside)}</div></figure>'
     )
 
 
 def _mean_curves(records: list[Record]) -> dict[str, list[Any]] | None:
-    """Step for step over some runs of one cell: means, and the least and greatest norm ratio."""
+    """Step by step over the runs of a cell: means, and the least and greatest norm ratio."""
     if not records:
         return None
-    curves = [record["curves"] for record in records]
+    curves = [{**record["curves"], **record["curves"]["norm_ratio"]} for record in records]
 
-    def over(values: Iterable[list[float | None]], fold: Any) -> list[float | None]:
-        known = [[x for x in at_step if x is not None] for at_step in zip(*values, strict=True)]
-        return [fold(at_step) if at_step else None for at_step in known]
+    def over(name: str, fold: Any) -> list[float | None]:
+        at_steps = zip(*(one[name] for one in curves), strict=True)
+        known = [[x for x in values if x is not None] for values in at_steps]
+        return [fold(values) if values else None for values in known]
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    ratios = [one["norm_ratio"] for one in curves]
-    return {
-        "sigma": over((one["sigma"] for one in curves), mean),
-        "velocity": over((one["velocity"] for one in curves), mean),
-        "mean": over((one["mean"] for one in ratios), mean),
-        "min": over((one["min"] for one in ratios), min),
-        "max": over((one["max"] for one in ratios), max),
-    }
+    folds = {"sigma": fmean, "velocity": fmean, "mean": fmean, "min": min, "max": max}
+    return {name: over(name, fold) for name, fold in folds.items()}
 
 
 def _attention(sweep: Sweep) -> str:
-    """Of every setting that has maps: a row of heatmaps, one for each group of tokens."""
+    """A card for every setting that has maps, with a heatmap for each group of tokens."""
     cards = []
     for (_, _, cell), record in sweep.records.items():
         if "attention" not in record:
             continue
-        figures = "".join(
+        figures = [
             f'<figure><img class="small" src="{_data_uri(_heatmap(torch.tensor(shares)))}" '
             f'alt="from the target to {group}"><figcaption>to {group}<br><span class="soft">'
             f"{_range(shares)}</span></figcaption></figure>"
             for group, shares in record["attention"].items()
-        )
-        label = escape(_label(sweep, sweep.spec.cells[cell]))
-        cards.append(
-            f'<figure class="card"><figcaption>{label}</figcaption><div class="maps">{figures}</div></figure>'
-        )
+        ]
+        cards.append(_card(_label(sweep, sweep.spec.cells[cell]), figures, "maps"))
     if not cards:
         return ""
     case, seed = sweep.spec.cases[0], sweep.spec.seeds[0]
     return (
-        f'<section id="attention"><h2>Attention</h2><p class="soft">What the target of {escape(case.name)}, '
-        f"seed {seed}, attends to, as shares of 1, with the prompt: a row a block, the first on top; a "
-        "column a step, noise on the left. Dark is 0, bright is 1; below, the least and the greatest."
+        '<section id="attention"><h2>Attention</h2><p class="soft">The shares of the attention of the target '
+        f"tokens of {escape(case.name)}, seed {seed}, under the prompt. Rows are blocks, the first on top; "
+        "columns are steps, noise on the left. Dark is 0, bright is 1; below, the least and the greatest."
         f'</p><div class="cards">{"".join(cards)}</div></section>'
     )
 
@@ -322,12 +312,12 @@ def _range(shares: list[list[float]]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-# Dark blue to yellow by way of green: lightness rises evenly, so that the order is also seen in grey.
+# Dark blue to green to yellow: lightness rises evenly, so that the order can be seen in grey too.
 _HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def _heatmap(shares: Tensor) -> Image.Image:
-    """A matrix of numbers in [0, 1] as a picture, a pixel a value."""
+    """A matrix of numbers in [0, 1] as a picture, one pixel per value."""
     x = shares.double().clamp(0, 1)
     colours = torch.tensor(_HEAT, dtype=torch.float64) / 255
     place = x * (len(_HEAT) - 1)
@@ -338,7 +328,7 @@ def _heatmap(shares: Tensor) -> Image.Image:
 
 
 def _label(sweep: Sweep, cell: Cell) -> str:
-    """A cell in a line."""
+    """A cell's settings in one line."""
     values = ", ".join(f"{name} {_text(value)}" for name, value in cell.values.items())
     if cell is sweep.spec.cells[0]:
         return f"unablated ({values})" if values else "unablated"
@@ -366,7 +356,7 @@ def picture_grid(sweep: Sweep) -> Image.Image:
     ink = ImageDraw.Draw(page)
 
     def write(x: float, y: float, text: str, *, room: int, font: Any = font, **options: Any) -> None:
-        text = re.sub(r"[^\x00-\xff]+", "…", text)  # the font that Pillow brings has Latin letters only
+        text = re.sub(r"[^\x00-\xff]+", "…", text)  # Pillow's own font has Latin letters only
         while ink.textlength(text, font) > room and len(text) > 1:
             text = text[:-2] + "…"
         ink.text((x, y), text, font=font, **{"fill": "black", **options})

@@ -1,27 +1,27 @@
-"""What a sweep runs: pictures and prompts, seeds, and a grid of settings, from a SPEC.toml or a dict.
+"""What a sweep runs: pictures, prompts, seeds and a grid of settings, from a SPEC.toml or a dict.
 
-    model = "path/to/folder"              # hub id or folder; left out: the embedded model
-    pictures = ["mini:0", "cat.png"]      # in place of a name ["a.png", "b.png"]: one edit of both
-                                          # "mini:0": a scene of the embedded model's world, from seed 0, with
-                                          # a request of its own for a prompt, which the oracle judges
-    prompts = ["give the cat a hat"]      # of the pictures that are files
-    pairing = "each"                      # a prompt for each such picture, in order; "all": each with each
+    model = "path/to/folder"              # hub id or folder; by default the embedded model
+    pictures = ["mini:0", "cat.png"]      # a list in place of a name, ["a.png", "b.png"], is one edit of both
+                                          # "mini:0": a scene of the embedded model's world, from seed 0,
+                                          # with its own prompt; the oracle judges the result
+    prompts = ["give the cat a hat"]      # for the pictures that are files
+    pairing = "each"                      # one prompt per such picture, in order; "all": every combination
     seeds = [0, 1]                        # of the noise
-    true_cfg_scale = 4.0                  # what a run is called with: also steps, negative_prompt,
-    steps = 20                            # and, for all runs alike, height and width
-    attention = true                      # with maps of what the first picture's target attends to
-    deterministic = true                  # under `qwenedit.deterministic`
+    true_cfg_scale = 4.0                  # arguments of every run: also steps, negative_prompt, height, width
+    steps = 20
+    attention = true                      # record attention maps of the first picture's target tokens
+    deterministic = true                  # run under `qwenedit.deterministic`
 
-    [switches]                            # of all runs, the unablated one too
+    [switches]                            # for all runs, the unablated run included
     "seen.size" = [32, 32]
 
-    [grid]                                # every combination is run that can be: "references.sigma" beside
-                                          # "references.latents" = "left_out", say, cannot
+    [grid]                                # all combinations are run, except those that contradict themselves
+                                          # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
     true_cfg_scale = [1, 4]                                 # or true_cfg_scale, steps, negative_prompt
 
-The run without any change, with the calls of the top and default switches, is always among them, and all
-others are compared with it. Paths are relative to the SPEC.toml's folder.
+The unablated run, with the arguments and switches that stand above the grid, is always included; all others
+are compared with it. Paths are relative to the folder of SPEC.toml.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -49,24 +49,22 @@ from qwenedit.switches import NAMES, Guidance, Switches
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
-CALL: dict[str, Any] = {"true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " "}  # and their defaults
+CALL: dict[str, Any] = {"true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " "}  # with their defaults
 FLAGS = ("attention", "deterministic")
 KEYS = (
     "model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", *FLAGS, "switches", "grid",
 )  # fmt: skip
 SAME = {"num_inference_steps": "steps", "guidance_scale": "true_cfg_scale", "cfg": "true_cfg_scale"}
 MOST_CELLS = 10_000
-OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # which "other"
+OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # read if that is "other"
 PAIRINGS = ("each", "all")
-TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the module that reads it
+TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the parser
 MINI = "mini:"
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A picture, or several, and what is asked of it; `scene` and `request` where the oracle can judge the
-    result.
-    """
+    """One edit: pictures and a prompt. With `scene` and `request`, the oracle can judge the result."""
 
     name: str
     pictures: tuple[Image.Image, ...]
@@ -76,7 +74,7 @@ class Case:
 
     @property
     def image(self) -> Image.Image | list[Image.Image]:
-        """What `QwenImageEdit.condition` takes."""
+        """The argument of `QwenImageEdit.condition`."""
         return self.pictures[0] if len(self.pictures) == 1 else list(self.pictures)
 
     @property
@@ -97,9 +95,9 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One combination of settings; `values` are those of the grid, by name (none where it is not in it).
+    """One combination of settings; `values` are the grid's, by name (empty for a run outside of the grid).
 
-    Where the run is unguided, the switches are without those that only guidance reads.
+    In an unguided run the switches that only guidance reads have their defaults.
     """
 
     values: dict[str, Any]
@@ -110,14 +108,13 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that makes a difference to the result: cells with equal settings make the same pictures."""
-        call = {name: getattr(self, name) for name in CALL}
-        return {**call, "switches": self.switches.flat()}
+        """Everything that affects the result: cells with equal settings make the same pictures."""
+        return {**{name: getattr(self, name) for name in CALL}, "switches": self.switches.flat()}
 
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """A sweep, checked as far as that needs no model. `cells[0]` is the unablated run."""
+    """A sweep, checked as far as possible without the model. `cells[0]` is the unablated run."""
 
     model: str | None
     cases: tuple[Case, ...]
@@ -128,20 +125,20 @@ class Spec:
     deterministic: bool
     axes: tuple[str, ...]  # the grid's names
     cells: tuple[Cell, ...]
-    impossible: int  # combinations of the grid that were left out
+    impossible: int  # contradictory combinations of the grid, which are left out
 
     @property
     def edits(self) -> int:
-        """How many are run: cells that come to the same share theirs."""
+        """The number of edits that are run: cells with equal settings share theirs."""
         different = {json.dumps(cell.settings, sort_keys=True) for cell in self.cells}
         return len(self.cases) * len(self.seeds) * len(different)
 
 
 def read_spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
-    """A spec from a TOML file, or from a dict of the same content (with paths relative to where we are).
+    """A spec from a TOML file, or from a dict of the same content (paths relative to the current folder).
 
     Raises:
-        ValueError: whatever is wrong with it; what, got, wanted, and names that come close.
+        ValueError: a bad spec; the message says what, got, wanted, and lists names that come close.
     """
     if isinstance(source, Mapping):
         return _spec(source, Path())
@@ -184,7 +181,7 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
     sizes: dict[str, Any] = {}
     for name in ("height", "width"):
         sizes[name] = raw.get(name)
-        _require(sizes[name] is None or _is_whole(sizes[name]), name, sizes[name], "a whole number")
+        _require(sizes[name] is None or type(sizes[name]) is int, name, sizes[name], "a whole number")
     flags: dict[str, Any] = {name: raw.get(name, False) for name in FLAGS}
     for name, value in flags.items():
         _require(isinstance(value, bool), name, value, "true or false")
@@ -204,9 +201,9 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
 
 
 def _cases(raw: Mapping[str, Any], base: Path) -> Iterable[Case]:
-    """The edits that are asked for, in the order of the pictures."""
+    """The edits, in the order of the pictures."""
     pictures = _pictures(raw.get("pictures", []))
-    prompts = _texts("prompts", raw.get("prompts", []), least=0)
+    prompts = _listed("prompts", raw.get("prompts", []), "a list of texts", _is_text, least=0)
     pairing = raw.get("pairing", "each")
     if pairing not in PAIRINGS:
         close = _close(pairing, PAIRINGS)
@@ -241,19 +238,16 @@ def _cases(raw: Mapping[str, Any], base: Path) -> Iterable[Case]:
 def _pictures(value: Any) -> list[list[str]]:
     """The names of each edit's pictures."""
     wanted = "a list of at least one text, or of lists of them for edits of several pictures"
-    fits = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    _require(fits, "pictures", value, wanted)
-    named = [[one] if isinstance(one, str) else one for one in value]
+    rows = _listed("pictures", value, wanted)
+    named = [[one] if _is_text(one) else _listed("pictures", one, wanted, _is_text) for one in rows]
     for names in named:
-        fits = isinstance(names, Sequence) and len(names) > 0 and all(isinstance(one, str) for one in names)
-        _require(fits, "pictures", value, wanted)
         if len(names) > 1 and any(name.startswith(MINI) for name in names):
-            raise ValueError(f"pictures has {list(names)!r}, wanted a mini: picture alone")
-    return [list(names) for names in named]
+            raise ValueError(f"pictures has {names!r}, wanted a mini: picture alone")
+    return named
 
 
 def _mini(name: str) -> Case:
-    """A held-out scene (of a composition that was never trained on) and a request with one right answer."""
+    """A held-out scene (a composition that training never shows) and a request with one right answer."""
     number = name.removeprefix(MINI)
     if not (number.isascii() and number.isdigit()):
         raise ValueError(f"the picture is {name!r}, wanted mini: and a whole number, like 'mini:0'")
@@ -265,25 +259,23 @@ def _mini(name: str) -> Case:
 def _picture(name: str, base: Path) -> Image.Image:
     path = base / name
     if not path.exists():
-        known = [*(one.name for one in path.parent.iterdir())] if path.parent.is_dir() else []
+        known = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ValueError(f"no such picture: {path}{_close(path.name, [*known, f'{MINI}0'])}")
     return open_picture(path)
 
 
 def _seeds(value: Any) -> list[int]:
-    wanted = "a list of whole numbers from 0 to 2**64 - 1"
-    _require(
-        isinstance(value, Sequence) and not isinstance(value, str) and bool(value), "seeds", value, wanted
-    )
-    for seed in value:
-        _require(_is_whole(seed) and 0 <= seed < 2**64, "a seed", seed, "a whole number from 0 to 2**64 - 1")
-    if len(set(value)) < len(value):
-        raise ValueError(f"seeds are {list(value)}, wanted each once")
-    return list(value)
+    seeds = _listed("seeds", value, "a list of whole numbers")
+    for seed in seeds:
+        fits = type(seed) is int and 0 <= seed < 2**64
+        _require(fits, "a seed", seed, "a whole number from 0 to 2**64 - 1")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {seeds}, wanted each once")
+    return seeds
 
 
 def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Names and values; TOML reads an unquoted `guidance.norm` as a table in a table."""
+    """Names and values; TOML reads an unquoted `guidance.norm` as a nested table."""
     _require(isinstance(content, Mapping), table, content, "a table")
     for key, value in content.items():
         name = SAME.get(key, key) if not prefix else prefix + key
@@ -292,7 +284,7 @@ def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, An
         elif name in NAMES or (table == "grid" and name in CALL):
             yield name, value
         elif name in KEYS:
-            raise ValueError(f"{table}: {name} is not to be varied: it stands above the tables")
+            raise ValueError(f"{table}: {name} is not to be varied: set it above the tables")
         else:
             known = [*NAMES, *(CALL if table == "grid" else ())]
             raise ValueError(f"{table}: no switch is called {name!r}{_close(name, known)}")
@@ -300,11 +292,10 @@ def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, An
 
 def _values(name: str, values: Any) -> list[Any]:
     """The values of one of the grid's names."""
-    fits = isinstance(values, Sequence) and not isinstance(values, str) and bool(values)
-    _require(fits, f"grid: {name}", values, "a list of values")
-    checked = [_call_value(name, value) if name in CALL else value for value in values]
+    given = _listed(f"grid: {name}", values, "a list of values")
+    checked = [_call_value(name, value) if name in CALL else value for value in given]
     if len({json.dumps(value, sort_keys=True) for value in checked}) < len(checked):
-        raise ValueError(f"grid: {name} is {list(values)}, wanted each value once")
+        raise ValueError(f"grid: {name} is {given}, wanted each value once")
     return checked
 
 
@@ -314,17 +305,19 @@ def _call_value(name: str, value: Any) -> Any:
         _require(number and math.isfinite(value), name, value, "a finite number")
         return float(value)
     if name == "steps":
-        _require(_is_whole(value) and value > 0, name, value, "a whole number of at least 1")
+        _require(type(value) is int and value > 0, name, value, "a whole number of at least 1")
     else:
-        _require(isinstance(value, str), name, value, "a text")
+        _require(_is_text(value), name, value, "a text")
     return value
 
 
 def _cells(
     call: dict[str, Any], fixed: dict[str, Any], axes: dict[str, list[Any]], base: Path
 ) -> tuple[list[Cell], int]:
-    """The unablated run, then every other combination that can be, the last axis changing fastest; and how
-    many cannot: values that do not go together.
+    """The unablated run, then all other combinations, the last axis changing fastest; and the number of
+    combinations that contradict themselves, which are left out.
+
+    A value that no combination can have is an error.
     """
     count = math.prod(map(len, axes.values()))
     if count > MOST_CELLS:
@@ -346,11 +339,9 @@ def _cells(
         given = name in fixed or name in axes
         if given and all(name not in cell.switches.flat() for cell in (plain, *cells)):
             raise ValueError(f"{name} is given, but {needs} is never 'other'")
-    settings = [cell.settings for cell in cells]
-    same = [cell for cell, own in zip(cells, settings, strict=True) if own == plain.settings]
-    first = same[0] if same else plain
-    rest = [cell for cell, own in zip(cells, settings, strict=True) if cell is not first]
-    return [first, *rest], len(errors)
+    unablated = plain.settings
+    first = next((cell for cell in cells if cell.settings == unablated), plain)
+    return [first, *(cell for cell in cells if cell is not first)], len(errors)
 
 
 def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], base: Path) -> Cell:
@@ -359,7 +350,7 @@ def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], b
     for name, needs in OTHERS.items():
         if flat.get(needs) != "other":
             flat.pop(name, None)
-        elif isinstance(flat.get(name), str):  # as pictures, so that the key is of what they show
+        elif isinstance(flat.get(name), str):  # as pictures, so that a run's key depends on their pixels
             flat[name] = _picture(flat[name], base)
     switches = Switches.from_flat(flat)
     if called["true_cfg_scale"] <= 1:
@@ -368,15 +359,17 @@ def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], b
     return Cell(values, switches, **called)
 
 
-def _texts(name: str, value: Any, *, least: int) -> list[str]:
-    fits = isinstance(value, Sequence) and not isinstance(value, str)
-    fits = fits and all(isinstance(one, str) for one in value) and len(value) >= least
-    _require(fits, name, value, f"a list of {'at least one text' if least else 'texts'}")
+def _listed(
+    name: str, value: Any, wanted: str, fits: Callable[[Any], bool] = lambda _: True, *, least: int = 1
+) -> list[Any]:
+    """The value as a list, if it is a sequence of at least `least` values that all fit."""
+    is_list = isinstance(value, Sequence) and not _is_text(value)
+    _require(is_list and len(value) >= least and all(map(fits, value)), name, value, wanted)
     return list(value)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _require(fits: bool, what: str, got: Any, wanted: str) -> None:

@@ -1,29 +1,29 @@
 """A grid of settings over pictures and seeds: `qwenedit ablate SPEC.toml`, `qwenedit.ablate(spec, folder)`.
 
-What a spec holds is in spec.py. The folder then has
+spec.py describes the spec. The results folder has
 
-    results.jsonl      a line for every run: its settings, what it ran on, timings, metrics, curves
-    pictures/KEY.png   what it made
+    results.jsonl      a line for every run: settings, environment, timings, metrics, curves
+    pictures/KEY.png   its picture
     results.csv, grid.png, report.html
 
-KEY is a hash of everything that a picture depends on, the model's weights and this package's version among
-it. A run whose line and picture are there is not run again: a sweep that was stopped, or whose spec has
-grown, goes on from where it was. (Having changed this package's code, take another folder.)
+KEY is a hash of everything that a picture depends on, including the model's weights and this package's
+version. A run whose line and picture exist is not run again: a sweep that was stopped, or whose spec has
+grown, resumes. (After changing this package's code, take another folder.)
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-import platform
 import subprocess
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,17 +33,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from qwenedit.ablation.attention import Shares, target_attention
-from qwenedit.ablation.metrics import compare, curves
+from qwenedit.ablation.attention import target_attention
+from qwenedit.ablation.metrics import curves, distances
 from qwenedit.ablation.report import picture_grid, write_report
-from qwenedit.ablation.results import Record, Sweep, append, read_results, write_csv, write_results
+from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import replacing_file
+from qwenedit.files import append_line, replacing_file, write_lines
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import rows_of
-from qwenedit.instruments.determinism import deterministic
+from qwenedit.instruments.determinism import deterministic, environment
 from qwenedit.layered import require_flat
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit, load
@@ -57,7 +57,7 @@ from qwenedit.weights.configs import network_config
 
 __all__ = ["MOST_EDITS", "ablate"]
 
-MOST_EDITS = 200  # that a sweep runs without being told that so many are meant
+MOST_EDITS = 200  # a larger sweep must be confirmed
 RESULTS, PICTURES = "results.jsonl", "pictures"
 
 
@@ -85,16 +85,16 @@ def ablate(
     yes: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    """Run what a spec asks for and is not yet in the folder, and write tables, pictures and the report there.
+    """Run the edits of a spec that are not yet in the folder, and write tables, pictures and the report.
 
-    An edit that fails is recorded as failed, with its message, and the sweep goes on; it is tried again next
-    time.
+    An edit that fails is recorded as failed, with its message, and the sweep goes on; the next sweep in the
+    folder tries it again.
 
     Args:
         spec: a TOML file, or a dict of the same content (see spec.py).
-        folder: where the results go, or are already.
-        device, dtype: as of `qwenedit.load`.
-        yes: run more than `MOST_EDITS` edits.
+        folder: for the results; it may have some already.
+        device, dtype: as for `qwenedit.load`.
+        yes: confirm more than `MOST_EDITS` edits.
         progress: progress bars on stderr, if that is a terminal.
 
     Raises:
@@ -111,51 +111,41 @@ def ablate(
 
     home.mkdir(parents=True, exist_ok=True)
     with _only_one(home):
-        return _sweep(plan, home, checkpoint, where, wanted, yes=yes, progress=progress)
-
-
-def _sweep(
-    plan: Spec,
-    home: Path,
-    checkpoint: Path,
-    where: torch.device,
-    wanted: torch.dtype | None,
-    *,
-    yes: bool,
-    progress: bool,
-) -> Sweep:
-    """What `ablate` does when all is checked."""
-    model, known = fingerprint(checkpoint), read_results(home / RESULTS)
-    runs = list(_runs(plan, model, where, wanted))
-    done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
-    todo = [run for run in runs if run.key not in done or _lacks_maps(plan, run, done[run.key])]
-    _require_meant(len({run.key for run in todo}), yes)
-    (home / PICTURES).mkdir(parents=True, exist_ok=True)
-    # A line that was cut off goes, and so does one of a failed run that is tried again.
-    again = {run.key for run in todo} - done.keys()
-    write_results(home / RESULTS, [record for key, record in known.items() if key not in again])
-    plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
-    if todo:
-        pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
-        bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
-        with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
-            environment = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
-            for run, record in _run(pipe, plan, bar, home, environment):
-                done[run.key] = record
-                _compare(home, record, done[plain[run.index[:2]]])
-                append(home / RESULTS, record)
-    for run in runs:  # what was done before may have been compared with another spec's unablated run
-        _compare(home, done[run.key], done[plain[run.index[:2]]])
-    return _finish(plan, home, runs, done)
+        model, known = fingerprint(checkpoint), read_results(home / RESULTS)
+        runs = list(_runs(plan, model, where, wanted))
+        done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
+        todo = [
+            run
+            for run in runs
+            if run.key not in done or (_has_maps(plan, run) and "attention" not in done[run.key])
+        ]
+        _require_meant(len({run.key for run in todo}), yes)
+        (home / PICTURES).mkdir(parents=True, exist_ok=True)
+        # Drop a line that was cut off, and those of failed runs that are tried again.
+        again = {run.key for run in todo} - done.keys()
+        write_lines(home / RESULTS, [record for key, record in known.items() if key not in again])
+        plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
+        if todo:
+            pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
+            bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
+            with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
+                made_with = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
+                for run, record in _run(pipe, plan, bar, home, made_with):
+                    done[run.key] = record
+                    _compare(home, record, done[plain[run.index[:2]]])
+                    append_line(home / RESULTS, record)
+        for run in runs:  # an earlier sweep may have compared with the unablated run of another spec
+            _compare(home, done[run.key], done[plain[run.index[:2]]])
+        return _finish(plan, home, runs, done)
 
 
 def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record]) -> Sweep:
-    """Write everything that is made of all runs."""
+    """Write everything that is made from all runs."""
     in_order = sorted(runs, key=lambda run: run.index)
     sweep = Sweep(folder, spec, {run.index: records[run.key] for run in in_order})
     ours = {run.key: records[run.key] for run in in_order}
     others = {key: x for key, x in read_results(folder / RESULTS).items() if key not in ours}
-    write_results(folder / RESULTS, [*others.values(), *ours.values()])
+    write_lines(folder / RESULTS, [*others.values(), *ours.values()])
     write_csv(sweep, folder / "results.csv")
     with replacing_file(folder / "grid.png") as temporary:
         picture_grid(sweep).save(temporary)
@@ -165,7 +155,7 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder against other sweeps, where the system can; a kill lets go of it.
+    """Lock the folder, on systems with `fcntl`; the lock ends with the process.
 
     Raises:
         ValueError: another sweep runs in it.
@@ -195,17 +185,13 @@ def _is_whole(picture: Path) -> bool:
     return True
 
 
-def _with_maps(spec: Spec, run: Run) -> bool:
-    """The first picture from the first seed, in every cell."""
+def _has_maps(spec: Spec, run: Run) -> bool:
+    """Attention maps are recorded for the first picture and seed, in every cell."""
     return spec.attention and run.index[:2] == (0, 0)
 
 
-def _lacks_maps(spec: Spec, run: Run, record: Record) -> bool:
-    return _with_maps(spec, run) and "attention" not in record
-
-
 def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | None) -> Iterator[Run]:
-    """All runs in an order that shares work: what is encoded alike is together, the unablated runs first."""
+    """All runs; those with the same conditioning follow one another, the unablated runs first."""
     for i, case in enumerate(spec.cases):
         digest = hashlib.sha256()
         for picture in case.pictures:
@@ -228,42 +214,41 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
 
 
 def _encoding(cell: Cell) -> str:
-    """Cells for which this is equal have the same conditioning, for one picture and prompt."""
+    """The settings that a conditioning depends on, beside pictures and prompt."""
     return json.dumps([cell.negative_prompt, cell.switches.encoding.flat()], sort_keys=True)
 
 
 def _run(
-    pipe: QwenImageEdit, spec: Spec, todo: Iterable[Run], folder: Path, environment: Record
+    pipe: QwenImageEdit, spec: Spec, todo: Iterable[Run], folder: Path, made_with: Record
 ) -> Iterator[tuple[Run, Record]]:
-    """Edit after edit, with its picture written and its record made."""
+    """Run one edit after another; write its picture and yield its record."""
     made_already = set()
-    encoded_for, encoded = None, None
-    for run in todo:
-        if run.key in made_already:  # two cells that come to the same
-            continue
-        made_already.add(run.key)
-        if encoded_for != (run.case, _encoding(run.cell)):
-            encoded = None  # free it before the next one is made
-            encoded, encoded_for = _encode(pipe, spec, run), (run.case, _encoding(run.cell))
-        assert encoded is not None
-        record = _record(spec, run, environment)
-        try:
-            if isinstance(encoded, Exception):
-                raise encoded
-            with _maps(pipe, spec, run, encoded[0]) as maps:
-                picture, made = _edit(pipe, run, *encoded)
-            made |= {"attention": maps} if maps else {}
-        except Exception as error:
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
-        else:
-            with replacing_file(folder / run.file) as temporary:
-                picture.save(temporary)
-            record |= {"status": "done", "file": run.file, **made}
-        yield run, record
+    for _, alike in itertools.groupby(todo, key=lambda run: (run.case, _encoding(run.cell))):
+        encoded = None  # shared by these runs, and freed before the next one is made
+        for run in alike:
+            if run.key in made_already:  # another cell has the same settings
+                continue
+            made_already.add(run.key)
+            encoded = encoded or _encode(pipe, spec, run)
+            record = _record(spec, run, made_with)
+            try:
+                if isinstance(encoded, Exception):
+                    raise encoded
+                mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
+                with mapped as maps:
+                    picture, made = _edit(pipe, run, *encoded)
+                made |= {"attention": maps} if maps else {}
+            except Exception as error:
+                record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
+            else:
+                with replacing_file(folder / run.file) as temporary:
+                    picture.save(temporary)
+                record |= {"status": "done", "file": run.file, **made}
+            yield run, record
 
 
 def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, float] | Exception:
-    """What a picture and a prompt come to, and the seconds it took; or why it failed."""
+    """The conditioning of a picture and a prompt and the seconds it took, or the exception that it raised."""
     start = _seconds(pipe.device)
     try:
         conditioning = pipe.condition(
@@ -283,7 +268,7 @@ def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, fl
 def _edit(
     pipe: QwenImageEdit, run: Run, conditioning: Conditioning, encode: float
 ) -> tuple[Image.Image, Record]:
-    """One edit: the picture, and what is recorded of how it went. `encode` seconds are shared by many."""
+    """One edit: its picture, and its part of the record. Runs may share the `encode` seconds."""
     start = _seconds(pipe.device)
     latents, steps = curves(
         pipe.steps(
@@ -307,25 +292,19 @@ def _edit(
     return picture, made
 
 
-def _maps(
-    pipe: QwenImageEdit, spec: Spec, run: Run, conditioning: Conditioning
-) -> AbstractContextManager[Shares | None]:
-    return target_attention(pipe.mmdit, conditioning) if _with_maps(spec, run) else nullcontext()
-
-
 def _judge(case: Case, picture: Image.Image) -> Record:
-    """What the oracle says of an edit of its world; nothing of others."""
+    """The oracle's verdict on an edit of its world; empty for other edits."""
     if case.scene is None or case.request is None:
         return {}
     verdict = judge(case.scene, case.request, picture)
-    preserved = verdict.preserved if math.isfinite(verdict.preserved) else None  # nothing was to be kept
+    preserved = verdict.preserved if math.isfinite(verdict.preserved) else None  # nothing to preserve
     return {
         "success": verdict.success, "strict": verdict.strict, "preserved": preserved, "reason": verdict.reason
     }  # fmt: skip
 
 
 def _compare(folder: Path, record: Record, plain: Record) -> None:
-    """Complete a record's metrics by the comparison with its unablated run, unless it has that already."""
+    """Add the comparison with its unablated run to a record's metrics, unless it has that already."""
     if record["status"] != "done" or record["baseline"] == plain["key"]:
         return
     if plain["status"] != "done":
@@ -333,12 +312,12 @@ def _compare(folder: Path, record: Record, plain: Record) -> None:
         record["baseline"] = None
         return
     with Image.open(folder / record["file"]) as picture, Image.open(folder / plain["file"]) as other:
-        record["metrics"] |= compare(picture, other)
+        record["metrics"] |= distances(picture, other)
     record["baseline"] = plain["key"]
 
 
-def _record(spec: Spec, run: Run, environment: Record) -> Record:
-    """A run's settings and what it is made with."""
+def _record(spec: Spec, run: Run, made_with: Record) -> Record:
+    """A run's settings and its environment."""
     return {
         "key": run.key,
         "model": spec.model or "the embedded model",
@@ -348,24 +327,16 @@ def _record(spec: Spec, run: Run, environment: Record) -> Record:
         "height": spec.height,
         "width": spec.width,
         **run.cell.settings,
-        **environment,
+        **made_with,
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def _environment(pipe: QwenImageEdit) -> Record:
-    device = str(pipe.device)
-    if pipe.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(pipe.device)})"
-    return {
-        "qwenedit": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
+    found = environment(pipe)
+    device = f"{found['device']} ({found['device_name']})" if found["device_name"] else found["device"]
+    names = ("qwenedit", "torch", "python", "dtype", "threads")
+    return {**{name: found[name] for name in names}, "commit": _commit(), "device": device}
 
 
 def _commit() -> str | None:
@@ -377,7 +348,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # it may lie in somebody else's repository
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in another project's repository
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -408,12 +379,12 @@ def _require_writable(folder: Path) -> None:
 def _require_meant(edits: int, yes: bool) -> None:
     if edits > MOST_EDITS and not yes:
         raise ValueError(
-            f"this spec asks for {edits} edits, more than {MOST_EDITS}: pass --yes (yes=True) if it should"
+            f"this spec asks for {edits} edits, more than {MOST_EDITS}: pass --yes (yes=True) to confirm"
         )
 
 
 def _require_fitting(spec: Spec, checkpoint: Path) -> None:
-    """Can the model do what is asked? Its weights may be many gigabytes, and need not be read to know."""
+    """Check that the model can run every edit, without reading its weights: they may be many gigabytes."""
     variant = read_variant(checkpoint)
     require_flat(variant)
     areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)

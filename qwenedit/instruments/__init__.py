@@ -1,1 +1,1 @@
-"""What looks into a run, or runs it in another way: records, patches, maps, traces, inversion."""
+"""Tools that look into a run or vary it: records, patches, attention maps, traces, inversion, determinism."""

@@ -1,4 +1,4 @@
-"""Attention maps, in part and reduced to groups of tokens, beside the fused attention.
+"""Attention maps, in part or reduced to groups of tokens, computed beside the fused attention.
 
 maps = AttentionMaps(rows="target", columns="reference 1", blocks=[3])
 with maps.attached(pipe.mmdit):
@@ -24,7 +24,7 @@ from qwenedit.taps import Site, taps
 
 __all__ = ["AttentionMaps", "attention_map", "token_groups"]
 
-CHUNK = 2**26  # elements of the attention scores that exist at once while a map is made
+CHUNK = 2**26  # the most attention scores in memory at once while a map is made
 
 
 def token_groups(layout: Layout) -> dict[str, slice]:
@@ -48,22 +48,21 @@ def attention_map(
     key_mask: Tensor | None = None,
     mean_heads: bool = False,
 ) -> Tensor:
-    """A part of the attention probabilities, with denominators over all keys, or how much groups attend to
-    groups.
+    """A part of the attention probabilities (normalised over all keys), or shares from groups to groups.
 
     Args:
         q, k: queries and keys of the joint sequence [text, image], after RoPE.
-        rows: a slice of the queries; or a list of them: the mean over the real tokens of each.
-        columns: a slice of the keys; or a list of them: the sum over each.
-        key_mask: as the attention was given it: True where a query may look.
+        rows: a slice of the queries; or a list of slices: the mean over the real tokens of each.
+        columns: a slice of the keys; or a list of slices: the sum over each.
+        key_mask: the attention's own mask: True where a query may look.
         mean_heads: average over the heads.
 
     Shapes: `q`, `k` (B, J, H, K); `key_mask` bool, broadcasts to (B, 1, J, J). Returns (B, H, rows, columns)
-        in at least float32, without H where `mean_heads`; a list of n counts n.
-    Differentiable. Queries are taken some at a time, so that no more than `CHUNK` scores exist at once, also
-        for the backward pass, which computes them again.
+        in at least float32, without H under `mean_heads`; a list of n slices has size n.
+    Differentiable. Queries run in chunks, so that at most `CHUNK` scores exist at once, in the backward pass
+        too, which computes them again.
 
-    How much tokens 0 to 3 attend to themselves, and to the rest:
+    The shares of the attention of tokens 0 to 3 that go to themselves and to the rest:
 
     >>> q, k = torch.randn(1, 10, 2, 8), torch.randn(1, 10, 2, 8)
     >>> shares = attention_map(q, k, rows=[slice(0, 4)], columns=[slice(0, 4), slice(4, 10)])
@@ -100,7 +99,7 @@ def attention_map(
     means = []
     for tokens in rows:
         real = torch.ones((batch, len(every[tokens])), dtype=wide, device=q.device)
-        if mask is not None:  # padding, which is no key of its own, counts in no mean
+        if mask is not None:  # padding is excluded: a padded token is not a key for itself either
             own = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=1, dim2=2)
             real = real * own[:, tokens]
         weights = (real / real.sum(-1, keepdim=True)).split(at_once, dim=1)
@@ -115,23 +114,22 @@ _PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
 class AttentionMaps(Records):
     """Attention maps of the transformer's blocks while it runs, as records under `blocks.3.attn`.
 
+    The fused attention still runs; the maps are computed beside it, from its queries and keys.
+
     Args:
         rows, columns: "all", or a group of tokens ("text", "target", "reference 1", ...); or a list of
             groups: rows are then averaged and columns summed over each, so that rows=["target"] and
-            columns=["text", "target", "reference 1"] tell how much the target attends to each.
-        blocks, steps, branch: which; all of them by default. Collections, as in `Recorder`.
+            columns=["text", "target", "reference 1"] give the share of the target's attention to each.
+        blocks, steps, branch: as in `Recorder`; all by default.
         mean_heads: average over the heads.
-        detach: False lets gradients flow through the maps and keeps them on their device; otherwise they are
-            kept on the CPU.
+        detach: True keeps the maps on the CPU; False keeps them on their device and lets gradients flow.
 
     Shapes: as of `attention_map`.
     Raises:
-        ValueError: while running, a group that there cannot be, rows of a reference that this step has not
-            (as columns its share is 0), or no label `layout` in force: the sampler declares it, and who calls
-            the transformer by hand does it with `scope`.
+        ValueError: while running, an unknown group, rows of a reference that this step does not have (as
+            columns its share is 0), or no label `layout` in force. The sampler sets the label; set it with
+            `scope` when you call the transformer yourself.
         RuntimeError: at the end, nothing was collected.
-
-    The fused attention stays as it is: maps are computed beside it, from the queries and keys.
     """
 
     def __init__(
@@ -151,7 +149,7 @@ class AttentionMaps(Records):
         self._wanted = Wanted(steps, branch)
         self._mean_heads = mean_heads
         self._detach = detach
-        self._parts: dict[str, Tensor] = {}  # of the one attention that is running
+        self._parts: dict[str, Tensor] = {}  # of the attention that is running
         self._key_mask: Tensor | None = None  # likewise
 
     @contextmanager
@@ -200,7 +198,7 @@ class AttentionMaps(Records):
 
 
 def _resolve(names: str | Sequence[str], layout: Layout, absent: slice | None = None) -> slice | list[slice]:
-    """The tokens of the groups; `absent` is what stands for a reference that the layout has not."""
+    """The tokens of the groups; `absent` stands for a reference that the layout does not have."""
     groups = {**token_groups(layout), "all": slice(None)}
     found = []
     for name in [names] if isinstance(names, str) else names:

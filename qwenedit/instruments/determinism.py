@@ -1,4 +1,4 @@
-"""The same bits from the same run: what torch has to be told, pinned for a while, and written down.
+"""Deterministic runs: torch's settings are pinned for a while, and a manifest says what was in force.
 
 with deterministic(pipe) as manifest:
     result = pipe.edit(picture, "make the circle red", generator=torch.Generator().manual_seed(0))
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.version import __version__
 
-__all__ = ["deterministic"]
+__all__ = ["deterministic", "environment"]
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the two values that NVIDIA documents as deterministic
@@ -27,18 +27,18 @@ _CUBLAS_DETERMINISTIC = (":4096:8", ":16:8")  # the two values that NVIDIA docum
 
 @contextmanager
 def deterministic(pipe: QwenImageEdit | None = None) -> Iterator[dict[str, Any]]:
-    """Pin what may change a bit from run to run, for the length of a `with` block; then all is as before.
+    """Pin the settings that can change bits from run to run, for a `with` block; then restore them.
 
-    Pinned are: deterministic algorithms (an operation that has none raises a RuntimeError), cuDNN's choice of
-    them without benchmarks, cuBLAS's workspace, and attention as plain matrix products and softmax (so that
-    the last bits differ from those of a run outside). What is given is a dict for a run's manifest, ready for
-    JSON: what was pinned, and what decides about bits but is left alone, as versions, the device, threads and
-    the precision of matrix products. With a `pipe`, its device and dtype are in it.
+    Pinned are: deterministic algorithms (an operation without one raises a RuntimeError), cuDNN without
+    benchmarks, cuBLAS's workspace, and attention as plain matrix products and softmax (its last bits differ
+    from those of fused attention). The block is given a manifest, a dict ready for JSON: the pinned settings,
+    and others that decide about bits: versions, device, threads, the precision of matrix products. With a
+    `pipe` it has the pipe's device and dtype.
 
-    The same bits are promised for the same manifest and the same batch. That a row does not depend on its
-    batch is another matter: see `micro_batch` of `sampler.predictor`. torch's settings are the whole
-    process's: other threads see them too. cuBLAS reads its workspace when it is first used; in a process that
-    has used CUDA before, set CUBLAS_WORKSPACE_CONFIG=:4096:8 before it starts.
+    The same manifest and the same batch give the same bits. For rows that do not depend on their batch, see
+    `QwenImageEdit.micro_batch`. torch's settings belong to the process: other threads see them too. cuBLAS
+    reads its workspace setting at its first use: in a process that has used CUDA before, set
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 before the process starts.
 
     Source: torch's notes on randomness ("Reproducibility").
 
@@ -57,7 +57,7 @@ def deterministic(pipe: QwenImageEdit | None = None) -> Iterator[dict[str, Any]]
         if torch.cuda.is_available() and cublas_before not in _CUBLAS_DETERMINISTIC:
             os.environ[_CUBLAS] = _CUBLAS_DETERMINISTIC[0]
         with sdpa_kernel(SDPBackend.MATH):
-            yield _manifest(pipe)
+            yield {**environment(pipe), **_pinned()}
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = cudnn_before
@@ -67,8 +67,8 @@ def deterministic(pipe: QwenImageEdit | None = None) -> Iterator[dict[str, Any]]
             os.environ[_CUBLAS] = cublas_before
 
 
-def _manifest(pipe: QwenImageEdit | None) -> dict[str, Any]:
-    """What is in force now."""
+def environment(pipe: QwenImageEdit | None) -> dict[str, Any]:
+    """Versions, machine, device and dtype, ready for JSON."""
     device = None if pipe is None else pipe.device
     return {
         "qwenedit": __version__,
@@ -81,6 +81,12 @@ def _manifest(pipe: QwenImageEdit | None) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device and device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "dtype": None if pipe is None else str(pipe.dtype).removeprefix("torch."),
+    }
+
+
+def _pinned() -> dict[str, Any]:
+    """The settings in force that decide about bits."""
+    return {
         "attention": SDPBackend.MATH.name,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn_deterministic": torch.backends.cudnn.deterministic,

@@ -1,4 +1,4 @@
-"""Inversion: from a picture back to the noise that the sampler would make it from.
+"""Inversion: from a picture back to the noise from which the sampler makes it.
 
 latents, grid = picture_latents(pipe, picture)
 conditioning = pipe.condition(None, "a red circle", height=64, width=64)
@@ -8,13 +8,13 @@ with torch.no_grad():
     noise = step.after
     again = pipe.sample(conditioning, latents=noise, num_inference_steps=50, true_cfg_scale=1.0)
 
-A conditioning that shows the picture as a reference works too, but makes that picture from almost any noise,
-so that the noise found says little of it. A step has the index, and in its labels the `step`, of the step of
-the sampler over the same interval: what a tap stores here can be replayed there (RF-Solver-Edit, arXiv
+A conditioning that has the picture as a reference works too, but it makes that picture from almost any noise,
+so that the noise found says little about it. A step has the index and the label `step` of the sampler's step
+over the same interval: tensors that a tap stores here can be replayed there (RF-Solver-Edit, arXiv
 2411.04746).
 
-Controlled inversion (RF-Inversion, arXiv 2410.10792) draws the path to a noise of one's choice. It is a line
-in the loop, since what is written into a step is what is used:
+Controlled inversion (RF-Inversion, arXiv 2410.10792) steers the path towards a chosen noise. It is one line
+in the loop, because values written into a step are used:
 
     step.velocity = step.velocity + gamma * ((noise - step.latents) / (1 - step.sigma) - step.velocity)
 """
@@ -45,7 +45,7 @@ __all__ = ["inverse_euler", "invert", "picture_latents"]
 def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, Grid]:
     """A picture as packed normalised latents (1, S, 64), from the mode of the VAE's posterior, and its grid.
 
-    It is resized to the checkpoint's area as a reference is. Gradients flow if the caller lets them.
+    It is resized to the checkpoint's area, as a reference is. Gradients are the caller's choice.
 
     Raises:
         ValueError: no picture, or one of extreme shape.
@@ -69,17 +69,16 @@ def invert(
     iterations: int = 0,
     switches: Switches | None = None,
 ) -> Iterator[Step]:
-    """The steps of a run backwards, from the picture's latents (B, S, 64) at sigma 0; the last one's `after`
-    is the noise.
+    """The steps of a run backwards, from the picture's latents (B, S, 64) at sigma 0 to the noise.
 
-    `pipe.steps` with the same conditioning, scale, steps, sigmas and switches, and with that noise for
-    latents, leads back to the picture. The other arguments are those of `pipe.steps` and of `inverse_euler`.
-    Gradients are the caller's, as in `pipe.steps`.
+    The noise is the last step's `after`. `pipe.steps` from it, with the same conditioning, scale, steps,
+    sigmas and switches, leads back to the picture. The arguments are those of `pipe.steps` and
+    `inverse_euler`. Gradients are the caller's choice, as in `pipe.steps`.
 
     Raises:
         ValueError: bad input, before any network runs.
     """
-    if latents is None:  # of which sampling makes noise
+    if latents is None:  # `prepare` would draw noise
         raise ValueError("latents are None, wanted a tensor: picture_latents makes those of a picture")
     switches = switches or Switches()
     pictures = [len(row) for row in conditioning.reference_grids]
@@ -111,28 +110,27 @@ def inverse_euler(
 
         x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, sigma_i)
 
-    Its inverse needs the velocity at the x_i that is looked for. Without iterations it is taken where the
-    latents are known (the explicit step, DDIM inversion's approximation; arXiv 2010.02502, 2105.05233):
+    Its inverse needs the velocity at the unknown x_i. Without iterations the velocity is taken at the known
+    latents (the explicit step, DDIM inversion's approximation; arXiv 2010.02502, 2105.05233):
 
         x_i = x_{i+1} + (sigma_i - sigma_{i+1}) v(x_{i+1}, sigma_{i+1})
 
-    and the round trip's error falls with the number of steps, in proportion to their width. Each iteration
-    then puts the x_i that was found into the equation that holds (fixed-point iteration; arXiv 2309.04907,
-    2312.12540):
+    and the round trip's error is proportional to the steps' width. Each iteration then inserts the x_i that
+    was found into the exact equation (fixed-point iteration; arXiv 2309.04907, 2312.12540):
 
         x_i <- x_{i+1} + (sigma_i - sigma_{i+1}) v(x_i, sigma_i)
 
-    which converges to the exact inverse where a step's width times the velocity's Lipschitz constant is below
-    1, at one more prediction an iteration.
+    which converges to the exact inverse if a step's width times the velocity's Lipschitz constant is below 1.
+    An iteration costs one prediction.
 
     A `Step` has the index i; its `sigma` and `latents` are those of i + 1, its `sigma_next` and `after` those
     of i; its predictions are the last iteration's. Labels: `step` i, `sigma` where the prediction is made,
-    `iteration` from 0. Only the last is, but for its own error, what the sampler's step i computes.
+    `iteration` from 0. The last iteration approximates what the sampler computes at step i.
 
     Raises:
-        ValueError: guidance on clean latents, which velocities say nothing of at sigma 0.
+        ValueError: guidance on clean latents, which cannot be estimated from a velocity at sigma 0.
 
-    There and back, in a field that the explicit step inverts only about, and iterations exactly:
+    There and back in a field that the explicit step inverts roughly and iterations invert exactly:
 
     >>> import torch
     >>> from qwenedit.sampling.sampler import euler

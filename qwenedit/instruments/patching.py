@@ -1,4 +1,4 @@
-"""Tap functions that put something in a tensor's place: zeros, what was recorded, or another row's.
+"""Tap functions that replace a tensor: by zeros, by a record, or by another row's tensor.
 
 with taps(pipe.mmdit, {"blocks.3.img_out": patch_from(recorder)}):
     pipe.edit(picture, "make the circle red")
@@ -16,15 +16,15 @@ __all__ = ["patch_from", "share_from", "zero"]
 
 
 def zero(x: Tensor, site: Site) -> Tensor:  # noqa: ARG001
-    """A tap function that puts zeros in the tensor's place."""
+    """A tap function that replaces the tensor by zeros."""
     return torch.zeros_like(x)
 
 
 def patch_from(records: Records) -> TapFunction:
-    """A tap function that puts there what was recorded at the same tap, step, branch and rows.
+    """A tap function that replaces the tensor by the record of the same tap, step, branch and rows.
 
     Raises:
-        KeyError: while running, there is no such record, or several (two edits in one recording).
+        KeyError: while running, there is no such record, or there are several (two edits in one recording).
 
     >>> from qwenedit.instruments.records import Recorder
     >>> from qwenedit.networks.mmdit_layers import MLP
@@ -44,8 +44,9 @@ def patch_from(records: Records) -> TapFunction:
 
 
 def share_from(row: int = 0) -> TapFunction:
-    """A tap function that gives every row of the batch what `row` has, as Stable Flow (arXiv 2411.14430) does
-    with keys and values.
+    """A tap function that gives every row of the batch the tensor of `row`.
+
+    Stable Flow (arXiv 2411.14430) does so with keys and values.
 
     Raises:
         ValueError: while running, the row is not among those that run together, or the tensor's first axis is

@@ -1,11 +1,11 @@
-"""Tensors that taps have shown, kept by where and when.
+"""Recorded tensors, by tap, step and branch.
 
     recorder = Recorder(steps=[0, 5], branch="cond")
     with taps(pipe.mmdit, {"blocks.*.img_out": recorder}):
         pipe.edit(picture, "make the circle red")
     recorder["blocks.3.img_out", 5]
 
-Functions on one tap run outer context first: attach an instrument innermost to see what others have replaced.
+Functions on one tap run outer context first: attach a recorder innermost to see the others' replacements.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _FORMAT = "qwenedit record 1"
 
 
 class Key(NamedTuple):
-    """Where a record was made: the tap's full name and the labels in force, None where there was none.
+    """Where a record was made: the tap's full name and the labels in force (None: no such label).
 
-    `rows` are the rows of the batch that ran together, `heads` the first and last + 1 of a part of the heads
-    (`taps.by_heads`), `call` counts from 0 where the rest repeats, as in a second edit.
+    `rows` are the rows of the batch that ran together, `heads` is (start, stop) of a part of the heads
+    (`taps.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Key(NamedTuple):
 
 
 class Records(Mapping[Key, Tensor]):
-    """Tensors by where they were seen, in that order.
+    """Tensors by `Key`, in the order in which they were recorded.
 
-    A key may be cut short where what is left out is not needed to tell records apart: `records[name]`,
-    `records[name, step]`, `records[name, step, branch]`, `records[name, step, branch, rows]`.
+    A key may be cut short as long as it is unambiguous: `records[name]`, `records[name, step]`,
+    `records[name, step, branch]`, `records[name, step, branch, rows]`.
 
     Raises:
-        KeyError: no record, or several, under a key; what there is instead is listed.
+        KeyError: no record, or several, under a key; the message lists those that come close.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Records(Mapping[Key, Tensor]):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Records:
-        """What a `Recorder(to=folder)` has written; tensors are read when they are asked for.
+        """The records that a `Recorder(to=folder)` has written; tensors are read lazily.
 
         Raises:
             ValueError: no such folder, or a file in it is no record.
@@ -143,7 +143,7 @@ def _listed(keys: Sequence[Key]) -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which firings are wanted, by the labels in force; None wants all."""
+    """A filter of taps by the labels in force; None lets all through."""
 
     steps: Collection[int] | None
     branch: str | None
@@ -157,33 +157,32 @@ class Wanted:
 
     def __call__(self, site: Site) -> bool:
         labels = site.labels
-        for name, filtered in (("step", self.steps), ("branch", self.branch)):
-            if filtered is not None and name not in labels:
+        for name, wanted in (("step", self.steps), ("branch", self.branch and [self.branch])):
+            if wanted is None:
+                continue
+            if name not in labels:
                 raise ValueError(f"tap {site.full}: a {name} is wanted, but no label {name!r} is in force")
-        if self.steps is not None and labels["step"] not in self.steps:
-            return False
-        if self.branch is not None and labels["branch"] != self.branch:
-            return False
+            if labels[name] not in wanted:
+                return False
         return self.where is None or self.where(site)
 
 
 class Recorder(Records):
-    """A tap function that keeps what it sees.
+    """A tap function that keeps the tensors that it is given.
 
     Args:
         where: predicate on the `Site` (module, names, labels).
-        steps, branch: the same for the labels that are asked for most; `steps` is a collection of them (a
-            `range`, not the interval of a switch).
+        steps, branch: the wanted labels; `steps` is a collection (a `range`, not the interval of a switch).
         to: the device for the copies, the CPU by default; or, as a `Path`, a folder for files.
-        detach: False keeps the very tensors of the graph where they are, neither copied nor detached, so that
-            gradients flow from them, and to them (`torch.autograd.grad(loss, recorder[...])`). Such a tensor
-            changes if anybody changes it in place.
+        detach: False keeps the tensors of the graph themselves, neither copied nor detached, so that
+            gradients flow to and from them (`torch.autograd.grad(loss, recorder[...])`). In-place changes
+            then change the record.
 
-    A folder is given one safetensors file a record, numbered in their order, each whole or not at all: a run
-    that is killed leaves all that it has recorded. `Records.load` reads it.
+    A folder gets one safetensors file per record, numbered in order and written whole or not at all: a run
+    that is killed keeps its records. `Records.load` reads the folder.
 
     Raises:
-        ValueError: `to` is no device; the folder has something in it, or cannot be made or written; `to` with
+        ValueError: `to` is no device; the folder is not empty, or cannot be made or written; `to` with
             detach=False; while recording, `steps` or `branch` where no such label is in force.
 
     >>> from qwenedit.networks.mmdit_layers import MLP

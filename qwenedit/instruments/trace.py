@@ -1,4 +1,4 @@
-"""A list of every operation that a module runs, with its place in the source, also where there is no tap."""
+"""A list of every operation that a module runs, with its line of source, whether there is a tap or not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Op", "trace_ops"]
 
 @dataclass(frozen=True)
 class Op:
-    """One tensor that an operation made: what, in which module, and the line of source that asked for it."""
+    """One tensor that an operation made: its module, and the line of source that called the operation."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class _Trace(TorchFunctionMode):
         return result
 
     def place(self) -> tuple[str, str] | None:
-        """The innermost module of the model on the stack, and the innermost line outside of the libraries."""
+        """The innermost module of the model on the stack, and the innermost line outside the libraries."""
         path, line, frame = None, None, sys._getframe(2)
         while frame is not None and (path is None or line is None):
             if path is None:
@@ -63,9 +63,9 @@ class _Trace(TorchFunctionMode):
 
 @contextmanager
 def trace_ops(model: nn.Module) -> Iterator[list[Op]]:
-    """List what every operation inside the model makes, in order, also where there is no tap.
+    """List every tensor that an operation inside the model makes, views included, in order.
 
-    One entry for each tensor; views are among them. Compiled modules run eagerly meanwhile.
+    Compiled modules run eagerly meanwhile.
 
         with torch.no_grad(), trace_ops(pipe.mmdit) as ops:
             pipe.edit(picture, "make the circle red", num_inference_steps=1)

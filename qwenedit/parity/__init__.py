@@ -1,1 +1,1 @@
-"""The comparison with the reference on a user's machine, module by module: `qwenedit parity`."""
+"""`qwenedit parity`: compare a checkpoint's modules with the reference's on the user's machine."""

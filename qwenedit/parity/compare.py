@@ -1,10 +1,10 @@
-"""The proof on the user's own machine: a checkpoint through our modules and the reference's, one by one.
+"""`qwenedit parity`: a checkpoint's modules beside the reference's, one by one, on the user's machine.
 
-Of each network there is one stage of each side in memory at a time (a block, in the large networks), read
-from the files as it is needed: what runs is the checkpoint itself, on a machine that could not hold it. Every
-stage is given the reference's float32 streams, so that errors do not add up; at the end of the transformer
-and of the text encoder, what adds up along our own streams is compared, too. What counts as equal is in
-report.py.
+Only one stage of a network (in the large networks, a block) is in memory at a time on each side, read from
+the files when it is needed: the checkpoint itself runs, even on a machine that could not hold it. Every stage
+is given the reference's float32 streams, so that errors do not accumulate. At the end of the transformer and
+of the text encoder, the error that accumulates along our own streams is compared too. report.py defines what
+counts as equal.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qwenedit.parity.reference import (
     reference_path,
     require_reference,
 )
-from qwenedit.parity.report import DTYPES, END_TO_END, FLOAT32, Files, Parity, Row, compared
+from qwenedit.parity.report import DTYPES, END_TO_END, FLOAT32, Parity, Progress, Row, compared
 from qwenedit.parity.stages import Stage, stages
 from qwenedit.parity.taps import first_difference
 from qwenedit.version import __version__
@@ -48,8 +48,8 @@ from qwenedit.weights.report import compare
 __all__ = ["Parity", "Row", "parity"]
 
 PROMPT = "Make the circle red and keep everything else. 把圆形变成红色，其他保持不变。"
-AREA = 256 * 256  # of pictures, at most: the modules do not depend on it, the time does
-BFLOAT16_STEP = 2**-7  # two roundings: from here on two tensors in bfloat16 are said to differ
+AREA = 256 * 256  # the most pixels of a picture: only the run's time depends on it
+BFLOAT16_STEP = 2**-7  # two roundings: the difference from which a tap in bfloat16 is named
 
 
 def parity(
@@ -65,26 +65,28 @@ def parity(
 ) -> Parity:
     """Compare a checkpoint's modules with the reference's; None is the embedded model.
 
-    Rows are added to a .jsonl beside `output` as they are done, and the streams are kept in a .safetensors
-    there meanwhile: a run that was stopped goes on, given the same output and everything else the same.
+    Finished rows are appended to a .jsonl file beside `output`, and the streams after the last stage are kept
+    in a .safetensors file there. A run that was stopped resumes from them, given the same arguments.
 
     Args:
         output: the .json with all rows.
-        picture: what to edit, made small first (256 x 256 pixels in area); None is a drawn one.
-        dtypes: of "float32" and "bfloat16".
+        picture: the picture to edit, reduced to at most 256 x 256 pixels in area; None: a drawn one.
+        dtypes: "float32", "bfloat16" or both.
 
     Raises:
         ValueError: the references are not installed; bad arguments; no checkpoint on this machine (nothing is
             downloaded), or files that do not fit their modules.
     """
     require_reference()
-    dtypes = [dtype for dtype in DTYPES if dtype in _checked(dtypes)]
+    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
+        raise ValueError(f"dtypes are {dtypes!r}, wanted one or both of {', '.join(DTYPES)}")
+    dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
     where = device_of(device)
     _check_output(output)
     folder = find_local(source, revision)
     variant = read_variant(folder)
     if picture is not None and variant.max_pictures == 0:
-        raise ValueError(f"{variant.name} makes pictures from text only: there is none to give")
+        raise ValueError(f"{variant.name} makes pictures from text only: it takes no picture")
     check_prompt(prompt, illustrated=variant.max_pictures > 0)
     areas = read_areas(folder, variant)
     areas = Areas(vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
@@ -98,10 +100,10 @@ def parity(
         "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS},
     }
     mark = _fingerprint(folder, {**about, "size": shown.size}, shown)
-    networks = {component: _Networks.of(folder, component, where) for component in COMPONENTS}
+    pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS}
     with torch.no_grad(), _without_tf32():
         case, exact = prepare(folder, variant, areas, shown, prompt, where)
-        run = _Run(networks, list(stages(folder, case)), dtypes, case.streams, Files(output, mark))
+        run = _Run(pairs, list(stages(folder, case)), dtypes, case.streams, Progress(output, mark))
         for what, got, wanted in exact:
             run.exact(f"input.{what}", _equal(got, wanted))
         result = Parity(folder, about, run.finish(progress))
@@ -112,21 +114,15 @@ def parity(
     return result
 
 
-def _checked(dtypes: Sequence[str]) -> Sequence[str]:
-    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
-        raise ValueError(f"dtypes are {dtypes!r}, wanted one or both of {', '.join(DTYPES)}")
-    return dtypes
-
-
 def _check_output(output: Path) -> None:
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"cannot write {output}: wanted a file name like parity.json")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ValueError(f"cannot write {output}: {output.parent} is no folder that can be written to")
+        raise ValueError(f"cannot write {output}: {output.parent} is not a writable folder")
 
 
 def _drawn() -> Image.Image:
-    """A picture with flat and smooth parts, edges, and no symmetry; for Layered it fades out to one side."""
+    """A picture with flat and smooth areas, edges and no symmetry; its alpha, for Layered, is a gradient."""
     size = (320, 192)
     gradient = Image.linear_gradient("L").resize(size)
     picture = Image.merge("RGB", (gradient, gradient.transpose(Image.Transpose.ROTATE_180), gradient))
@@ -139,10 +135,10 @@ def _drawn() -> Image.Image:
 
 
 def _fingerprint(folder: Path, about: dict[str, Any], picture: Image.Image) -> str:
-    """A hash of everything that a row depends on: checkpoint, input, versions, and our code."""
+    """A hash of everything that a row depends on: checkpoint, input, versions and the package's source."""
     digest = hashlib.sha256(json.dumps({"files": fingerprint(folder), **about}).encode())
     digest.update(picture.tobytes())
-    for path in sorted(folder.rglob("*.safetensors")):  # of a large file only pieces are read
+    for path in sorted(folder.rglob("*.safetensors")):  # `fingerprint` reads only parts of a large file
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_mtime_ns}".encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -151,7 +147,7 @@ def _fingerprint(folder: Path, about: dict[str, Any], picture: Image.Image) -> s
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """On NVIDIA's devices torch convolves float32 in TF32 unless told otherwise."""
+    """Full float32 on NVIDIA's devices, where torch's convolutions use TF32 by default."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -171,8 +167,8 @@ class NotFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True, eq=False)
-class _Networks:
-    """A network on both sides, on the meta device but for the stage that runs."""
+class _Pair:
+    """A network on both sides. Only the stage that runs has weights; the rest is on the meta device."""
 
     component: str
     ours: nn.Module
@@ -181,7 +177,7 @@ class _Networks:
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, component: str, device: torch.device) -> _Networks:
+    def of(cls, folder: Path, component: str, device: torch.device) -> _Pair:
         ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
@@ -189,7 +185,7 @@ class _Networks:
 
     @contextmanager
     def loaded(self, stage: Stage, dtype: torch.dtype) -> Iterator[None]:
-        """Both sides with the stage's weights, which each reads from the files by itself.
+        """Give both sides the stage's weights; each side reads them from the files by itself.
 
         Raises:
             NotFiniteError: a weight is NaN or infinity.
@@ -207,11 +203,10 @@ class _Networks:
             loading._read(self.ours, part, self.device, wanted, tqdm(disable=True))
             for name, stored in part.items():
                 smallest, largest = torch.aminmax(self.ours.get_parameter(name))
-                if not torch.isfinite(smallest + largest):  # without a map of a large tensor
+                if not torch.isfinite(smallest + largest):  # isfinite of all would make a mask as large
                     raise NotFiniteError(f"{stored.key} in {stored.path.name} has NaN or infinity")
             for stored in part.values():
-                official = NETWORKS[self.component].hub_key(stored.name)
-                name = reference_path(self.component, official)
+                name = reference_path(self.component, NETWORKS[self.component].hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:
                     value = stored.read(file)
                 _place(self.reference, name, value.to(self.device, wanted or value.dtype))
@@ -230,19 +225,14 @@ def _place(module: nn.Module, name: str, value: Tensor) -> None:
 class _Run:
     """The stages one after another, and the streams between them.
 
-    Streams have lanes: "reference", which is float32 and which every stage is given, and, to see what adds
-    up, those of ours in each dtype and of the reference in bfloat16.
+    Streams have lanes. "reference" is the reference's float32, which every stage is given. The others show
+    what accumulates: our own streams in each dtype, and the reference's in bfloat16.
     """
 
     def __init__(
-        self,
-        networks: dict[str, _Networks],
-        todo: list[Stage],
-        dtypes: list[str],
-        streams: Streams,
-        files: Files,
+        self, pairs: dict[str, _Pair], todo: list[Stage], dtypes: list[str], streams: Streams, files: Progress
     ) -> None:
-        self.networks, self.stages, self.dtypes, self.files = networks, todo, dtypes, files
+        self.pairs, self.stages, self.dtypes, self.files = pairs, todo, dtypes, files
         self.lanes: dict[str, Streams] = {"reference": dict(streams)}
         self.rows = files.read_rows()
         self.keys: list[tuple[str, str]] = []  # of all rows, in the order of the report
@@ -258,11 +248,11 @@ class _Run:
         self.add(Row(module=module, dtype="exact", ok=equal))
 
     def finish(self, progress: bool) -> list[Row]:
-        """Run the stages that are not done; all rows in order. A network that is not finite is the end."""
+        """Run the remaining stages; all rows in order. A network with NaN or infinity ends the run."""
         for stage in self.stages:
             modules = [stage.full, *([_whole(stage)] if stage.ends else [])]
             self.keys += [(module, dtype) for module in modules for dtype in self.dtypes]
-        done, lanes = self.files.read_streams(self.networks["vae"].device)
+        done, lanes = self.files.read_streams(self.pairs["vae"].device)
         if lanes:
             self.lanes = lanes
         elif all(key in self.rows for key in self.keys):
@@ -291,36 +281,34 @@ class _Run:
         return [self.rows[key] for key in self.keys if key in self.rows]
 
     def start(self) -> None:
-        """At the start of a network nothing has added up."""
+        """Start every lane from the reference's streams: no error has accumulated before a network."""
         given = self.lanes["reference"]
-        self.lanes = {"reference": given}
-        for name in self.dtypes:
-            sides = ("ours",) if name == "float32" else ("ours", "reference")
-            self.lanes |= {f"{side} {name}": _cast(given, name) for side in sides}
+        self.lanes = {"reference": given, **{f"ours {name}": _cast(given, name) for name in self.dtypes}}
+        if "bfloat16" in self.dtypes:
+            self.lanes["reference bfloat16"] = _cast(given, "bfloat16")
 
     def step(self, stage: Stage) -> list[Row]:
-        """One stage in every dtype: its rows, and its streams in every lane."""
-        networks, given = self.networks[stage.component], self.lanes["reference"]
+        """Run one stage in every dtype and every lane; its rows."""
+        pair, given = self.pairs[stage.component], self.lanes["reference"]
         rows: list[Row] = []
         made: dict[str, Streams] = {}
         for name in DTYPES if "bfloat16" in self.dtypes else ("float32",):
             streams = _cast(given, name)
-            with networks.loaded(stage, getattr(torch, name)):
-                wanted = stage.reference(networks.reference, streams)
-                if name == "float32":
-                    made["reference"] = wanted
-                if name not in self.dtypes:  # float32, to measure the errors of bfloat16
+            with pair.loaded(stage, getattr(torch, name)):
+                wanted = stage.reference(pair.reference, streams)
+                made.setdefault("reference", wanted)  # float32 is the first
+                if name not in self.dtypes:  # float32 alone, to measure the errors of bfloat16
                     continue
-                got = stage.ours(networks.ours, streams)
+                got = stage.ours(pair.ours, streams)
                 row = compared(stage.full, name, got, wanted, made["reference"], FLOAT32)
                 if not row.ok:
-                    sides = networks.ours, networks.reference
+                    sides = pair.ours, pair.reference
                     tolerance = FLOAT32 if name == "float32" else BFLOAT16_STEP
                     row = replace(row, first=first_difference(stage, *sides, streams, tolerance) or row.first)
                 rows.append(row)
                 for lane, side, network, outputs in (
-                    (f"ours {name}", stage.ours, networks.ours, got),
-                    (f"reference {name}", stage.reference, networks.reference, wanted),
+                    (f"ours {name}", stage.ours, pair.ours, got),
+                    (f"reference {name}", stage.reference, pair.reference, wanted),
                 ):
                     if lane in self.lanes:
                         own = self.lanes[lane]
@@ -331,7 +319,7 @@ class _Run:
                 rows.append(
                     compared(_whole(stage), name, made[f"ours {name}"], wanted, made["reference"], END_TO_END)
                 )
-        if stage.keeps:
+        if stage.paths:  # the output of a table is no stream
             self.lanes = {lane: {**old, **made[lane]} for lane, old in self.lanes.items()}
         return rows
 

@@ -1,7 +1,7 @@
 """The reference's side of `qwenedit parity`: its input for a picture and a prompt, and its networks.
 
-The reference is diffusers 0.39.0 with transformers 4.57.6. Both are imported inside of functions only:
-nothing else of the project needs them.
+The reference is diffusers 0.39.0 with transformers 4.57.6. Both are imported inside functions, because the
+rest of the package runs without them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig, mrope_positions
 from qwenedit.networks.vision_tower import window_order
 from qwenedit.sampling.scheduler import load_scheduler
+from qwenedit.weights.checkpoints import COMPONENTS
 from qwenedit.weights.configs import network_config
 
 __all__ = [
@@ -36,15 +37,15 @@ __all__ = [
 ]  # fmt: skip
 
 VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.6"}
-FRAMES = 3  # of a target of Layered: the whole picture and two layers
-STEPS, SEED = 8, 0  # of the schedule and of the noise; the transformer runs at the schedule's second sigma
+FRAMES = 3  # of Layered's target: the whole picture and two layers
+STEPS, SEED = 8, 0  # of the schedule and the noise; the transformer runs at the second sigma
 
 Streams = dict[str, Tensor]
 Exact = tuple[str, Any, Any]  # what, ours, the reference's
 
 
 def require_reference() -> None:
-    """Are the references installed, in the versions that the project is compared with?
+    """Check that the references are installed in the versions that the project is compared with.
 
     Raises:
         ValueError: they are not; the message has the command that installs them.
@@ -61,14 +62,14 @@ def require_reference() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """The input of a run, as the reference makes it of a picture and a prompt.
+    """The input of a run, as the reference makes it from a picture and a prompt.
 
     Attributes:
         ids, positions: (1, T) and (3, 1, T) of the text encoder's tokens.
-        drop_index: how many of them are the template's.
-        seen: grids of patches of the picture that the vision tower sees; none in text-to-image.
-        grids: token grids of the target and, if there is a picture, of the reference.
-        streams: what the networks start from: `patches`, `pixels`, `noise`, `timestep`.
+        drop_index: the number of tokens that belong to the template's system part.
+        seen: patch grids of the picture that the vision tower sees; empty in text-to-image and Layered.
+        grids: token grids of the target and, in variants that take pictures, of the reference.
+        streams: the networks' inputs: `patches`, `pixels`, `noise`, `timestep`.
     """
 
     ids: Tensor
@@ -82,9 +83,9 @@ class Case:
 def prepare(
     folder: Path, variant: Variant, areas: Areas, picture: Image.Image, prompt: str, device: torch.device
 ) -> tuple[Case, list[Exact]]:
-    """The input of a run, and all of it that must be equal on both sides.
+    """The input of a run, and all values that must be equal on both sides.
 
-    In text-to-image and Layered the picture is for the VAE only, and the target has its size.
+    In text-to-image and Layered only the VAE is given the picture; the target has the picture's size.
     """
     edits = variant.max_pictures > 0 and not variant.layered
     config: VisionLanguageConfig = network_config(folder, "text_encoder")
@@ -94,9 +95,9 @@ def prepare(
     if edits:
         planned = plan([picture.size], areas=areas).pictures[0]
         size, seen_size = planned.vae, planned.vl
-        official_size = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
+        official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
         for name, got, area in (("vae size", size, areas.vae), ("vl size", seen_size, areas.vl or areas.vae)):
-            wanted = official_size.calculate_dimensions(area, picture.width / picture.height)
+            wanted = official.calculate_dimensions(area, picture.width / picture.height)
             exact.append((name, got, tuple(wanted[:2])))
     images = import_module("diffusers.image_processor").VaeImageProcessor(vae_scale_factor=16)
     picture = picture.convert("RGBA" if variant.layered else "RGB")
@@ -120,11 +121,12 @@ def prepare(
     exact.append(("positions", own, positions))
     if edits:
         order, lengths = window_order(seen, merge, config.vision_config.window_side)
-        index, seams = network.visual.get_window_index(thw)
+        index, seams = network.visual.get_window_index(thw)  # some seams are repeated
+        official_lengths = torch.as_tensor(seams).unique_consecutive().diff().tolist()
         exact += [
             ("patches", ours.pixel_values, patches),
             ("grids of patches", ours.image_grid_thw, seen),
-            ("windows", (order, lengths), (index.tolist(), _lengths(seams))),
+            ("windows", (order, lengths), (index.tolist(), official_lengths)),
         ]
 
     grid = (1, size[1] // 16, size[0] // 16)
@@ -146,7 +148,7 @@ def prepare(
 
 
 def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, list[Exact]]:
-    """The schedule and the noise that a run starts from, the reference's, and both beside ours."""
+    """The reference's schedule and initial noise, and the comparison of both with ours."""
     official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
     schedulers = import_module("diffusers").FlowMatchEulerDiscreteScheduler
     scheduler = schedulers.from_pretrained(folder / "scheduler")
@@ -169,7 +171,7 @@ def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Ten
 
 
 def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], int]:
-    """What the reference's pipeline gives its text encoder, and how many tokens it drops of the result."""
+    """The inputs that the reference's pipeline gives its text encoder, and how many tokens it then drops."""
     transformers = import_module("transformers")
     holders = [folder / "tokenizer", folder / "processor"]
     tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(
@@ -219,13 +221,8 @@ def official_pack(latents: Tensor) -> Tensor:
     return pipeline._pack_latents(latents, 1, latents.shape[1] * latents.shape[2], rows, columns)
 
 
-def _lengths(seams: Any) -> list[int]:
-    """The lengths between the reference's seams, some of which it repeats."""
-    return torch.as_tensor(seams).unique_consecutive().diff().tolist()
-
-
 def reference_network(folder: Path, component: str, device: torch.device) -> Any:
-    """The reference's whole network on the meta device; what it computes without weights is real."""
+    """The reference's whole network on the meta device, but with real RoPE modules: they have no weights."""
     if component == "text_encoder":
         transformers = import_module("transformers")
         config = transformers.Qwen2_5_VLConfig.from_pretrained(folder / component)
@@ -237,10 +234,7 @@ def reference_network(folder: Path, component: str, device: torch.device) -> Any
         network.language_model.rotary_emb = type(rope)(config=text).to(device)
         network.visual.rotary_pos_emb = type(tower_rope)(width).to(device)
         return network.eval()
-    diffusers = import_module("diffusers")
-    official = (
-        diffusers.AutoencoderKLQwenImage if component == "vae" else diffusers.QwenImageTransformer2DModel
-    )
+    official = getattr(import_module("diffusers"), COMPONENTS[component])
     config = official.load_config(folder / component)
     with torch.device("meta"):
         network = official.from_config(config)
@@ -251,5 +245,5 @@ def reference_network(folder: Path, component: str, device: torch.device) -> Any
 
 
 def reference_path(component: str, name: str) -> str:
-    """Where the reference's network has what the hub's files call `name`."""
+    """The path in the reference's network of the tensor that the hub's files call `name`."""
     return re.sub("^model", "language_model", name) if component == "text_encoder" else name

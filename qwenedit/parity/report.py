@@ -1,15 +1,14 @@
-"""The report of `qwenedit parity`: when ours and the reference are the same, and the rows that say so.
+"""The report of `qwenedit parity`: what counts as equal, the rows that say so, and the files of a run.
 
-float32    max |Δ| of both, relative to the largest value of the reference: at most 1e-5; 1e-4 for what
-           has added up from the start of a network to its end
-bfloat16   the error of ours against the reference's float32 (root mean square, relative): at most 1.25
-           times the reference's own
+float32    max |ours - reference| / max |reference|: at most 1e-5 for a module, 1e-4 for the error that has
+           accumulated from the start of a network to its end
+bfloat16   our error against the reference's float32 (root mean square, relative): at most 1.25 times the
+           reference's own error
 the rest   tokens, positions, patches, sizes, sigmas, noise: equal
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,16 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwenedit.files import replacing_file
+from qwenedit.files import append_line, read_lines, replacing_file, write_lines
 from qwenedit.parity.reference import Streams
 
-__all__ = ["DTYPES", "END_TO_END", "FLOAT32", "Files", "Parity", "Row", "compared"]
+__all__ = ["DTYPES", "END_TO_END", "FLOAT32", "Parity", "Progress", "Row", "compared"]
 
 DTYPES = ("float32", "bfloat16")
-FLOAT32 = 1e-5  # relative to the largest value, of a module
-END_TO_END = 1e-4  # likewise, of what has added up in a network
+FLOAT32 = 1e-5  # of a module, relative to the largest value
+END_TO_END = 1e-4  # of the error accumulated in a network, likewise
 BFLOAT16 = 1.25  # times the reference's own error
-ROUNDING = 1e-5  # what parts that are float32 in any dtype (tables) may add to that
+ROUNDING = 1e-5  # in addition, for parts that are float32 in any dtype (tables)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +36,12 @@ class Row:
     """A module in one dtype.
 
     Attributes:
-        module: our name of it, behind its component's.
-        dtype: "float32" or "bfloat16"; "exact" for what must be equal.
+        module: component.module, by our names.
+        dtype: "float32" or "bfloat16"; "exact" for values that must be equal.
         ok: whether the difference is within the tolerance.
-        max_abs, relative: max |ours - reference|, and that over max |reference|; None where it is not finite.
+        max_abs, relative: max |ours - reference|, and that over max |reference|; None if it is not finite.
         ours, reference: in bfloat16, the errors of both against the reference's float32.
-        first: of a module that differs, the first tap or output that does.
+        first: in a module that differs, the first tap or output that differs.
     """
 
     module: str
@@ -72,7 +71,7 @@ class Parity:
         return not self.differing
 
     def verdict(self) -> str:
-        """The result in one line; of a difference, where the first is."""
+        """The result in one line, with the place of the first difference."""
         if self.ok:
             return f"no difference from the reference in {len(self.rows)} comparisons"
         row = self.differing[0]
@@ -115,7 +114,10 @@ def _cell(row: Row | None, name: str) -> str:
 
 
 def compared(module: str, dtype: str, got: Streams, wanted: Streams, truth: Streams, tolerance: float) -> Row:
-    """The worst of a stage's outputs: the first that differs beyond the tolerance, or else the largest Δ."""
+    """The worst of a stage's outputs: the first that differs by more than the tolerance, else the largest Δ.
+
+    `truth` is the reference's float32.
+    """
     rows = []
     for name, other in wanted.items():
         x, y, z = (tensor.cpu().double() for tensor in (got[name], other, truth[name]))
@@ -129,22 +131,19 @@ def compared(module: str, dtype: str, got: Streams, wanted: Streams, truth: Stre
         else:
             ours, reference = (_ratio(_rms(one - z), _rms(z)) for one in (x, y))
             ok = ours is not None and reference is not None and ours <= BFLOAT16 * reference + ROUNDING
-        rows.append(
-            Row(
-                module=module,
-                dtype=dtype,
-                ok=ok,
-                max_abs=largest if math.isfinite(largest) else None,
-                relative=relative,
-                ours=ours,
-                reference=reference,
-                first=name,
-            )
+        row = Row(
+            module=module,
+            dtype=dtype,
+            ok=ok,
+            max_abs=largest if math.isfinite(largest) else None,
+            relative=relative,
+            ours=ours,
+            reference=reference,
         )
-    bad = [row for row in rows if not row.ok]
-    if bad:
-        return bad[0]
-    return replace(max(rows, key=lambda row: row.relative or 0.0), first=None)
+        if not ok:
+            return replace(row, first=name)
+        rows.append(row)
+    return max(rows, key=lambda row: row.relative or 0.0)
 
 
 def _rms(x: Tensor) -> float:
@@ -157,8 +156,8 @@ def _ratio(error: float, size: float) -> float | None:
     return error / size if size and math.isfinite(error) and math.isfinite(size) else None
 
 
-class Files:
-    """What a run leaves behind while it runs: rows, line by line, and the streams to go on with."""
+class Progress:
+    """The files that a run resumes from: its rows, line by line, and the streams after the last stage."""
 
     def __init__(self, output: Path, fingerprint: str) -> None:
         self.lines = output.with_suffix(".jsonl")
@@ -166,38 +165,25 @@ class Files:
         self.fingerprint = fingerprint
 
     def read_rows(self) -> dict[tuple[str, str], Row]:
-        """The rows of this very run; a last line that was cut off is taken away.
+        """The rows with this run's fingerprint.
 
         Raises:
             ValueError: the file holds something else.
         """
-        rows: dict[tuple[str, str], Row] = {}
-        try:
-            lines = self.lines.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return {}
-        for number, line in enumerate(lines, start=1):
-            try:
-                values = json.loads(line)
-                mark = values.pop("fingerprint")
-                row = Row(**values)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                if number < len(lines):
-                    raise ValueError(f"line {number} of {self.lines} is no row of parity") from None
-                with replacing_file(self.lines) as temporary:
-                    temporary.write_bytes(b"".join(lines[:-1]))
-                break
-            if mark == self.fingerprint:
-                rows[row.module, row.dtype] = row
-        return rows
+
+        def parse(line: dict[str, Any]) -> tuple[str, Row]:
+            return line.pop("fingerprint"), Row(**line)
+
+        found = read_lines(self.lines, parse, "row of parity")
+        if found:  # without a last line that was cut off: the next one follows
+            write_lines(self.lines, ({"fingerprint": mark, **asdict(row)} for mark, row in found))
+        return {(row.module, row.dtype): row for mark, row in found if mark == self.fingerprint}
 
     def add_row(self, row: Row) -> None:
-        line = json.dumps({"fingerprint": self.fingerprint, **asdict(row)}, ensure_ascii=False)
-        with self.lines.open("ab") as file:
-            file.write(line.encode() + b"\n")
+        append_line(self.lines, {"fingerprint": self.fingerprint, **asdict(row)})
 
     def read_streams(self, device: torch.device) -> tuple[int, dict[str, Streams]]:
-        """How many stages are done, and the streams behind them; 0 if this run has left none."""
+        """The number of stages that are done and the streams after them; 0 and none if there is no file."""
         lanes: dict[str, Streams] = {}
         try:
             with safe_open(self.streams, framework="pt") as file:
@@ -212,7 +198,11 @@ class Files:
             return 0, {}
 
     def write_streams(self, done: int, lanes: dict[str, Streams]) -> None:
-        flat = {f"{lane}/{name}": x.contiguous().cpu() for lane, s in lanes.items() for name, x in s.items()}
+        flat = {
+            f"{lane}/{name}": x.cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+            for lane, streams in lanes.items()
+            for name, x in streams.items()
+        }
         about = {"fingerprint": self.fingerprint, "done": str(done)}
         with replacing_file(self.streams) as temporary:
-            save_file({key: x.clone() for key, x in flat.items()}, temporary, about)
+            save_file(flat, temporary, about)

@@ -1,7 +1,7 @@
 """The networks stage by stage, ours beside the reference's: what `qwenedit parity` runs.
 
-A `Stage` is a module, or a few that belong together, on both sides: it takes streams by name and makes new
-ones, in one layout for both. Between the modules there is as little arithmetic as can be.
+A `Stage` is one module, or a few that belong together, on both sides. It takes streams by name and makes new
+ones, in the same layout on both sides. As little arithmetic as possible happens between the modules.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor
 
 from qwenedit.latents import normalise, pack
+from qwenedit.networks.mmdit_layers import joint_rope
 from qwenedit.networks.vision_language import VisionLanguageConfig
-from qwenedit.networks.vision_tower import VisionConfig, window_order
+from qwenedit.networks.vision_tower import window_order
 from qwenedit.parity.reference import Case, Streams, official_pack
 from qwenedit.weights.configs import network_config
 
 __all__ = ["Stage", "stages"]
 
-Side = Callable[[Any, Streams], Streams]  # a network and the streams so far -> those that the stage makes
+QWEN = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+
+Side = Callable[[Any, Streams], Streams]  # a network and the streams so far -> the streams of this stage
 Derived = tuple[str, Callable[[Any, Tensor], Tensor]]
 
 
@@ -34,22 +38,21 @@ class Stage:
     """A piece of a network on both sides.
 
     Attributes:
-        component, name: the network, and what it is called in it.
-        paths: our modules whose weights it needs.
-        ours, reference: from the streams so far to those that it makes.
-        keeps: whether they are streams for the stages behind it; tables are only compared.
-        ends: whether it is the last of its network, where what has accumulated is compared too.
-        stored: whether its weights stay in the dtype of the files: only looked up, and large.
-        derived: taps within it that no module of the reference makes -> one of our modules, and how the
-            reference goes on from the output of its own.
+        component, name: the network, and the name of the piece in it.
+        ours, reference: from the streams so far to the streams of this stage.
+        weights: our modules whose weights it needs; None: the one that `name` names. A table needs none: it
+            is compared, and is no stream for later stages.
+        ends: whether it is the last stage of a network whose accumulated error is compared too.
+        stored: whether its weights keep the dtype of the files: large, and only looked up.
+        derived: taps within it that no module of the reference makes -> one of our modules, and the function
+            that makes the same tensor from the output of the reference's module.
     """
 
     component: str
     name: str
-    paths: tuple[str, ...]
     ours: Side
     reference: Side
-    keeps: bool = True
+    weights: tuple[str, ...] | None = None
     ends: bool = False
     stored: bool = False
     derived: Mapping[str, Derived] = field(default_factory=dict)
@@ -57,6 +60,11 @@ class Stage:
     @property
     def full(self) -> str:
         return f"{self.component}.{self.name}"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Our modules whose weights it needs."""
+        return (self.name,) if self.weights is None else self.weights
 
 
 def stages(folder: Path, case: Case) -> Iterator[Stage]:
@@ -70,14 +78,14 @@ def stages(folder: Path, case: Case) -> Iterator[Stage]:
 
 
 def _tower(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]:
-    vision, grids = config.vision_config, case.seen
-    merged, device = vision.spatial_merge_size**2, case.ids.device
+    official, stage = import_module(QWEN), partial(Stage, "text_encoder")
+    vision, grids, device = config.vision_config, case.seen, case.ids.device
     by_window, windows = window_order(grids, vision.spatial_merge_size, vision.window_side)
     order = torch.tensor(by_window, device=device)
     pictures = [rows * columns for _, rows, columns in grids]
 
     def in_windows(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, merged))[order].flatten(0, 1)
+        return x.unflatten(0, (-1, vision.spatial_merge_size**2))[order].flatten(0, 1)
 
     def patches(net: Any, s: Streams) -> Streams:
         x = s["patches"].unflatten(-1, (vision.in_channels, *net.vision.patch_embed.kernel_size))
@@ -89,66 +97,53 @@ def _tower(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]:
     def angles(net: Any) -> Tensor:
         return in_windows(net.visual.rot_pos_emb(torch.tensor(grids)).to(device))
 
-    part = "text_encoder"
-    yield Stage(part, "vision.patch_embed", ("vision.patch_embed",), patches, official_patches)
-    yield Stage(
-        part,
+    def official_rope(net: Any) -> tuple[Tensor, Tensor]:
+        """The reference's tables rotate halves: each angle stands there twice."""
+        twice = torch.cat([angles(net), angles(net)], dim=-1)
+        return twice.cos(), twice.sin()
+
+    def block(i: int, net: Any, s: Streams) -> Streams:
+        lengths = pictures if i in vision.fullatt_block_indexes else windows
+        return {"x": net.vision.blocks[i](s["x"], net.vision.rope(grids, order), lengths)}
+
+    def official_block(i: int, net: Any, s: Streams) -> Streams:
+        lengths = pictures if i in net.visual.fullatt_block_indexes else windows
+        seams = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        rope = official_rope(net)
+        return {"x": net.visual.blocks[i](s["x"], cu_seqlens=seams, position_embeddings=rope)}
+
+    def part(k: int, _net: Any, qkv: Tensor) -> Tensor:
+        return qkv.chunk(3, dim=-1)[k].unflatten(-1, (vision.num_heads, -1))
+
+    def rotated(k: int, net: Any, qkv: Tensor) -> Tensor:
+        x = part(k, net, qkv)
+        return official.apply_rotary_pos_emb_vision(x, x, *official_rope(net))[0]
+
+    yield stage("vision.patch_embed", patches, official_patches)
+    yield stage(
         "vision.rope",
-        (),
         lambda net, _: {"table": net.vision.rope(grids, order)},
         lambda net, _: {"table": torch.stack([angles(net).cos(), angles(net).sin()], dim=-1)},
-        keeps=False,
+        weights=(),
     )
     for i in range(vision.depth):
-        lengths = pictures if i in vision.fullatt_block_indexes else windows
-
-        def block(net: Any, s: Streams, i: int = i, lengths: list[int] = lengths) -> Streams:
-            return {"x": net.vision.blocks[i](s["x"], net.vision.rope(grids, order), lengths)}
-
-        def official(net: Any, s: Streams, i: int = i) -> Streams:
-            lengths = pictures if i in net.visual.fullatt_block_indexes else windows
-            seams = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-            rope = _halves(angles(net))
-            return {"x": net.visual.blocks[i](s["x"], cu_seqlens=seams, position_embeddings=rope)}
-
         path = f"vision.blocks.{i}"
-        yield Stage(part, path, (path,), block, official, derived=_in_tower(path, vision, angles))
+        qkv = f"{path}.attn.qkv"  # one tensor in the reference
+        derived: dict[str, Derived] = {
+            f"{path}.attn.{name}": (qkv, partial(part, k)) for k, name in enumerate("qkv")
+        }
+        derived |= {f"{path}.attn.{name}_rot": (qkv, partial(rotated, k)) for k, name in enumerate("qk")}
+        yield stage(path, partial(block, i), partial(official_block, i), derived=derived)
     back = order.argsort()
-    yield Stage(
-        part,
+    yield stage(
         "vision.merger",
-        ("vision.merger",),
         lambda net, s: {"pictures": net.vision.merger(s["x"])[back]},
         lambda net, s: {"pictures": net.visual.merger(s["x"])[back]},
     )
 
 
-def _halves(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference's two tables for heads whose halves are turned: each angle stands twice."""
-    twice = torch.cat([angles, angles], dim=-1)
-    return twice.cos(), twice.sin()
-
-
-def _in_tower(path: str, vision: VisionConfig, angles: Callable[[Any], Tensor]) -> dict[str, Derived]:
-    """Queries, keys and values, of which the reference has one tensor, and their rotation."""
-
-    def part(k: int) -> Callable[[Any, Tensor], Tensor]:
-        return lambda _net, qkv: qkv.chunk(3, dim=-1)[k].unflatten(-1, (vision.num_heads, -1))
-
-    def rotated(k: int) -> Callable[[Any, Tensor], Tensor]:
-        def rotate(net: Any, qkv: Tensor) -> Tensor:
-            official = import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-            x = part(k)(net, qkv)
-            return official.apply_rotary_pos_emb_vision(x, x, *_halves(angles(net)))[0]
-
-        return rotate
-
-    at = f"{path}.attn.qkv"
-    plain = {f"{path}.attn.{name}": (at, part(k)) for k, name in enumerate("qkv")}
-    return plain | {f"{path}.attn.{name}_rot": (at, rotated(k)) for k, name in enumerate("qk")}
-
-
 def _language_model(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]:
+    official, stage = import_module(QWEN), partial(Stage, "text_encoder")
     text, ids, positions = config.text_config, case.ids, case.positions
     is_picture = (ids == config.image_token_id)[..., None]
 
@@ -156,54 +151,49 @@ def _language_model(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]
         x = embed_tokens(ids).to(s["noise"].dtype)
         return {"h": x.masked_scatter(is_picture, s["pictures"]) if case.seen else x}
 
+    def rope(net: Any, s: Streams) -> Tensor:
+        return net.language.rope(positions, s["h"].dtype)
+
     def official_rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
         return net.language_model.rotary_emb(s["h"], positions)
 
     def selected(x: Tensor) -> Tensor:
-        """Of the reference's tables for frame, row and column, what each angle of a head follows."""
+        """The entries of the reference's frame, row and column tables that the angles of a head follow."""
         parts = x[..., : text.head_dim // 2].split(list(text.mrope_section), dim=-1)
         return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
 
-    part = "text_encoder"
-    yield Stage(
-        part,
+    def block(i: int, net: Any, s: Streams) -> Streams:
+        return {"h": net.language.blocks[i](s["h"], rope(net, s), None)}
+
+    def official_block(i: int, net: Any, s: Streams) -> Streams:
+        layer = net.language_model.layers[i]
+        return {"h": layer(s["h"], position_embeddings=official_rope(net, s))[0]}
+
+    def rotated(net: Any, x: Tensor) -> Tensor:
+        tables = official_rope(net, {"h": x})
+        x = x.unflatten(-1, (-1, text.head_dim)).transpose(1, 2)
+        section = list(text.mrope_section)
+        return official.apply_multimodal_rotary_pos_emb(x, x, *tables, section)[0].transpose(1, 2)
+
+    yield stage(
         "embeddings",
-        ("embed_tokens",),
         lambda net, s: embeddings(net.embed_tokens, s),
         lambda net, s: embeddings(net.language_model.embed_tokens, s),
+        weights=("embed_tokens",),
         stored=True,
     )
-    yield Stage(
-        part,
+    yield stage(
         "language.rope",
-        (),
-        lambda net, s: {"table": net.language.rope(positions, s["h"].dtype)},
+        lambda net, s: {"table": rope(net, s)},
         lambda net, s: {"table": torch.stack([selected(x) for x in official_rope(net, s)], dim=-1)},
-        keeps=False,
+        weights=(),
     )
     for i in range(text.num_hidden_layers):
-
-        def block(net: Any, s: Streams, i: int = i) -> Streams:
-            return {"h": net.language.blocks[i](s["h"], net.language.rope(positions, s["h"].dtype), None)}
-
-        def official(net: Any, s: Streams, i: int = i) -> Streams:
-            layer = net.language_model.layers[i]
-            return {"h": layer(s["h"], position_embeddings=official_rope(net, s))[0]}
-
-        def rotate(net: Any, x: Tensor) -> Tensor:
-            official = import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-            cos, sin = official_rope(net, {"h": x})
-            x = x.unflatten(-1, (-1, text.head_dim)).transpose(1, 2)
-            section = list(text.mrope_section)
-            return official.apply_multimodal_rotary_pos_emb(x, x, cos, sin, section)[0].transpose(1, 2)
-
         path = f"language.blocks.{i}"
-        derived = {f"{path}.attn.{name}_rot": (f"{path}.attn.{name}", rotate) for name in "qk"}
-        yield Stage(part, path, (path,), block, official, derived=derived)
-    yield Stage(
-        part,
+        derived = {f"{path}.attn.{name}_rot": (f"{path}.attn.{name}", rotated) for name in "qk"}
+        yield stage(path, partial(block, i), partial(official_block, i), derived=derived)
+    yield stage(
         "language.norm",
-        ("language.norm",),
         lambda net, s: {"prompt": net.language.norm(s["h"])[:, case.drop_index :]},
         lambda net, s: {"prompt": net.language_model.norm(s["h"])[:, case.drop_index :]},
         ends=True,
@@ -227,23 +217,23 @@ def _vae(config: Any) -> Iterator[Stage]:
         )
         return {"raw": raw, "logvar": posterior.logvar, "latents": official_pack((raw - mean) / std)}
 
-    encoder, decoder = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
-    yield Stage("vae", "encoder", encoder, encode, official_encode)
+    yield Stage("vae", "encoder", encode, official_encode, ("encoder", "quant_conv"))
     yield Stage(
         "vae",
         "decoder",
-        decoder,
         lambda net, s: {"decoded": net.decode(s["raw"])},
         lambda net, s: {"decoded": net.decode(s["raw"], return_dict=False)[0]},
+        ("post_quant_conv", "decoder"),
     )
 
 
 def _transformer(depth: int, case: Case) -> Iterator[Stage]:
-    part, grids, device = "transformer", case.grids, case.ids.device
+    name_of_module = "diffusers.models.transformers.transformer_qwenimage"
+    official, stage = import_module(name_of_module), partial(Stage, "transformer")
+    grids, device = case.grids, case.ids.device
     frames, *size = grids[0]
     official_grids = [(1, *size)] * frames + list(grids[1:])  # there each layer is a grid of its own
-    lengths = [math.prod(grid) for grid in grids]
-    split = (lengths[0], sum(lengths[1:]))
+    target, tokens = math.prod(grids[0]), sum(map(math.prod, grids))
 
     def img_in(net: Any, s: Streams) -> Streams:
         img = torch.cat([s["noise"], s["latents"]], dim=1) if len(grids) > 1 else s["noise"]
@@ -261,8 +251,31 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
         zeros = torch.zeros_like(times(net, s), dtype=torch.long)
         return [zeros] if net.config.use_additional_t_cond else []
 
+    def rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
+        return net.rope(grids, s["txt"].shape[1], device)
+
     def official_rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
         return net.pos_embed([official_grids], device=device, max_txt_seq_len=s["txt"].shape[1])
+
+    def block(i: int, net: Any, s: Streams) -> Streams:
+        img, txt = net.blocks[i](s["img"], s["txt"], s["temb"], joint_rope(*rope(net, s)), None, target)
+        return {"img": img, "txt": txt}
+
+    def official_block(i: int, net: Any, s: Streams) -> Streams:
+        is_reference = (torch.arange(tokens, device=device) >= target).int()[None]
+        txt, img = net.transformer_blocks[i](
+            hidden_states=s["img"],
+            encoder_hidden_states=s["txt"],
+            encoder_hidden_states_mask=None,
+            temb=s["temb"],
+            image_rotary_emb=official_rope(net, s),
+            modulate_index=is_reference if net.config.zero_cond_t else None,
+        )
+        return {"img": img, "txt": txt}
+
+    def rotated(stream: int, net: Any, x: Tensor) -> Tensor:
+        tables = official_rope(net, {"txt": x})  # of the stream's own length where it is the text
+        return official.apply_rotary_emb_qwen(x, tables[stream], use_real=False)
 
     def norm_out(net: Any, s: Streams) -> Streams:
         return {"img": net.norm_out(s["img"], s["temb"][:1])}
@@ -270,57 +283,26 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
     def velocity(net: Any, s: Streams) -> Streams:
         return {"velocity": net.proj_out(s["img"])}
 
-    yield Stage(part, "img_in", ("img_in",), img_in, img_in)
-    yield Stage(part, "txt_in", ("txt_norm", "txt_in"), txt_in, txt_in)
-    yield Stage(
-        part,
+    yield stage("img_in", img_in, img_in)
+    yield stage("txt_in", txt_in, txt_in, weights=("txt_norm", "txt_in"))
+    yield stage(
         "time_embed",
-        ("time_embed",),
         lambda net, s: {"temb": net.time_embed(times(net, s), s["img"].dtype, *addition(net, s))},
         lambda net, s: {"temb": net.time_text_embed(times(net, s), s["img"], *addition(net, s))},
     )
-    yield Stage(
-        part,
+    yield stage(
         "rope",
-        (),
-        lambda net, s: dict(zip(("img", "txt"), net.rope(grids, s["txt"].shape[1], device), strict=True)),
+        lambda net, s: dict(zip(("img", "txt"), rope(net, s), strict=True)),
         lambda net, s: dict(zip(("img", "txt"), map(torch.view_as_real, official_rope(net, s)), strict=True)),
-        keeps=False,
+        weights=(),
     )
     for i in range(depth):
-
-        def block(net: Any, s: Streams, i: int = i) -> Streams:
-            rope = net.rope(grids, s["txt"].shape[1], device)
-            img, txt = net.blocks[i](s["img"], s["txt"], s["temb"], rope, None, split)
-            return {"img": img, "txt": txt}
-
-        def official(net: Any, s: Streams, i: int = i) -> Streams:
-            index = None
-            if net.config.zero_cond_t:
-                index = torch.tensor([[0] * split[0] + [1] * split[1]], device=device, dtype=torch.int)
-            txt, img = net.transformer_blocks[i](
-                hidden_states=s["img"],
-                encoder_hidden_states=s["txt"],
-                encoder_hidden_states_mask=None,
-                temb=s["temb"],
-                image_rotary_emb=official_rope(net, s),
-                modulate_index=index,
-            )
-            return {"img": img, "txt": txt}
-
-        def rotate(net: Any, x: Tensor, stream: int = 0) -> Tensor:
-            official = import_module("diffusers.models.transformers.transformer_qwenimage")
-            tables = official_rope(net, {"txt": x})  # of the stream's own length where it is the text
-            return official.apply_rotary_emb_qwen(x, tables[stream], use_real=False)
-
-        def rotate_txt(net: Any, x: Tensor) -> Tensor:
-            return rotate(net, x, 1)
-
         path = f"blocks.{i}"
-        derived: dict[str, Derived] = {}
-        for name in "qk":
-            derived[f"{path}.attn.img_{name}_rot"] = (f"{path}.attn.img_{name}_norm", rotate)
-            derived[f"{path}.attn.txt_{name}_rot"] = (f"{path}.attn.txt_{name}_norm", rotate_txt)
-        yield Stage(part, path, (path,), block, official, derived=derived)
-    yield Stage(part, "norm_out", ("norm_out",), norm_out, norm_out)
-    yield Stage(part, "proj_out", ("proj_out",), velocity, velocity, ends=True)
+        derived: dict[str, Derived] = {
+            f"{path}.attn.{stream}_{name}_rot": (f"{path}.attn.{stream}_{name}_norm", partial(rotated, k))
+            for k, stream in enumerate(("img", "txt"))
+            for name in "qk"
+        }
+        yield stage(path, partial(block, i), partial(official_block, i), derived=derived)
+    yield stage("norm_out", norm_out, norm_out)
+    yield stage("proj_out", velocity, velocity, ends=True)

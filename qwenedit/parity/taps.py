@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from qwenedit.networks import mmdit, vae, vae_layers, vision_language, vision_tower
 from qwenedit.parity.reference import Streams, reference_path
+from qwenedit.parity.report import compared
 from qwenedit.parity.stages import Stage
 from qwenedit.taps import Site, named_modules, taps
 from qwenedit.weights.keys import NETWORKS, ours_to_official
@@ -22,8 +24,8 @@ _BLOCK = {"mid": "norm2 in", "mlp_in": "mlp.up in"}
 _GATED = {"mlp_hidden": "down in", "mlp_out": "down out"}
 _ENDS = {"in": "conv_in out", "norm_out": "norm_out out", "act": "conv_out in", "out": "conv_out out"}
 
-# A tap of a class is what goes into, or comes out of, one of its submodules, which the reference has too.
-# Taps that are not here have no module there, or another layout.
+# tap of a class -> the submodule that takes or makes the same tensor, which the reference has too.
+# Taps that are missing here have no such module in the reference, or another layout there.
 _PLACES: dict[type[nn.Module], dict[str, str]] = {
     mmdit.Block: {
         "img_mod": "img_mod.linear out", "txt_mod": "txt_mod.linear out",
@@ -57,7 +59,7 @@ _PLACES: dict[type[nn.Module], dict[str, str]] = {
     vae_layers.Upsample: {"out": "conv out"},
 }  # fmt: skip
 
-# The norms before the transformer's MLPs have no weights, and so no place in its key table.
+# The norms before the transformer's MLPs have no weights, and therefore no row in its key table.
 _WEIGHTLESS = tuple(
     (f"transformer_blocks.{{n}}.{norm}.weight", f"blocks.{{n}}.{norm}.weight")
     for norm in ("img_norm2", "txt_norm2")
@@ -67,40 +69,41 @@ _WEIGHTLESS = tuple(
 def first_difference(
     stage: Stage, ours: nn.Module, reference: nn.Module, streams: Streams, tolerance: float
 ) -> str | None:
-    """The first tap of a stage at which both sides, given the same streams, differ; None if none is known to.
+    """The first tap of a stage at which the two sides, given the same streams, differ; None if none is known.
 
-    Both have their weights. That is the first tap beyond the tolerance, relative to the largest value; if
-    there is none, the first that is not equal.
+    That is the first tap that differs by more than `tolerance` (relative to the largest value), or, if there
+    is none, the first that is not equal. Both networks must have the stage's weights.
     """
     places = dict(_places(stage, ours))
     got: Streams = {}
     wanted: Streams = {}
 
     def record(x: Tensor, site: Site) -> None:
-        got[site.full] = x
+        got[site.full] = _flat(x)
+
+    def record_official(full: str, finish: Finish, x: Tensor) -> None:
+        wanted[full] = _flat(finish(reference, x))
 
     with ExitStack() as attached:
-        if places:
-            attached.enter_context(taps(ours, dict.fromkeys(places, record), strict=False))
+        attached.enter_context(taps(ours, dict.fromkeys(places, record), strict=False))
         for full, (path, side, finish) in places.items():
-            module = reference.get_submodule(path)
-            attached.enter_context(_hooked(module, side, full, wanted, finish, reference))
+            keep = partial(record_official, full, finish)
+            attached.enter_context(_hooked(reference.get_submodule(path), side, keep))
         stage.ours(ours, streams)
         stage.reference(reference, streams)
-    differing = []
-    for full, x in got.items():  # in the order in which ours computes them
-        if full in wanted:
-            own, other = (y.flatten().cpu().double() for y in (x, wanted[full]))
-            if own.shape != other.shape:
-                return full
-            if not torch.equal(own, other):
-                error = float((own - other).abs().max() / other.abs().max())
-                differing.append((full, error))
-    beyond = [full for full, error in differing if not error <= tolerance]
-    return next(iter(beyond + [full for full, _ in differing]), None)
+    both = {full: wanted[full] for full in got if full in wanted}  # in the order in which ours computes them
+    if not both:
+        return None
+    row = compared(stage.full, "float32", got, both, both, tolerance)
+    return row.first or next((full for full, x in both.items() if not torch.equal(got[full], x)), None)
 
 
 Finish = Callable[[Any, Tensor], Tensor]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The values alone: the sides differ in axes of size 1, and tables in dtype."""
+    return x.flatten().cpu().double()
 
 
 def _places(stage: Stage, ours: nn.Module) -> Iterator[tuple[str, tuple[str, str, Finish]]]:
@@ -127,14 +130,8 @@ def _official(component: str, path: str) -> str:
     raise KeyError(path)
 
 
-def _hooked(
-    module: nn.Module, side: str, full: str, into: Streams, finish: Finish, reference: nn.Module
-) -> Any:
+def _hooked(module: nn.Module, side: str, keep: Callable[[Tensor], None]) -> Any:
     """A hook that keeps what goes into or comes out of a module; a context that removes it."""
     if side == "in":
-        return module.register_forward_pre_hook(
-            lambda _module, given: into.__setitem__(full, finish(reference, given[0]))
-        )
-    return module.register_forward_hook(
-        lambda _module, _given, made: into.__setitem__(full, finish(reference, made))
-    )
+        return module.register_forward_pre_hook(lambda _module, given: keep(given[0]))
+    return module.register_forward_hook(lambda _module, _given, made: keep(made))

@@ -1,1 +1,1 @@
-"""Training: the loss of the system that the pipeline ties together."""
+"""Training: the flow-matching loss."""

@@ -1,12 +1,12 @@
-"""The loss that the transformer is finetuned with. The loop around it, optimiser and data are the caller's.
+"""The loss for finetuning the transformer. Training loop, optimiser and data are the caller's.
 
     pipe.mmdit.requires_grad_(True).train()
     pipe.mmdit.checkpointing = True  # memory for time; see networks/checkpointing.py for what taps see
     batch = TrainingBatch(conditioning=conditioning, latents=clean, sigma=torch.rand(2), noise=noise)
     flow_matching_loss(pipe, batch).backward()
 
-`conditioning` is what `pipe.condition` makes, or a file of it; `clean` what `inversion.picture_latents` makes
-of the edited picture.
+`conditioning` comes from `pipe.condition` or `Conditioning.load`; `clean` is `picture_latents` of the edited
+picture.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["TrainingBatch", "flow_matching_loss", "velocity_error", "weighted_me
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingBatch:
-    """B edits, and how much noise to learn each from.
+    """B edits, each with its noise and noise level.
 
     Attributes:
         conditioning: of the B rows; its negative prompts are not used.
-        latents: (B, S, 64) normalised packed latents of the pictures that are wanted.
+        latents: (B, S, 64) normalised packed latents of the edited pictures.
         sigma: (B,) in [0, 1], 1 = noise.
         noise: (B, S, 64).
-        weight: (B, S) of each token in the loss, not negative; None: all count alike.
+        weight: (B, S) of each token in the loss, not negative; None: equal weights.
 
     Raises:
-        ValueError: parts that do not fit together.
+        ValueError: shapes that do not fit together, or values out of range.
     """
 
     conditioning: Conditioning
@@ -72,9 +72,9 @@ def flow_matching_loss(
     """The loss of a batch, a scalar: mean squared error of the predicted velocity over the target's tokens.
 
     Gradients reach the transformer and the prompts' embeddings. They never reach the clean latents and the
-    noise, which are data; nor the reference latents and what encoded them, unless `detach_references` is
-    False. Rows whose references differ in size run one group after another, as in sampling, and tap functions
-    find the same labels: branch "cond", layout, rows.
+    noise, and reach the reference latents and their encoder only with `detach_references=False`. Rows whose
+    references differ in size run in groups, as in sampling, under the same labels: branch "cond", layout,
+    rows.
 
     Raises:
         ValueError: a Qwen-Image-Layered checkpoint.
@@ -137,7 +137,7 @@ def velocity_error(
 
 
 def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:
-    """The mean of (B, S) errors under weights (B, S), which need not sum to 1; None: all count alike.
+    """The mean of (B, S) errors with weights (B, S), which need not sum to 1; None: equal weights.
 
     >>> weighted_mean(torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 1.0]]))
     tensor(2.)

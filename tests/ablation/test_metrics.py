@@ -8,7 +8,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation.metrics import changed_area, compare, curves, pixels, psnr, ssim
+from qwenedit.ablation.metrics import changed_area, curves, distances, pixels, psnr, ssim
 
 
 def noisy(amount, *, seed=0, size=(64, 64)):
@@ -92,7 +92,7 @@ def test_compare_is_all_three_of_what_is_on_the_disk(tmp_path):
     picture = Image.open(mini.EXAMPLE).convert("RGB")
     other = picture.rotate(90)
     other.save(tmp_path / "x.png")
-    found = compare(Image.open(tmp_path / "x.png"), picture)
+    found = distances(Image.open(tmp_path / "x.png"), picture)
     x, y = pixels(other), pixels(picture)
     assert found == {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}
 

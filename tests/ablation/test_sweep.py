@@ -17,7 +17,7 @@ from PIL import Image, ImageChops
 import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import sweep as module
-from qwenedit.ablation.metrics import compare
+from qwenedit.ablation.metrics import distances
 from qwenedit.ablation.spec import read_spec
 from qwenedit.ablation.sweep import ablate
 from qwenedit.cli import options as cli
@@ -133,7 +133,7 @@ def test_metrics_are_those_of_the_files(swept):
     for (case, j, _), record in swept.records.items():
         picture = Image.open(swept.folder / record["file"])
         plain = Image.open(swept.folder / swept.records[case, j, 0]["file"])
-        wanted = compare(picture, plain)
+        wanted = distances(picture, plain)
         if case == 0:
             verdict = judge(swept.spec.cases[0].scene, swept.spec.cases[0].request, picture)
             wanted |= {name: getattr(verdict, name) for name in ("success", "strict", "preserved", "reason")}
@@ -213,7 +213,7 @@ def test_a_grown_spec_runs_what_is_new_and_compares_with_its_own_unablated_run(t
     record = other.records[0, 0, 1]
     assert record["true_cfg_scale"] == 1 and record["baseline"] == other.records[0, 0, 0]["key"]
     files = [Image.open(tmp_path / other.records[0, 0, k]["file"]) for k in (1, 0)]
-    assert record["metrics"]["psnr"] == compare(*files)["psnr"]
+    assert record["metrics"]["psnr"] == distances(*files)["psnr"]
     assert record in lines(tmp_path)
 
 

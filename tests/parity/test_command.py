@@ -112,7 +112,7 @@ def test_every_weight_is_in_one_stage():
 
 def test_every_place_of_a_tap_exists_on_both_sides():
     folder = tiny("2511")
-    networks = {name: parity._Networks.of(folder, name, torch.device("cpu")) for name in COMPONENTS}
+    networks = {name: parity._Pair.of(folder, name, torch.device("cpu")) for name in COMPONENTS}
     for stage in all_stages(folder):
         both = networks[stage.component]
         places = dict(parity_taps._places(stage, both.ours))
@@ -206,7 +206,7 @@ def test_another_gelu_is_named(run, monkeypatch):
 
 
 def halves(x, rope):
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+    cos, sin = rope[0][..., ::2], rope[1][..., 1::2]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
