@@ -191,7 +191,7 @@ def narrow(tmp_path_factory):
     return Setting("cpu", "float32", 1, folder)
 
 
-@pytest.mark.parametrize("name", ["block", "block-forward", "last-block"])
+@pytest.mark.parametrize("name", ["block", "last-block"])
 @torch.no_grad()
 def test_both_sides_of_a_block_compute_the_same(narrow, name):
     ours, reference = CASES[name].ours(narrow)(9), CASES[name].reference(narrow)(9)
@@ -206,8 +206,6 @@ def test_both_sides_of_a_block_compute_the_same(narrow, name):
     modulation = {(1, 48, 6 * 48): 2}
     if name == "block":  # once a step, not in the block
         assert products == theirs - Counter(modulation)
-    if name == "block-forward":
-        assert products == theirs
 
 
 @torch.no_grad()
