@@ -1,7 +1,7 @@
-"""What one inner block's time goes to: `python -m benchmarks.block_profile [--tokens 1024] [--rounds 5]`.
+"""The time of one inner block by kinds of operation: `python -m benchmarks.block_profile [--tokens 1024]`.
 
-Ours as a step runs it, then the reference's, at full width; times are those of torch's profiler, by kinds of
-operation, the median over rounds.
+Our block as a step runs it, then the reference's, at full width. Times are torch's profiler's, medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 from benchmarks.files import write_transformer
 from benchmarks.transformer import block_ours, block_reference
 
-# The first kind of which a word is in the operation's name; what none has is elementwise.
+# An operation is of the first kind with a word that is in its name, or else elementwise.
 KINDS = {
     "attention": ("scaled_dot_product", "attention", "softmax"),
     "matrix products": ("mm", "linear", "matmul", "gemm"),
@@ -34,7 +34,7 @@ def kind_of(name: str) -> str:
 
 
 def profiled(call: Callable[[], object], device: str) -> Counter[str]:
-    """Milliseconds of one call by kind, each operation without the operations that it calls."""
+    """Milliseconds of one call by kind; an operation's time excludes the operations that it calls."""
     from torch.profiler import ProfilerActivity, profile
 
     on_device = device != "cpu"
@@ -75,7 +75,7 @@ def table(sides: dict[str, list[Counter[str]]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.block_profile", description=__doc__)
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="of the target, and of the reference picture"
+        "--tokens", type=int, default=1024, help="of the target and of the reference picture each"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")

@@ -265,8 +265,9 @@ def _anywhere(
     rng: Random, background: Background, shapes: tuple[Shape, ...], kind: str, colour: str | None = None
 ) -> Shape | None:
     """A shape that fits, of random place, size and colour (if none is given); None if 50 tries fail."""
+    names = _visible_colours(background)
     for _ in range(50):
-        name = colour or rng.choice(_visible_colours(background))
+        name = colour or rng.choice(names)
         x, y = rng.uniform(0, SIDE), rng.uniform(0, SIDE)
         shape = Shape(kind, name, x, y, rng.uniform(*RADII))
         if free(shapes, shape):

@@ -6,6 +6,7 @@ sees some thousand a second.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from qwenedit.inputs.processor import Processor
 from qwenedit.mini.pairs import BLOCK, CELLS, contents, patches
 from qwenedit.mini.scenes import COLOURS, KINDS, paint, scenes
-from qwenedit.mini.train_edit import networks
+from qwenedit.mini.train_edit import Networks, networks
 from qwenedit.mini.training import Options, Run, unfused_attention
 
 __all__ = ["train_tower"]
@@ -31,13 +32,22 @@ def block(seed: int, number: int) -> tuple[Tensor, Tensor]:
     return pixels, torch.tensor([contents(scene) for scene in drawn])
 
 
-def train_tower(folder: Path, options: Options, tokens: Processor, *, blocks: int = 128) -> dict[str, Tensor]:
-    """Train the tower in `folder`, or resume there; returns its averaged weights.
+def train_tower(
+    folder: Path,
+    options: Options,
+    tokens: Processor,
+    *,
+    make: Callable[[Processor], Networks] = networks,
+    blocks: int = 128,
+) -> dict[str, Tensor]:
+    """Train the tower of the networks in `folder`, or resume there; returns its averaged weights.
 
-    `blocks` of pictures are held at a time; each step one is new and the oldest goes.
+    Args:
+        make: makes the networks.
+        blocks: of pictures, held at a time; at each step one comes and one goes.
     """
     torch.manual_seed(options.seed)
-    tower = networks(tokens)[0].vision.to(options.device)
+    tower = make(tokens)[0].vision.to(options.device)
     head = nn.Linear(tower.config.out_hidden_size, len(KINDS) + len(COLOURS)).to(options.device)
     run = Run(folder, {"tower": tower, "head": head}, options)
     held: dict[int, tuple[Tensor, Tensor]] = {}

@@ -36,8 +36,8 @@ SMALL_TRANSFORMER = MMDiTConfig(
     patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
     joint_attention_dim=32, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
-VAE_OPTIONS = Options(steps=24, batch=4, rate=4e-3, dtype=torch.float32, report_every=10)
-EDIT_OPTIONS = replace(VAE_OPTIONS, steps=12, batch=8, matrix_rate=3e-3)
+VAE_OPTIONS = Options(steps=12, batch=4, rate=4e-3, dtype=torch.float32, report_every=10)
+EDIT_OPTIONS = replace(VAE_OPTIONS, batch=8, matrix_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def assert_equal(one, other):
 
 
 def test_the_vae_learns(tmp_path):
-    vae = vae_run(tmp_path, steps=100, batch=12)
+    vae = vae_run(tmp_path, steps=60, batch=8)
     lines = [line for line in log(tmp_path) if "square" in line]
-    assert lines[0]["square"] > 0.35 and lines[-1]["square"] < 0.25, lines
-    assert lines[-1]["step"] == 100
+    assert lines[0]["square"] > 0.35 and lines[-1]["square"] < 0.3, lines
+    assert lines[-1]["step"] == 60
     std = vae.config.latents_std
     assert min(std) > 0 and std != SMALL_VAE.latents_std
     x = pictures("others", 32)
@@ -107,11 +107,11 @@ def test_the_vae_learns(tmp_path):
 
 def test_the_tower_learns_to_see(tmp_path, model):
     tokens = train.tokens_of(model)
-    options = replace(train.STAGES["tower"], steps=60, batch=64, dtype=torch.float32, report_every=10)
-    learned = train_tower(tmp_path, options, tokens, blocks=8)
+    options = replace(train.STAGES["tower"], steps=30, batch=32, dtype=torch.float32, report_every=10)
+    learned = train_tower(tmp_path, options, tokens, make=small_networks, blocks=8)
     lines = log(tmp_path)
     assert lines[0]["loss"] > 0.4 and lines[-1]["loss"] < 0.3, lines
-    assert learned.keys() == train_edit.networks(tokens)[0].vision.state_dict().keys()
+    assert learned.keys() == small_networks(tokens)[0].vision.state_dict().keys()
 
 
 def test_the_second_stage_starts_from_the_tower(tmp_path, model):
@@ -123,10 +123,10 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 
 
 def test_the_second_stage_learns(tmp_path, model):
-    edit_run(tmp_path, model, steps=200, batch=16)
+    edit_run(tmp_path, model, steps=60)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.6, [line["flow"] for line in lines]
-    assert lines[0]["grounding"] > 4 and lines[-1]["grounding"] < 3.2, [line["grounding"] for line in lines]
+    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.75, [line["flow"] for line in lines]
+    assert lines[0]["grounding"] > 4.5 and lines[-1]["grounding"] < 4.1, [line["grounding"] for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["vae", "edit"])
