@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import qwenedit
+from benchmarks.report import table
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import Verdict, judge
@@ -173,11 +174,6 @@ def seconds_an_edit(pipe: QwenImageEdit, repeats: int = 7) -> list[float]:
         pipe.edit(draw(case.scene), case.prompt, num_inference_steps=STEPS, true_cfg_scale=SCALE)
         taken.append(time.perf_counter() - start)
     return sorted(taken[1:])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

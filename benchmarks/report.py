@@ -61,20 +61,20 @@ def medians(comparisons: Sequence[Comparison], side: str) -> list[float]:
     return [median(getattr(comparison, side).seconds) for comparison in comparisons]
 
 
-def growth_lines(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> list[str]:
+def growth_rows(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> list[list[str]]:
     """The growth of the time of a whole edit and the cost of guidance, for ours and for the reference."""
-    lines = []
+    found = []
     for name in dict.fromkeys(comparison.case for comparison in comparisons):
         case, rows = cases[name], [comparison for comparison in comparisons if comparison.case == name]
         points = [row.point for row in rows]
-        ours, reference = medians(rows, "ours"), medians(rows, "reference")
+        sides = [medians(rows, "ours"), medians(rows, "reference")]
         if case.grows:
-            powers = f"{exponent(points, ours):.2f} | {exponent(points, reference):.2f}"
-            lines.append(f"| {case.about}: time ~ {case.unit}^k | {powers} |")
+            powers = [f"{exponent(points, seconds):.2f}" for seconds in sides]
+            found.append([f"{case.about}: time ~ {case.unit}^k", *powers])
         if name == "guidance":
-            ratios = f"{ours[-1] / ours[0]:.2f} | {reference[-1] / reference[0]:.2f}"
-            lines.append(f"| guidance on / off, time | {ratios} |")
-    return lines
+            ratios = [f"{seconds[-1] / seconds[0]:.2f}" for seconds in sides]
+            found.append(["guidance on / off, time", *ratios])
+    return found
 
 
 def share(reading: Reading) -> float | None:
@@ -95,17 +95,31 @@ def goals_of(cases: dict[str, Case], one: Comparison) -> list[tuple[str, bool]]:
     ]
 
 
-def goal_text(goals: Sequence[tuple[str, bool]]) -> str:
-    return "; ".join(f"{text}: {'reached' if reached else '**not reached**'}" for text, reached in goals)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def seconds_text(reading: Reading) -> str:
-    return f"{median(reading.seconds):.3g}"
+HEAD = (
+    "what", "time ratio", "goal", "ours, s", "reference, s", "memory ratio", "ours, MiB", "reference, MiB",
+    "matrix products alone", "largest difference",
+)  # fmt: skip
 
 
-def shares_text(comparison: Comparison) -> str:
-    shares = share(comparison.ours), share(comparison.reference)
-    return ", ".join(f"{one:.0%}" for one in shares if one is not None)
+def row_of(cases: dict[str, Case], one: Comparison) -> list[str]:
+    goals, memory = goals_of(cases, one), memory_ratio(one)
+    shares = [share(one.ours), share(one.reference)]
+    return [
+        one.row,
+        str(time_ratio(one)),
+        "; ".join(f"{text}: {'reached' if reached else '**not reached**'}" for text, reached in goals),
+        *(f"{median(side.seconds):.3g}" for side in (one.ours, one.reference)),
+        "" if memory is None else f"{memory:.2f}",
+        *(f"{side.peak / MIB:.0f}" for side in (one.ours, one.reference)),
+        ", ".join(f"{part:.0%}" for part in shares if part is not None),
+        "" if one.difference is None else f"{one.difference:.1e}",
+    ]
 
 
 def markdown(
@@ -116,29 +130,18 @@ def markdown(
         ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
         f"Ratios are reference / ours, above 1 is better: the median of {rounds} rounds in turn (min–max). "
-        "Memory is what the peak adds to what was held before. Matrix products alone: the time that a "
-        "block's take by themselves, in the same run, as a share of its time: of ours, of the reference's.",
+        "Memory is the growth at the peak. Matrix products alone: the share of a block's time that its "
+        "matrix products take by themselves in the same run, for ours and for the reference.",
         "",
-        "| what | time ratio | goal | ours, s | reference, s | memory ratio | ours, MiB | reference, MiB "
-        "| matrix products alone | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        table(HEAD, [row_of(cases, one) for one in comparisons]),
     ]
-    for one in comparisons:
-        memory = memory_ratio(one)
-        lines.append(
-            f"| {one.row} | {time_ratio(one)} | {goal_text(goals_of(cases, one))} "
-            f"| {seconds_text(one.ours)} | {seconds_text(one.reference)} "
-            f"| {'' if memory is None else f'{memory:.2f}'} | {one.ours.peak / MIB:.0f} "
-            f"| {one.reference.peak / MIB:.0f} | {shares_text(one)} "
-            f"| {'' if one.difference is None else f'{one.difference:.1e}'} |"
-        )
     if goals := [(one.row, *goal) for one in comparisons for goal in goals_of(cases, one)]:
         missed = [f"{row} ({text})" for row, text, reached in goals if not reached]
         lines += ["", f"{len(goals) - len(missed)} of {len(goals)} goals are reached."]
         if missed:
             lines[-1] += f" Not reached: {'; '.join(missed)}."
-    if growth := growth_lines(cases, comparisons):
-        lines += ["", "| growth | ours | reference |", "|---|---|---|", *growth]
+    if growth := growth_rows(cases, comparisons):
+        lines += ["", table(["growth", "ours", "reference"], growth)]
     return "\n".join(lines) + "\n"
 
 

@@ -244,10 +244,10 @@ def test_the_kinds_of_a_blocks_operations():
         "aten::gelu": "GELU", "aten::native_layer_norm": "norms", "aten::mul": "elementwise",
     }  # fmt: skip
     assert {name: block_profile.kind_of(name) for name in names} == names
-    text = block_profile.table(
+    text = block_profile.table_of(
         {"ours": [Counter({"GELU": 1.0, "norms": 3.0})], "reference": [Counter(GELU=2.0)]}
     )
-    assert "| GELU | 1.0 | 25.0% | 2.0 | 100.0% |" in text and "| all | 4.0 | 100 % | 2.0 | 100 % |" in text
+    assert "| GELU | 1.0 | 25.0% | 2.0 | 100.0% |" in text and "| all | 4.0 | 100.0% | 2.0 | 100.0% |" in text
 
 
 class Fake:
