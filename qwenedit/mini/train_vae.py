@@ -58,9 +58,7 @@ def loss_of(vae: VAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
     posterior = vae.encode(x[:, :, None])
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     latents = mean + torch.exp(0.5 * logvar) * noise
-    raw = vae.decoder(vae.post_quant_conv(latents.to(x.dtype)))[
-        :, :, 0
-    ].float()  # before the clamp of `decode`
+    raw = vae.decoder(vae.post_quant_conv(latents.to(x.dtype)))[:, :, 0].float()  # not clamped
     square, absolute = (raw - x).pow(2).mean(), (raw - x).abs().mean()
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
     return square + 0.1 * absolute + KL_WEIGHT * kl, square, kl
