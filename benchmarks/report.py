@@ -130,8 +130,8 @@ def markdown(
         ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
         f"Ratios are reference / ours, above 1 is better: the median of {rounds} rounds in turn (min–max). "
-        "Memory is the peak above what was held before. Matrix products alone: the share of a block's time that its "
-        "matrix products take by themselves in the same run, for ours and for the reference.",
+        "Memory is the peak above what was held before. Matrix products alone: the share of a block's time "
+        "that its matrix products take by themselves in the same run, for ours and for the reference.",
         "",
         table(HEAD, [row_of(cases, one) for one in comparisons]),
     ]
