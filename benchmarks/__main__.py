@@ -1,9 +1,10 @@
 """Ours and the reference side by side: `python -m benchmarks [--only NAME] [--rounds N] [--out FOLDER]`.
 
-The same weights and inputs, each side in its own process, in turn; outputs that disagree are an error. Prints
-a table of ratios with device, versions and threads; --out also writes speed.md, speed.json, speed.png and
-growth.png.
-Needs the test extras.
+Both sides get the same weights and inputs and run in turn, each in its own process; outputs that disagree are
+an error. Prints a table of ratios with device, versions and threads; --out also writes speed.md, speed.json,
+speed.png and growth.png. Needs the test extras.
+
+The sides' processes import this file again, so imports that they must not pay for stand inside functions.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from benchmarks.sides import compare
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split(":")[0])
     parser.add_argument("--only", action="append", choices=CASES, metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the table as files, and plots")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the table and plots there")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.threads) < 1:
         parser.error("--rounds and --threads: wanted at least 1")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def setting_of(threads: int, folder: Path) -> Setting:
-    """float32 on the CPU, bfloat16 on an accelerator."""
+    """The setting of a run: float32 on the CPU, bfloat16 on an accelerator."""
     from qwenedit.checks import device_of
 
     device = device_of(None).type
@@ -67,7 +68,7 @@ def setting_of(threads: int, folder: Path) -> Setting:
 
 
 def write_files(name: str, folder: Path, written: set[str]) -> None:
-    """The checkpoints that a case reads, if no case before it did."""
+    """Write the checkpoints that a case reads, except those written before."""
     from benchmarks.files import WRITERS
 
     for file in CASES[name].files:

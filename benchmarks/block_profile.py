@@ -1,7 +1,7 @@
-"""What one inner block's time goes to: `python -m benchmarks.block_profile [--tokens 1024] [--rounds 5]`.
+"""The time of one inner block by kinds of operation: `python -m benchmarks.block_profile [--tokens 1024]`.
 
-Ours as a step runs it, then the reference's, at full width; times are those of torch's profiler, by kinds of
-operation, the median over rounds.
+Our block as a step runs it, then the reference's, at full width. Times are torch's profiler's, medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.__main__ import setting_of
 from benchmarks.files import write_transformer
+from benchmarks.report import machine_of, table
 from benchmarks.transformer import block_ours, block_reference
 
-# The first kind of which a word is in the operation's name; what none has is elementwise.
+# An operation is of the first kind with a word that is in its name, or else elementwise.
 KINDS = {
     "attention": ("scaled_dot_product", "attention", "softmax"),
     "matrix products": ("mm", "linear", "matmul", "gemm"),
@@ -34,9 +39,7 @@ def kind_of(name: str) -> str:
 
 
 def profiled(call: Callable[[], object], device: str) -> Counter[str]:
-    """Milliseconds of one call by kind, each operation without the operations that it calls."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """Milliseconds of one call by kind; an operation's time excludes the operations that it calls."""
     on_device = device != "cpu"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
     with profile(activities=activities) as profiler:
@@ -54,39 +57,28 @@ def rounds_of(call: Callable[[], object], device: str, rounds: int) -> list[Coun
     return [profiled(call, device) for _ in range(rounds)]
 
 
-def table(sides: dict[str, list[Counter[str]]]) -> str:
+def table_of(sides: dict[str, list[Counter[str]]]) -> str:
     """Milliseconds and shares of each side."""
-    lines = [
-        f"| kind | {' | '.join(f'{side}, ms | {side}, %' for side in sides)} |",
-        f"|---{'|---|---' * len(sides)}|",
-    ]
-    middle = {
-        side: {kind: median(one[kind] for one in rounds) for kind in (*KINDS, ELEMENTWISE)}
-        for side, rounds in sides.items()
-    }
-    sums = {side: sum(of_side.values()) for side, of_side in middle.items()}
-    for kind in (*KINDS, ELEMENTWISE):
-        cells = [f"{middle[side][kind]:.1f} | {middle[side][kind] / sums[side]:.1%}" for side in sides]
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    lines.append(f"| all | {' | '.join(f'{sums[side]:.1f} | 100 %' for side in sides)} |")
-    return "\n".join(lines)
+    head, rows = ["kind"], {kind: [kind] for kind in (*KINDS, ELEMENTWISE, "all")}
+    for side, rounds in sides.items():
+        head += [f"{side}, ms", f"{side}, %"]
+        middle = {kind: median(one[kind] for one in rounds) for kind in (*KINDS, ELEMENTWISE)}
+        middle["all"] = sum(middle.values())
+        for kind, ms in middle.items():
+            rows[kind] += [f"{ms:.1f}", f"{ms / middle['all']:.1%}"]
+    return table(head, list(rows.values()))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.block_profile", description=__doc__)
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="of the target, and of the reference picture"
+        "--tokens", type=int, default=1024, help="of the target and of the reference picture each"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     options = parser.parse_args(arguments)
     if min(options.tokens, options.rounds, options.threads) < 1:
         parser.error("--tokens, --rounds and --threads: wanted at least 1")
-    import torch
-
-    from benchmarks.__main__ import setting_of
-    from benchmarks.report import machine_of
-
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         machine = machine_of(setting)
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + ".\n")
     print(f"{options.tokens} tokens of the target and as many of the reference picture.\n")
-    print(table(spent))
+    print(table_of(spent))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What is compared. A side imports what it needs in its own factory, so that neither pays for the other.
+"""The cases that are compared. The reference is used as its own pipelines use it.
 
-The reference is used as its own pipelines use it.
+Imports stand inside the functions: each side runs in its own process and must not pay for the other's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from benchmarks.networks import loaded, loaded_reference, seeded
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEPS, SCALE = 8, 4.0  # of the edits, but where they are what varies
+STEPS, SCALE = 8, 4.0  # of the edits, unless they vary
 AREA = 64 * 64  # of the embedded model's pictures
 PROMPT = "make the circle red"
 
@@ -34,7 +36,7 @@ for line in open("/proc/self/status"):
 
 
 def importing(code: str) -> Callable[[Setting], At]:
-    """A fresh interpreter that imports, and nothing else."""
+    """Run a fresh interpreter that only imports."""
 
     def run() -> Peak:
         command = [sys.executable, "-c", code + PEAK_OF_IMPORT]
@@ -72,49 +74,34 @@ def latents(setting: Setting, side: float) -> Tensor:
     return seeded(setting, 1, 16, 1, int(side) // 8, int(side) // 8)
 
 
-def encode_ours(setting: Setting) -> At:
-    vae = loaded(setting, "vae")
-
-    def at(side: float) -> Call:
-        x = pixels(setting, side)
-        return lambda: vae.encode(x).mode()
-
-    return at
+def vae_ours(setting: Setting) -> Any:
+    return loaded(setting, "vae")
 
 
-def encode_reference(setting: Setting) -> At:
-    vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
-
-    def at(side: float) -> Call:
-        x = pixels(setting, side)
-        return lambda: vae.encode(x).latent_dist.mode()
-
-    return at
+def vae_reference(setting: Setting) -> Any:
+    return loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
 
 
-def decode_ours(setting: Setting) -> At:
-    vae = loaded(setting, "vae")
+def vae_side(
+    load: Callable[[Setting], Any],
+    inputs: Callable[[Setting, float], Tensor],
+    call: Callable[[Any, Tensor], Tensor],
+) -> Callable[[Setting], At]:
+    def factory(setting: Setting) -> At:
+        vae = load(setting)
 
-    def at(side: float) -> Call:
-        z = latents(setting, side)
-        return lambda: vae.decode(z)
+        def at(side: float) -> Call:
+            x = inputs(setting, side)
+            return lambda: call(vae, x)
 
-    return at
+        return at
 
-
-def decode_reference(setting: Setting) -> At:
-    vae = loaded_reference(setting, "vae", "AutoencoderKLQwenImage")
-
-    def at(side: float) -> Call:
-        z = latents(setting, side)
-        return lambda: vae.decode(z).sample
-
-    return at
+    return factory
 
 
 # --- text encoder ------------------------------------------------------------------------------------------
 
-GRID, TOKENS = (1, 28, 28), (64, 30)  # a picture of 392 x 392, the tokens before it and after it
+GRID, TOKENS = (1, 28, 28), (64, 30)  # a picture of 392 x 392; the number of tokens before and after it
 
 
 def text_inputs(setting: Setting, negative: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +124,7 @@ def text_ours(setting: Setting) -> At:
     network = loaded(setting, "text_encoder")
     (ids, mask, patches), (other_ids, other_mask, _) = (text_inputs(setting, one) for one in (False, True))
 
-    def run() -> Tensor:  # as the pipeline does: the tower once
+    def run() -> Tensor:  # the vision tower runs once, as in the pipeline
         picture = network.vision(patches, [GRID])
         cond = network(ids, mask, None, [GRID], picture)
         return torch.cat([cond, network(other_ids, other_mask, None, [GRID], picture)], dim=1)
@@ -146,7 +133,7 @@ def text_ours(setting: Setting) -> At:
 
 
 def text_shared(setting: Setting) -> At:
-    """With `share_prefix`."""
+    """Both prompts share the computation of their common prefix."""
     import torch
 
     from qwenedit.encoding.prefix import encode_together
@@ -187,55 +174,52 @@ def text_reference(setting: Setting) -> At:
 
 # --- whole edits with the embedded model -------------------------------------------------------------------
 
-Edit = tuple[int, bool, Any, dict[str, Any]]  # area, several pictures?, the pictures, options
 
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A whole edit of the example picture at an area, or of several turned copies of it."""
 
-def example(area: int, turns: int = 0) -> Any:
-    from PIL import Image
+    area: float = AREA
+    references: float | None = None  # None: the variant for one picture
+    steps: float = STEPS
+    scale: float = SCALE
 
-    from qwenedit import mini
+    def folder(self, setting: Setting) -> Path:
+        from benchmarks.files import mini_folder
 
-    side = round(area**0.5)
-    return Image.open(mini.EXAMPLE).convert("RGB").resize((side, side)).rotate(90 * turns)
+        return mini_folder(setting.folder, int(self.area), plus=self.references is not None)
 
+    def call(self, pipe: Any) -> Call:
+        import torch
+        from PIL import Image
 
-def whole(_point: float) -> Edit:
-    return AREA, False, example(AREA), {}
+        from qwenedit import mini
 
-
-def of_scale(scale: float) -> Edit:
-    return AREA, False, example(AREA), {"true_cfg_scale": scale}
-
-
-def of_steps(steps: float) -> Edit:
-    return AREA, False, example(AREA), {"num_inference_steps": int(steps)}
-
-
-def of_area(area: float) -> Edit:
-    return int(area), False, example(int(area)), {}
-
-
-def of_references(count: float) -> Edit:
-    return AREA, True, [example(AREA, turns) for turns in range(int(count))], {}
-
-
-def options_of(options: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    every = {"negative_prompt": " ", "true_cfg_scale": SCALE, "num_inference_steps": STEPS, **options}
-    return {**every, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+        side = round(self.area**0.5)
+        picture = Image.open(mini.EXAMPLE).convert("RGB").resize((side, side))
+        turned = [picture.rotate(90 * turns) for turns in range(int(self.references or 1))]
+        return lambda: (
+            pipe(
+                picture if self.references is None else turned,
+                PROMPT,
+                negative_prompt=" ",
+                true_cfg_scale=self.scale,
+                num_inference_steps=int(self.steps),
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            ).images
+        )
 
 
 def edit_ours(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
     def factory(setting: Setting) -> At:
         import qwenedit
-        from benchmarks.files import mini_folder
 
         def at(point: float) -> Call:
-            area, plus, pictures, options = edit(point)
-            folder = mini_folder(setting.folder, area, plus=plus)
-            pipe = qwenedit.load(folder, device=setting.device, dtype=setting.dtype, progress=False)
-            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
+            one = edit(point)
+            return one.call(
+                qwenedit.load(one.folder(setting), device=setting.device, dtype=setting.dtype, progress=False)
+            )
 
         return at
 
@@ -248,10 +232,9 @@ def edit_reference(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as single
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as several
 
-        from benchmarks.files import mini_folder
         from tests.tiny import reference_pipeline
 
-        areas = SimpleNamespace(vae=AREA)  # its own are constants: 1024 squared, and 384 squared
+        areas = SimpleNamespace(vae=AREA)  # in place of the reference's constants: 1024 squared, 384 squared
         official = {module: module.calculate_dimensions for module in (single, several)}
         for module, function in official.items():
             module.calculate_dimensions = lambda area, ratio, function=function: function(
@@ -259,11 +242,10 @@ def edit_reference(edit: Callable[[float], Edit]) -> Callable[[Setting], At]:
             )
 
         def at(point: float) -> Call:
-            area, plus, pictures, options = edit(point)
-            areas.vae = area
-            folder = mini_folder(setting.folder, area, plus=plus)
-            pipe = reference_pipeline(folder, getattr(torch, setting.dtype)).to(setting.device)
-            return lambda: pipe(pictures, PROMPT, **options_of(options)).images
+            one = edit(point)
+            areas.vae = one.area
+            pipe = reference_pipeline(one.folder(setting), getattr(torch, setting.dtype))
+            return one.call(pipe.to(setting.device))
 
         return at
 
@@ -291,11 +273,16 @@ CASES = {
             goals={1: Goal(time=1, memory=1.5)},
         ),
         Case(
-            "encode", "VAE encode, full size", encode_ours, encode_reference, goals={512: Goal(time=3)},
+            "encode", "VAE encode, full size",
+            vae_side(vae_ours, pixels, lambda vae, x: vae.encode(x).mode()),
+            vae_side(vae_reference, pixels, lambda vae, x: vae.encode(x).latent_dist.mode()),
             points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
+            goals={512: Goal(time=3)},
         ),
         Case(
-            "decode", "VAE decode, full size", decode_ours, decode_reference,
+            "decode", "VAE decode, full size",
+            vae_side(vae_ours, latents, lambda vae, z: vae.decode(z)),
+            vae_side(vae_reference, latents, lambda vae, z: vae.decode(z).sample),
             points=(256, 512), accelerator_points=(1024,), unit="px", files=("vae",),
             goals={512: Goal(time=3, memory=2)},
         ),
@@ -304,7 +291,7 @@ CASES = {
             files=("text_encoder",),
         ),
         Case(
-            "text-shared", f"the same, the common beginning once ({CUT})", text_shared, text_reference,
+            "text-shared", f"the same, the common prefix once ({CUT})", text_shared, text_reference,
             files=("text_encoder",), goals={1: Goal(time=1.9)},
         ),
         Case(
@@ -314,15 +301,30 @@ CASES = {
             goals=dict.fromkeys((256, 1024, 4096), Goal(time=1.05)),
         ),
         Case(
-            "last-block", "last transformer block, of which ours leaves out what nobody reads",
+            "last-block", "last transformer block; ours skips the outputs that nobody reads",
             transformer.last_ours, transformer.last_reference, points=(1024,), accelerator_points=(4096,),
             unit=TOKENS_OF_TARGET, files=("transformer",), products=True,
         ),
-        edits("edit", f"whole edit with the embedded model, {STEPS} steps", whole, goals={1: Goal(time=2)}),
-        edits("guidance", "whole edit at guidance", of_scale, points=(1, SCALE), unit="(1 is off)"),
-        edits("steps", "whole edit", of_steps, points=(4, 8, 16, 32), unit="steps", grows=True),
-        edits("area", "whole edit", of_area, points=(64**2, 128**2, 256**2), unit="pixels", grows=True),
-        edits("references", "whole edit", of_references, points=(1, 2, 3), unit="references", grows=True),
+        edits(
+            "edit", f"whole edit with the embedded model, {STEPS} steps", lambda _: Edit(),
+            goals={1: Goal(time=2)},
+        ),
+        edits(
+            "guidance", "whole edit at guidance", lambda scale: Edit(scale=scale), points=(1, SCALE),
+            unit="(1 is off)",
+        ),
+        edits(
+            "steps", "whole edit", lambda steps: Edit(steps=steps), points=(4, 8, 16, 32), unit="steps",
+            grows=True,
+        ),
+        edits(
+            "area", "whole edit", lambda area: Edit(area=area), points=(64**2, 128**2, 256**2), unit="pixels",
+            grows=True,
+        ),
+        edits(
+            "references", "whole edit", lambda count: Edit(references=count), points=(1, 2, 3),
+            unit="references", grows=True,
+        ),
         *(
             Case(
                 name, f"guided step of all 60 blocks, {how}, random weights", transformer.step_ours(compiled),

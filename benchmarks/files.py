@@ -1,4 +1,4 @@
-"""The checkpoints that the benchmarks load: official configs, cut in depth where said, random weights."""
+"""The checkpoints that the benchmarks load: official configs, some cut in depth, with random weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OFFICIAL = dict(
 
 
 def write_component(folder: Path, component: str, config: dict[str, Any]) -> None:
-    """One network's folder: bfloat16 weights that keep activations near 1, in the official names."""
+    """Write one network's folder: bfloat16 weights in the official names that keep activations near 1."""
     network, path = NETWORKS[component], folder / component
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
@@ -49,9 +49,12 @@ def write_vae(folder: Path) -> None:
     write_component(folder, "vae", json.loads((DATA / "configs" / "vae.json").read_text()))
 
 
+def transformer_config(blocks: int) -> dict[str, Any]:
+    return {"_class_name": "QwenImageTransformer2DModel", "num_layers": blocks, **OFFICIAL}
+
+
 def write_transformer(folder: Path) -> None:
-    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": BLOCKS, **OFFICIAL}
-    write_component(folder, "transformer", config)
+    write_component(folder, "transformer", transformer_config(BLOCKS))
 
 
 def write_text_encoder(folder: Path) -> None:
@@ -67,7 +70,7 @@ def write_text_encoder(folder: Path) -> None:
 
 
 def mini_folder(folder: Path, area: int, *, plus: bool) -> Path:
-    """The embedded model for pictures of an area, and with `plus` for several pictures."""
+    """The embedded model as a checkpoint for pictures of an area; with `plus`, for several pictures."""
     path = folder / f"mini-{area}-{'plus' if plus else 'edit'}"
     if path.exists():
         return path

@@ -1,8 +1,7 @@
-"""What a benchmark is: a case, its sides' factories, and what is measured of them.
+"""The parts of a benchmark: a case, its two sides, and their measurements.
 
-A case gives a factory for our side and one for the reference's. A factory loads what it needs and returns
-a function that prepares one point of the case (a size, a number of steps): what that returns is the call that
-is measured.
+A case has a factory for our side and one for the reference's. A factory loads what it needs and returns a
+function that prepares one point of the case (a size, a number of steps) and returns the call to measure.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ WATCH = 0.002  # seconds between looks at the process's memory
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cases of a run share: "cpu" or an accelerator, a dtype's name, threads, a folder of files."""
+    """The setting of all cases of a run; `folder` holds the checkpoints."""
 
     device: str
     dtype: str
@@ -32,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a call returns in place of an output where it knows its own peak memory, in bytes."""
+    """Returned by a call in place of an output if it measures its own peak memory, in bytes."""
 
     bytes: int
 
@@ -43,7 +42,7 @@ At = Callable[[float], Call]
 
 @dataclass(frozen=True)
 class Goal:
-    """The least ratios of reference / ours that are wanted; None: any."""
+    """The wanted ratios of reference / ours, at least; None: any."""
 
     time: float | None = None
     memory: float | None = None
@@ -54,20 +53,20 @@ class Case:
     """One comparison, over one or several points.
 
     Attributes:
-        name: what --only selects.
+        name: the value of --only.
         about: the rows' text.
         ours, reference: factories, see above.
-        points: what is prepared and measured, one row each.
-        accelerator_points: more of them where there is an accelerator.
-        unit: of the points, "" where there is one only.
-        files: which of `files.WRITERS` it reads.
-        tolerance: of max |difference| / max |reference|, by dtype; outputs beyond it are an error.
-        grows: whether the time's growth with the points is of interest.
-        products: whether the time of its matrix products alone is measured beside it.
-        goals: what is wanted at some of the points.
-        host_memory: whether the process's memory is watched, not the accelerator's.
-        needs: the kind of device without which it is skipped; "" for none.
-        apart: whether the second side starts when the first has ended: both at once are too large.
+        points: measured points, one row each.
+        accelerator_points: further points on an accelerator.
+        unit: of the points; "" if there is only one.
+        files: the checkpoints that it reads, by their names in `files.WRITERS`.
+        tolerance: of max |difference| / max |reference|, by dtype; larger differences are an error.
+        grows: fit the growth of the time with the points.
+        products: also measure the time of the matrix products alone.
+        goals: by point.
+        host_memory: watch the process's memory, not the accelerator's.
+        needs: skip the case on other devices; "" for none.
+        apart: start the second side after the first has ended: both at once are too large.
     """
 
     name: str
@@ -92,8 +91,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Reading:
-    """One side's figures at one point: seconds of each round, and peak memory beyond what was held before;
-    `floors` are seconds of its matrix products alone, where they are of interest.
+    """One side at one point: the seconds of each round, and the bytes by which memory grew at its peak.
+
+    `floors` are the seconds of the matrix products alone, for cases with `products`.
     """
 
     seconds: tuple[float, ...]
@@ -103,7 +103,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides at one point; `difference` is None where there is no output to compare."""
+    """Both sides at one point; `difference` is None if there is no output to compare."""
 
     case: str
     row: str
@@ -120,17 +120,20 @@ def wait(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def anonymous_bytes() -> int:
-    """Memory that this process owns: resident, without the pages of mapped files."""
+def status_bytes(key: str) -> int:
+    """A size of this process by its name in /proc/self/status.
+
+    "RssAnon" is the memory that the process owns: resident, without the pages of mapped files.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon in /proc/self/status: this benchmark needs Linux")
+    raise OSError(f"no {key} in /proc/self/status: this benchmark needs Linux")
 
 
 @contextmanager
 def watched(device: str) -> Iterator[Callable[[], int]]:
-    """Bytes by which the memory in use outgrew what it was: the device's, or this process's own."""
+    """Yields a function that returns the peak growth of memory in bytes, of the device or this process."""
     import torch
 
     if device.startswith("cuda"):
@@ -138,18 +141,18 @@ def watched(device: str) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated()
         yield lambda: torch.cuda.max_memory_allocated() - before
         return
-    before = peak = anonymous_bytes()
+    before = peak = status_bytes("RssAnon")
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(WATCH):
-            peak = max(peak, anonymous_bytes())
+            peak = max(peak, status_bytes("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield lambda: max(peak, anonymous_bytes()) - before
+        yield lambda: max(peak, status_bytes("RssAnon")) - before
     finally:
         done.set()
         watcher.join()

@@ -1,8 +1,8 @@
-"""How far inversion leads back: `python -m benchmarks.inversion [--out docs]`.
+"""The error of inversion and sampling in a row: `python -m benchmarks.inversion [--out docs]`.
 
-A held-out picture of the embedded model is inverted to noise and sampled again, by the explicit backward
-step and with fixed-point iterations, under a prompt alone and under the prompt with the picture as reference.
-Prints a Markdown table of relative errors of the latents; --out also writes inversion.md and inversion.svg.
+A held-out picture is inverted to noise and sampled again by the embedded model: with the explicit backward
+step and with fixed-point iterations, under the prompt alone and with the picture as reference. Prints a
+Markdown table of relative errors of the latents; --out also writes inversion.md and inversion.svg.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini import cases
+from benchmarks.report import table
 from qwenedit.ablation.charts import Line, chart
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import replacing_file
@@ -36,25 +37,24 @@ svg { font-family: sans-serif; background: white; } text { fill: #555; font-size
 def round_trip(
     pipe: QwenImageEdit, conditioning: Conditioning, latents: Tensor, steps: int, iterations: int
 ) -> float:
-    """The error of the latents that came back, relative to their norm."""
+    """The error of the reconstructed latents, relative to their norm."""
     options = {"num_inference_steps": steps, "true_cfg_scale": 1.0}
     *_, noise = invert(pipe, conditioning, latents, iterations=iterations, **options)
     *_, back = pipe.steps(conditioning, latents=noise.after, **options)
     return float((back.after - latents).norm() / latents.norm())
 
 
-def table(errors: dict[str, dict[int, list[float]]]) -> str:
-    lines = [f"| relative error of the latents | {' | '.join(f'{n} steps' for n in STEPS)} |"]
-    lines.append("| --- |" + " ---: |" * len(STEPS))
+def error_table(errors: dict[str, dict[int, list[float]]]) -> str:
+    rows = []
     for name, by_iterations in errors.items():
         for iterations, values in by_iterations.items():
             how = "explicit" if iterations == 0 else f"{iterations} iteration(s)"
-            lines.append(f"| {name}, {how} | {' | '.join(f'{value:.2g}' for value in values)} |")
-    return "\n".join(lines)
+            rows.append([f"{name}, {how}", *(f"{value:.2g}" for value in values)])
+    return table(["relative error of the latents", *(f"{n} steps" for n in STEPS)], rows)
 
 
 def figure(errors: dict[str, dict[int, list[float]]]) -> str:
-    """Both plots side by side, errors and steps on logarithmic axes."""
+    """Both plots side by side, with logarithmic axes."""
     parts, across = [], [math.log2(n / STEPS[0]) for n in STEPS]
     for i, (name, by_iterations) in enumerate(errors.items()):
         lines = [
@@ -88,7 +88,7 @@ def main() -> None:
         name: {n: [round_trip(pipe, conditioning, latents, k, n) for k in STEPS] for n in ITERATIONS}
         for name, conditioning in told.items()
     }
-    print(table(errors))
+    print(error_table(errors))
     if options.out is not None:
         text = (
             "# Inversion\n\n"
@@ -98,7 +98,7 @@ def main() -> None:
             "![errors over steps](inversion.svg)\n\n"
         )
         for name, content in (
-            ("inversion.md", text + table(errors) + "\n"),
+            ("inversion.md", text + error_table(errors) + "\n"),
             ("inversion.svg", figure(errors)),
         ):
             with replacing_file(options.out / name) as temporary:

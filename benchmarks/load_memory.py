@@ -1,8 +1,8 @@
 """Peak memory of loading: `python -m benchmarks.load_memory [--gigabytes 3]`.
 
-Writes a synthetic transformer checkpoint in the official layout (a few blocks at the official width, random
-weights), loads it in a fresh process and compares the peak with what the design allows: the module's own
-bytes plus one tensor. The pages of the memory-mapped file are not counted: the kernel drops them at will.
+Writes a transformer checkpoint in the official layout (a few blocks at the official width, random weights),
+loads it in a fresh process and compares the peak with what the design allows: the module's bytes plus one
+tensor. Pages of the memory-mapped file do not count: the kernel drops them at will.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.files import OFFICIAL
+from benchmarks.files import OFFICIAL, transformer_config
 from benchmarks.frame import watched
 from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
 from qwenedit.weights.keys import ours_to_official
@@ -26,10 +26,9 @@ from qwenedit.weights.loading import load_network
 
 
 def write(folder: Path, blocks: int) -> None:
-    """One shard a block, as large checkpoints have them."""
+    """Write the checkpoint in shards, as large ones are: one per block."""
     (folder / "transformer").mkdir()
-    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": blocks, **OFFICIAL}
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    (folder / "transformer" / "config.json").write_text(json.dumps(transformer_config(blocks)))
     with torch.device("meta"):
         state = MMDiT(MMDiTConfig(num_layers=blocks, **OFFICIAL)).state_dict()
     shards: dict[str, list[str]] = {}
@@ -50,7 +49,7 @@ def write(folder: Path, blocks: int) -> None:
 
 
 def measure(folder: Path, dtype: str) -> dict[str, int | float]:
-    """Load the transformer and watch this process's own memory meanwhile."""
+    """Load the transformer and watch this process's memory meanwhile."""
     start = time.perf_counter()
     with watched("cpu") as grown:
         module = load_network(

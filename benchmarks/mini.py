@@ -1,8 +1,8 @@
-"""How well the embedded model edits: `python -m benchmarks.mini [--count 630] [--out docs]`.
+"""The success of the embedded model's edits: `python -m benchmarks.mini [--count 630] [--out docs]`.
 
-Held-out edits, of scenes whose composition was never trained on, are judged by the oracle
-(qwenedit/mini/oracle.py): by kind of edit at the default settings, and on a part of them under ablations.
-Prints Markdown tables; --out also writes mini.md, mini.json and mini.png (a sheet of sources and results).
+The oracle (qwenedit/mini/oracle.py) judges held-out edits, of scenes whose composition was never trained on:
+all of them by kind at the default settings, and a part of them under ablations. Prints Markdown tables; --out
+also writes mini.md, mini.json and mini.png (a sheet of sources and results).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import qwenedit
+from benchmarks.report import table
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import Verdict, judge
@@ -39,7 +40,7 @@ STEPS, SCALE = 20, 4.0  # the default settings of the embedded model's tables
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A held-out edit: what there is, what is asked, in which words."""
+    """A held-out edit: the scene, the request, and the request in words."""
 
     scene: Scene
     request: Request
@@ -47,7 +48,7 @@ class Case:
 
 
 def cases(count: int, actions: tuple[str, ...] = ACTIONS, seed: str = "benchmark") -> list[Case]:
-    """`count` held-out edits, the actions in turn."""
+    """`count` held-out edits; the actions take turns."""
     rng = Random(seed)
     made = []
     for i in range(count):
@@ -69,7 +70,7 @@ def run(
     change: Change | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """(N, 3, 64, 64): the edited pictures of some cases."""
+    """The edited pictures (N, 3, 64, 64) of N cases; `norm` rescales guidance as the pipeline does."""
     results = []
     for start in range(0, len(todo), BATCH):
         part = todo[start : start + BATCH]
@@ -89,13 +90,17 @@ def run(
     return torch.cat(results)
 
 
+def verdicts_of(todo: list[Case], pictures: Tensor) -> list[Verdict]:
+    return [judge(case.scene, case.request, x) for case, x in zip(todo, pictures, strict=True)]
+
+
 def without_references(_pipe: QwenImageEdit, part: list[Case], conditioning: Conditioning) -> Conditioning:
     nothing: tuple[Any, ...] = ((),) * len(part)
     return dataclasses.replace(conditioning, reference_latents=nothing, reference_grids=nothing)
 
 
 def without_picture(pipe: QwenImageEdit, part: list[Case], conditioning: Conditioning) -> Conditioning:
-    """The language model sees grey; the reference latents stay."""
+    """The language model sees a grey picture; the reference latents stay."""
     grey = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
     blind = pipe.condition([grey] * len(part), [case.prompt for case in part])
     return dataclasses.replace(conditioning, prompt=blind.prompt, negative=blind.negative)
@@ -124,7 +129,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def summary(todo: list[Case], verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """Rates by action, and over the determined and the open ones together; of those that there are."""
+    """Rates by action, and over all determined and all open ones; groups without an edit are left out."""
 
     def of(actions: tuple[str, ...]) -> dict[str, float]:
         chosen = [v for case, v in zip(todo, verdicts, strict=True) if case.request.action in actions]
@@ -142,9 +147,9 @@ def summary(todo: list[Case], verdicts: list[Verdict]) -> dict[str, dict[str, fl
 
 
 def diversity(pipe: QwenImageEdit, prompts: int, seeds: int, **options: Any) -> float:
-    """Of open requests repeated with other noise: the share of right outcomes that differ from each other.
+    """Of open requests repeated with other noise: the share of right outcomes that differ.
 
-    Outcomes are alike where the new shape's kind, colour and quarter of the picture are.
+    Two outcomes are alike if the new shapes have the same kind and colour and lie in the same quarter.
     """
     todo = cases(prompts, OPEN, seed="diversity")
     right: list[list[Any]] = [[] for _ in todo]
@@ -171,11 +176,6 @@ def seconds_an_edit(pipe: QwenImageEdit, repeats: int = 7) -> list[float]:
     return sorted(taken[1:])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mini", description=__doc__.split(":")[0])
     parser.add_argument("--model", help="checkpoint folder (default: the embedded one)")
@@ -189,24 +189,16 @@ def main() -> None:
 
     todo = cases(options.count)
     pictures = run(pipe, todo)
-    verdicts = [judge(case.scene, case.request, x) for case, x in zip(todo, pictures, strict=True)]
+    verdicts = verdicts_of(todo, pictures)
     by_action = summary(todo, verdicts)
     taken = seconds_an_edit(pipe)
+    rows = [
+        [name, f"{x['edits']:.0f}", f"{x['success']:.1%}", f"{x['strict']:.1%}", f"{x['preserved']:.1f}"]
+        for name, x in by_action.items()
+    ]
     text = [
         f"Held-out edits at {STEPS} steps, guidance {SCALE:g}, by kind:",
-        table(
-            ["edit", "edits", "success", "strict", "kept, dB"],
-            [
-                [
-                    name,
-                    f"{x['edits']:.0f}",
-                    f"{x['success']:.1%}",
-                    f"{x['strict']:.1%}",
-                    f"{x['preserved']:.1f}",
-                ]
-                for name, x in by_action.items()
-            ],
-        ),
+        table(["edit", "edits", "success", "strict", "kept, dB"], rows),
         f"Seconds an edit: median {statistics.median(taken):.2f} ({taken[0]:.2f} to {taken[-1]:.2f}), "
         f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}.",
     ]
@@ -215,23 +207,16 @@ def main() -> None:
     rows, ablated = [], {}
     part = todo[: options.ablated]
     for name, change in ABLATIONS.items() if options.ablated else ():
-        made = run(pipe, part, **change)
-        rates = summary(part, [judge(c.scene, c.request, x) for c, x in zip(part, made, strict=True)])
-        several = diversity(pipe, 18, 4, **change) if "CFG" in name or name == "default" else math.nan
-        ablated[name] = {
-            "determined": rates["all determined"],
-            "open": rates["all open"],
-            "diversity": several,
-        }
-        rows.append(
-            [
-                name,
-                f"{rates['all determined']['success']:.1%}",
-                f"{rates['all open']['success']:.1%}",
-                f"{rates['all determined']['preserved']:.1f}",
-                "" if math.isnan(several) else f"{several:.2f}",
-            ]
-        )
+        rates = summary(part, verdicts_of(part, run(pipe, part, **change)))
+        determined, several = rates["all determined"], rates["all open"]
+        differ = diversity(pipe, 18, 4, **change) if "CFG" in name or name == "default" else math.nan
+        ablated[name] = {"determined": determined, "open": several, "diversity": differ}
+        values = [
+            f"{determined['success']:.1%}",
+            f"{several['success']:.1%}",
+            f"{determined['preserved']:.1f}",
+        ]
+        rows.append([name, *values, "" if math.isnan(differ) else f"{differ:.2f}"])
         print(rows[-1], flush=True)
     if rows:
         text += [
@@ -242,8 +227,8 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "mini.md").write_text("\n\n".join(text) + "\n")
-        values = {"edits": by_action, "seconds": taken, "ablations": ablated}
-        (options.out / "mini.json").write_text(json.dumps(values, indent=1) + "\n")
+        document = {"edits": by_action, "seconds": taken, "ablations": ablated}
+        (options.out / "mini.json").write_text(json.dumps(document, indent=1) + "\n")
         shown = [
             (case.prompt + ("" if verdict.success else " (fails)"), [draw(case.scene), image])
             for case, verdict, image in zip(todo, verdicts, to_pil(pictures), strict=True)

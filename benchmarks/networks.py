@@ -1,4 +1,4 @@
-"""The networks that the sides run, from the files of the setting; and seeded inputs."""
+"""The networks of both sides, loaded from the setting's folder; and seeded inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seeded(setting: Setting, *shape: int, seed: int = 0) -> Tensor:
 
 
 def loaded(setting: Setting, component: str) -> Any:
-    """Our network of the files."""
+    """Our network of a component."""
     import torch
 
     from qwenedit.weights.loading import load_network
@@ -34,7 +34,7 @@ def loaded(setting: Setting, component: str) -> Any:
 
 
 def loaded_reference(setting: Setting, component: str, name: str, package: str = "diffusers") -> Any:
-    """The reference's network of the files."""
+    """The reference's network of a component."""
     import torch
 
     kind = getattr(importlib.import_module(package), name)

@@ -1,9 +1,9 @@
 """Planned and measured peaks of memory on the CPU: `python -m benchmarks.plan [--stream]`.
 
-Each case runs in its own process: the embedded model whole, and of the official model, in true size and with
-random weights, what fits on a small machine: the VAE, two blocks of the transformer, a text encoder cut in
-depth. Measured is the highest resident set (VmHWM) over what the process had before. With --stream also a
-whole edit of the official size, from a sparse file of zeros, block by block. Needs Linux.
+Each case runs in its own process: the whole embedded model, and those parts of the official model that fit
+on a small machine, at full width with random weights: the VAE, two blocks of the transformer, a text encoder
+cut in depth. The measured value is the growth of the highest resident set (VmHWM). --stream adds a whole edit
+at the official size, block by block, from a sparse file of zeros. Needs Linux.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+import qwenedit
 from benchmarks.files import write_text_encoder
-from benchmarks.frame import watched
+from benchmarks.frame import status_bytes, watched
 from qwenedit.inputs import geometry
 from qwenedit.memory.plan import Mode, activations, plan
+from qwenedit.networks.mmdit import MMDiT, RunCache
 from qwenedit.weights.checkpoints import read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.loading import load_network
@@ -51,7 +53,7 @@ def main() -> None:
         case, folder, dtype = options.measure
         print(json.dumps(measure(case, Path(folder), getattr(torch, dtype))))
         return
-    print(f"torch {torch.__version__}, CPU, {options.dtype}; MiB; weights and what is computed")
+    print(f"torch {torch.__version__}, CPU, {options.dtype}; MiB of weights and activations")
     cases = [options.only] if options.only else ["embedded", *STAGES]
     for case in [*cases, *["stream"] * options.stream]:
         for side in SIDES if case in STAGES else SIDES[:1]:
@@ -79,38 +81,22 @@ def measure(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
     with torch.no_grad():
         run()
     computed = activations(folder, sketch_of(folder), dtype)[STAGES[case]]
-    return {"planned": weights + computed, "measured": weights + resident("VmHWM") - before}
+    return {"planned": weights + computed, "measured": weights + status_bytes("VmHWM") - before}
 
 
 def fresh_peak() -> int:
-    """Forget the highest resident set so far (files that were read are part of it); returns the present."""
+    """Reset the highest resident set, of which files that were read are part; returns the present one."""
     Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {key} in /proc/self/status: this benchmark needs Linux")
+    return status_bytes("VmRSS")
 
 
 def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
-    """A whole edit: of it the memory is measured that the process owns, without pages of mapped files, which
-    the kernel drops at will.
-    """
-    import qwenedit
-
-    source: Path | None = None
-    options: dict[str, Any] = {}
-    residency = "resident"
-    if case == "stream":
-        source, residency = folder, "stream"
-        options["residency"] = residency
+    """A whole edit. Pages of mapped files do not count: the kernel drops them at will."""
+    source, residency = (folder, "stream") if case == "stream" else (None, "resident")
     planned = plan(source, device="cpu", dtype=dtype).peaks[Mode(residency)]
     picture = Image.new("RGB", (256, 256))
     with watched("cpu") as peak:
-        pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, **options)
+        pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, residency=residency)
         pipe.edit(picture, "x", num_inference_steps=1, true_cfg_scale=1.0, output_type="pt")
         measured = peak()
     return {"planned": max(planned.values()), "measured": measured}
@@ -140,9 +126,6 @@ def vae_decode(folder: Path, dtype: torch.dtype) -> Part:
 
 
 def transformer(folder: Path, dtype: torch.dtype) -> Part:
-
-    from qwenedit.networks.mmdit import MMDiT, RunCache
-
     config = network_config(folder, "transformer")
     with torch.device("meta"):
         mmdit = MMDiT(replace(config, num_layers=2)).to(dtype)

@@ -1,5 +1,4 @@
-"""The matrix products of a call, and the time that they take alone: less is out of reach for any code around
-them."""
+"""The matrix products of a call, and the time that they take alone: a lower bound of the call's."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Product = tuple[int, int, int]  # (rows, inner) @ (inner, columns)
-LARGE = 8192  # the side of a product that reaches an accelerator's peak
+LARGE = 8192  # rows and columns of a product that reaches an accelerator's peak rate
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that run under it, those of attention's kernels, one a head, among them."""
+    """Counts the matrix products that run under it, with those inside attention kernels, per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class Products(TorchDispatchMode):
 
 
 def products_of(call: Callable[[], object]) -> Counter[Product]:
-    """Also those of compiled code, which runs uncompiled here."""
+    """The matrix products of a call; compiled code runs uncompiled meanwhile."""
     with torch.compiler.set_stance("force_eager"), Products() as products:
         call()
     return products.found
@@ -46,8 +45,8 @@ def products_of(call: Callable[[], object]) -> Counter[Product]:
 def floor_of(call: Callable[[], object], device: str, dtype: torch.dtype) -> Callable[[], float]:
     """A function that measures the seconds of the call's matrix products alone.
 
-    On the CPU each runs, at its own shape. On an accelerator, where small ones are launched together in
-    kernels that none of them could match alone, they count at the rate of one large product.
+    On the CPU each product runs at its own shape. On an accelerator, kernels join small products and run
+    faster than any alone, so all of them count at the rate of one large product.
     """
     products = products_of(call)
     if device != "cpu":
@@ -61,7 +60,7 @@ def _seconds(products: dict[Product, int], device: str, dtype: torch.dtype) -> f
     for (rows, inner, columns), count in products.items():
         row = torch.randn(inner, device=device, dtype=dtype)
         left = row.repeat(rows, 1)
-        right = row.repeat(columns, 1).t()  # as a layer's weight lies
+        right = row.repeat(columns, 1).t()  # the layout of a layer's weight
         out = torch.empty(rows, columns, device=device, dtype=dtype)
         _run(left, right, out, 1, device)  # the first touches the memory
         start = time.perf_counter()

@@ -1,5 +1,7 @@
-"""What the comparisons say: ratios, growth, a Markdown table, a plot. Ratios are reference / ours: above 1 is
-better."""
+"""Ratios, growth, a Markdown table and plots of the comparisons.
+
+Ratios are reference / ours: above 1 is better.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, linear_regression, median
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -32,63 +34,58 @@ class Ratio:
 
 
 def time_ratio(comparison: Comparison) -> Ratio:
-    """Round by round, so that what slows the machine down for a while slows both sides down."""
+    """The ratios are taken round by round, so that a slow spell of the machine affects both sides alike."""
     pairs = zip(comparison.reference.seconds, comparison.ours.seconds, strict=True)
     ratios = [reference / ours for reference, ours in pairs]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
 def memory_ratio(comparison: Comparison) -> float | None:
-    """Of the peaks; None where one is too small to tell."""
+    """The ratio of the peaks; None if one is too small to tell."""
     ours, reference = comparison.ours.peak, comparison.reference.peak
     return None if min(ours, reference) < LEAST else reference / ours
 
 
 def exponent(points: Sequence[float], seconds: Sequence[float]) -> float:
-    """The k of the power law seconds ~ point^k that fits best: the slope of least squares on logarithms.
+    """The k of seconds ~ point^k, by least squares on the logarithms.
 
     Raises:
         ValueError: fewer than two different points, or a value that has no logarithm.
     """
     if len(points) != len(seconds) or len(set(points)) < 2 or min(*points, *seconds) <= 0:
         raise ValueError(f"points are {points} and seconds {seconds}, wanted positive ones, two or more")
-    xs, ys = [math.log(x) for x in points], [math.log(y) for y in seconds]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-    return covariance / sum((x - x_mean) ** 2 for x in xs)
+    return linear_regression([math.log(x) for x in points], [math.log(y) for y in seconds]).slope
 
 
 def medians(comparisons: Sequence[Comparison], side: str) -> list[float]:
     return [median(getattr(comparison, side).seconds) for comparison in comparisons]
 
 
-def growth_lines(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> list[str]:
-    """How the time of a whole edit grows, and what guidance costs: of ours, then of the reference's."""
-    lines = []
+def growth_rows(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """The growth of the time of a whole edit and the cost of guidance, for ours and for the reference."""
+    found = []
     for name in dict.fromkeys(comparison.case for comparison in comparisons):
         case, rows = cases[name], [comparison for comparison in comparisons if comparison.case == name]
         points = [row.point for row in rows]
+        sides = [medians(rows, "ours"), medians(rows, "reference")]
         if case.grows:
-            ours, reference = (exponent(points, medians(rows, side)) for side in ("ours", "reference"))
-            lines.append(f"| {case.about}: time ~ {case.unit}^k | {ours:.2f} | {reference:.2f} |")
+            powers = [f"{exponent(points, seconds):.2f}" for seconds in sides]
+            found.append([f"{case.about}: time ~ {case.unit}^k", *powers])
         if name == "guidance":
-            ours, reference = (
-                median(getattr(rows[-1], side).seconds) / median(getattr(rows[0], side).seconds)
-                for side in ("ours", "reference")
-            )
-            lines.append(f"| guidance on / off, time | {ours:.2f} | {reference:.2f} |")
-    return lines
+            ratios = [f"{seconds[-1] / seconds[0]:.2f}" for seconds in sides]
+            found.append(["guidance on / off, time", *ratios])
+    return found
 
 
 def share(reading: Reading) -> float | None:
-    """Of the time, what its matrix products take alone: at 1 nothing is left to gain around them."""
+    """The share of the time that the matrix products take alone; at 1 nothing around them is left to gain."""
     if not reading.floors:
         return None
     return median(floor / seconds for floor, seconds in zip(reading.floors, reading.seconds, strict=True))
 
 
 def goals_of(cases: dict[str, Case], one: Comparison) -> list[tuple[str, bool]]:
-    """What is wanted of a row, and whether it is reached."""
+    """The goals of a row, and whether each is reached."""
     goal = cases[one.case].goals.get(one.point, Goal())
     found = (("time", goal.time, time_ratio(one).middle), ("memory", goal.memory, memory_ratio(one)))
     return [
@@ -98,55 +95,58 @@ def goals_of(cases: dict[str, Case], one: Comparison) -> list[tuple[str, bool]]:
     ]
 
 
-def goal_text(goals: Sequence[tuple[str, bool]]) -> str:
-    return "; ".join(f"{text}: {'reached' if reached else '**not reached**'}" for text, reached in goals)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def seconds_text(reading: Reading) -> str:
-    return f"{median(reading.seconds):.3g}"
+HEAD = (
+    "what", "time ratio", "goal", "ours, s", "reference, s", "memory ratio", "ours, MiB", "reference, MiB",
+    "matrix products alone", "largest difference",
+)  # fmt: skip
 
 
-def shares_text(comparison: Comparison) -> str:
-    shares = share(comparison.ours), share(comparison.reference)
-    return ", ".join(f"{one:.0%}" for one in shares if one is not None)
+def row_of(cases: dict[str, Case], one: Comparison) -> list[str]:
+    goals, memory = goals_of(cases, one), memory_ratio(one)
+    shares = [share(one.ours), share(one.reference)]
+    return [
+        one.row,
+        str(time_ratio(one)),
+        "; ".join(f"{text}: {'reached' if reached else '**not reached**'}" for text, reached in goals),
+        *(f"{median(side.seconds):.3g}" for side in (one.ours, one.reference)),
+        "" if memory is None else f"{memory:.2f}",
+        *(f"{side.peak / MIB:.0f}" for side in (one.ours, one.reference)),
+        ", ".join(f"{part:.0%}" for part in shares if part is not None),
+        "" if one.difference is None else f"{one.difference:.1e}",
+    ]
 
 
 def markdown(
     cases: dict[str, Case], comparisons: Sequence[Comparison], machine: dict[str, Any], rounds: int
 ) -> str:
-    """The tables, after what they were measured with."""
+    """The tables, below a line on the machine and one on how to read them."""
     lines = [
         ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
         "",
         f"Ratios are reference / ours, above 1 is better: the median of {rounds} rounds in turn (min–max). "
-        "Memory is what the peak adds to what was held before. Matrix products alone: the time that a "
-        "block's take by themselves, in the same run, as a share of its time: of ours, of the reference's.",
+        "Memory is the peak above what was held before. Matrix products alone: the share of a block's time "
+        "that its matrix products take by themselves in the same run, for ours and for the reference.",
         "",
-        "| what | time ratio | goal | ours, s | reference, s | memory ratio | ours, MiB | reference, MiB "
-        "| matrix products alone | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        table(HEAD, [row_of(cases, one) for one in comparisons]),
     ]
-    for one in comparisons:
-        memory = memory_ratio(one)
-        lines.append(
-            f"| {one.row} | {time_ratio(one)} | {goal_text(goals_of(cases, one))} "
-            f"| {seconds_text(one.ours)} | {seconds_text(one.reference)} "
-            f"| {'' if memory is None else f'{memory:.2f}'} | {one.ours.peak / MIB:.0f} "
-            f"| {one.reference.peak / MIB:.0f} | {shares_text(one)} "
-            f"| {'' if one.difference is None else f'{one.difference:.1e}'} |"
-        )
     if goals := [(one.row, *goal) for one in comparisons for goal in goals_of(cases, one)]:
         missed = [f"{row} ({text})" for row, text, reached in goals if not reached]
         lines += ["", f"{len(goals) - len(missed)} of {len(goals)} goals are reached."]
         if missed:
             lines[-1] += f" Not reached: {'; '.join(missed)}."
-    if growth := growth_lines(cases, comparisons):
-        lines += ["", "| growth | ours | reference |", "|---|---|---|", *growth]
+    if growth := growth_rows(cases, comparisons):
+        lines += ["", table(["growth", "ours", "reference"], growth)]
     return "\n".join(lines) + "\n"
 
 
 def machine_of(setting: Setting) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Device, threads, dtype and versions: the figures depend on them."""
     import importlib.util
 
     import diffusers
@@ -174,7 +174,7 @@ def machine_of(setting: Setting) -> dict[str, Any]:
 
 
 def document(comparisons: Sequence[Comparison], machine: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Everything that was measured, for JSON."""
+    """All measurements, for JSON."""
     rows = [{**asdict(one), "time_ratio": asdict(time_ratio(one))} for one in comparisons]
     return {"machine": machine, "rounds": rounds, "comparisons": rows}
 
@@ -184,7 +184,7 @@ TIME, MEMORY, INK, GREY = (45, 105, 175), (220, 150, 60), (20, 20, 20), (190, 19
 
 
 def plot(comparisons: Sequence[Comparison]) -> Image.Image:
-    """A bar a ratio on a logarithmic axis that starts from 1: time above with its extremes, memory below."""
+    """One bar per ratio from 1 on a logarithmic axis: time with its extremes above, memory below."""
     bars = [(one.row, time_ratio(one), memory_ratio(one)) for one in comparisons]
     extremes = [1.0]
     for _, ratio, memory in bars:
@@ -221,9 +221,9 @@ PANEL, REFERENCE = (420, 320), (220, 150, 60)  # ours is drawn in `TIME`
 
 
 def growth_plot(cases: dict[str, Case], comparisons: Sequence[Comparison]) -> Image.Image | None:
-    """Seconds against the points, both logarithmic, a panel for each case that grows; None without one.
+    """Seconds over the points, both logarithmic, with one panel per case that grows; None without any.
 
-    A line is the power law that fits best, with its exponent.
+    The lines are the fitted power laws.
     """
     grown: dict[str, list[Comparison]] = {}
     for one in comparisons:
@@ -259,9 +259,7 @@ def _growth_panel(ink: ImageDraw.ImageDraw, left: float, case: Case, rows: Seque
         ink.text((start[0] - 6, start[1]), f"{2.0**power:g}", fill=INK, anchor="rm")
     for i, (side, colour) in enumerate((("ours", TIME), ("reference", REFERENCE))):
         k = exponent(points, sides[side])
-        at_one = math.exp(
-            sum(math.log(y / x**k) for x, y in zip(points, sides[side], strict=True)) / len(points)
-        )
+        at_one = geometric_mean(y / x**k for x, y in zip(points, sides[side], strict=True))
         ink.line([place(x, at_one * x**k) for x in (points[0], points[-1])], fill=colour, width=2)
         for point, x in zip(points, sides[side], strict=True):
             across, down = place(point, x)

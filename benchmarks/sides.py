@@ -1,6 +1,6 @@
-"""How the two sides of a case are measured: each in a fresh process of its own, in turn.
+"""Measures the two sides of a case, each in a fresh process of its own, in turn.
 
-So each side has its own memory and imports, and both meet the same state of the machine.
+Each side has its own memory and imports, and both meet the same state of the machine.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Side:
         return self._ask("time", point)
 
     def floor(self, point: float) -> float:
-        """Seconds of its matrix products alone."""
+        """Seconds of the call's matrix products alone."""
         return self._ask("floor", point)
 
     def peak(self, point: float, save: Path) -> int:
-        """Peak memory of one call, in bytes; its output is saved."""
+        """Peak memory of one call, in bytes; the call's output is saved."""
         return self._ask("peak", point, save)
 
     def _ask(self, *question: Any) -> Any:
@@ -78,7 +78,7 @@ def serve(pipe: Connection, case: str, side: str, setting: Setting) -> None:
         while True:
             what, point, *save = pipe.recv()
             if call is None or point != before:
-                before, call, floor = point, None, None  # what the last point holds goes first
+                before, call, floor = point, None, None  # free what the last point holds
                 call = at(point)
             if what == "floor":
                 floor = floor or floor_of(call, setting.device, getattr(torch, setting.dtype))
@@ -103,7 +103,7 @@ def _prepared(factory: Callable[[Setting], At], setting: Setting) -> At:
 
 
 def _seconds(call: Call, device: str) -> float:
-    """Taken without the watch on memory, which costs some."""
+    """Memory is not watched meanwhile: that takes time."""
     start = time.perf_counter()
     call()
     wait(device)
@@ -124,7 +124,7 @@ def _peak(call: Call, save: Path, device: str, memory_of: str) -> int:
 
 
 def compare(case: Case, setting: Setting, rounds: int) -> list[Comparison]:
-    """All points of a case: one run whose memory is watched and whose output is compared, then timed rounds.
+    """Compare all points of a case: one run to watch the memory and compare the outputs, then timed rounds.
 
     Raises:
         RuntimeError: a side failed, or the outputs differ by more than the case's tolerance.
@@ -140,7 +140,7 @@ def compare(case: Case, setting: Setting, rounds: int) -> list[Comparison]:
 def _compared(
     case: Case, point: float, setting: Setting, rounds: int, sides: dict[str, Side] | None = None
 ) -> Comparison:
-    """Without `sides`, each is started for itself."""
+    """Without `sides`, one side starts after the other has ended."""
     saved = {side: setting.folder / f"{side}.pt" for side in SIDES}
     for path in saved.values():
         path.unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def _rounds(
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     floors: dict[str, list[float]] = {side: [] for side in sides}
     for i in range(rounds):
-        for side in list(sides)[:: 1 if i % 2 else -1]:  # who goes first changes
+        for side in list(sides)[:: 1 if i % 2 else -1]:  # they take turns in going first
             seconds[side].append(sides[side].time(point))
             if case.products:
                 floors[side].append(sides[side].floor(point))

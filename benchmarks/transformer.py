@@ -1,4 +1,4 @@
-"""The transformer's sides: one block at full width and a step of all sixty."""
+"""Both sides of the transformer's cases: one block at full width, and a step of all sixty blocks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REFERENCE = "QwenImageTransformer2DModel"
 
 
 class Reached(Exception):
-    """The block was about to run."""
+    """Ends a run of the network before its block."""
 
 
 def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """The call that a block gets from the whole network, to be made by itself."""
+    """Repeats, by itself, the call that the whole network makes of a block."""
     seen: list[tuple[Any, Any]] = []
 
     def keep(_module: nn.Module, arguments: Any, options: Any) -> None:
@@ -39,13 +39,13 @@ def call_of(block: nn.Module, whole: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def grids_of(tokens: float) -> list[tuple[int, int, int]]:
-    """Of the target and of a reference of its size."""
+    """The grids of the target and of a reference of the same size."""
     side = round(tokens**0.5)
     return [(1, side, side)] * 2
 
 
 def inputs_of(setting: Setting, tokens: float) -> tuple[Tensor, Tensor, Tensor]:
-    """img, of target and reference, txt, and a timestep."""
+    """img (target and reference), txt and a timestep."""
     import torch
 
     timestep = torch.tensor([0.5], device=setting.device, dtype=getattr(torch, setting.dtype))
@@ -54,12 +54,12 @@ def inputs_of(setting: Setting, tokens: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def block_ours(setting: Setting, block: int = 0) -> At:
-    """A block as the sampler runs it, with its modulation cached; -1: the last one, for the target alone."""
+    """A block as the sampler runs it, with its modulation given; -1: the last one, for the target alone."""
+    from qwenedit.networks.mmdit import RunCache
+
     network = loaded(setting, "transformer")
 
     def at(tokens: float) -> Call:
-        from qwenedit.networks.mmdit import RunCache
-
         inputs = *inputs_of(setting, tokens), grids_of(tokens)
         call = call_of(network.blocks[block], lambda: network(*inputs, cache=RunCache(), target_only=True))
         return lambda: call()[0]
@@ -95,7 +95,7 @@ def block_reference(setting: Setting, block: int = 0) -> At:
 
 
 def last_reference(setting: Setting) -> At:
-    """It computes the reference picture's part too, which the pipeline then drops."""
+    """The block also computes the reference picture's part, which the pipeline then drops."""
     at = block_reference(setting, -1)
 
     def target(tokens: float) -> Call:
@@ -111,7 +111,7 @@ DEPTH = 60  # blocks of the official transformer
 
 
 def random_network(setting: Setting, make: Callable[[], Any], official: Callable[[str], str]) -> Any:
-    """A network with weights that follow from their official names: 41 GB that no file needs to hold."""
+    """A network whose weights are seeded by their official names, so that no file of 41 GB is needed."""
     import torch
 
     before = torch.get_default_dtype()
@@ -134,10 +134,9 @@ def random_network(setting: Setting, make: Callable[[], Any], official: Callable
 
 
 def step_ours(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
-    """A guided step as the sampler takes it, after the first; `sizes` are other ones than the official."""
+    """A guided step as the sampler takes it, after the first; `sizes` replace the official ones."""
 
     def factory(setting: Setting) -> At:
-
         from benchmarks.files import OFFICIAL
         from qwenedit.encoding.conditioning import Conditioning, Prompt
         from qwenedit.networks.mmdit import KEY_TABLE, MMDiT, MMDiTConfig
@@ -202,7 +201,7 @@ def step_reference(compiled: bool, **sizes: Any) -> Callable[[Setting], At]:
 
 
 def step_inputs(setting: Setting, tokens: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """img of target and reference, and the embeddings of prompt and negative prompt."""
+    """img (target and reference) and the embeddings of prompt and negative prompt."""
     return (
         seeded(setting, 1, 2 * round(tokens), 64),
         seeded(setting, 1, TEXT_LENGTH, width, seed=1),

@@ -1,7 +1,7 @@
 """The embedded model: the exact architecture at laboratory size, in the official folder layout.
 
-`CHECKPOINT` is the folder that `qwenedit.load()` reads, with a model card, and `EXAMPLE` a picture that it
-knows how to edit. scenes.py is its world, oracle.py judges its edits, train.py trains it.
+`CHECKPOINT` is the folder that `qwenedit.load()` reads, with a model card; `EXAMPLE` is a picture that the
+model can edit. scenes.py is the model's world, oracle.py judges its edits, train.py trains it.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""The embedded model's configs, and how its checkpoint folder is written.
+"""The embedded model's configs, and the writing of its checkpoint folder.
 
-The folder has the official layout, so that the reference pipelines read it too. train.py fills it.
+The folder has the official layout, so the reference pipelines read it too. train.py fills it.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwenedit.files import replacing_file
+from qwenedit.files import read_json, replacing_file
 from qwenedit.mini import vocabulary
-from qwenedit.networks import mmdit, vae, vision_language
+from qwenedit.mini.vocabulary import write_json
+from qwenedit.networks import mmdit, vae
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
-from qwenedit.weights.keys import ours_to_official
+from qwenedit.weights.keys import NETWORKS, ours_to_official
 
 AREA = 64 * 64  # of pictures, for the VAE and for the language model
 
@@ -79,6 +80,15 @@ PREPROCESSOR = {
     "temporal_patch_size": 2,
 }
 
+COMPONENTS = {  # of model_index.json: the library and class of each
+    "processor": ["transformers", "Qwen2VLProcessor"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+}
+
 
 def text_encoder_config(ids: dict[str, int]) -> dict[str, Any]:
     """The text encoder's config.json, in the nested form; `ids` are the added tokens' ids."""
@@ -127,51 +137,37 @@ def text_encoder_config(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def write_shared(folder: Path) -> dict[str, int]:
-    """Everything but the networks: index, tokenizer, processor, scheduler; returns the added tokens' ids."""
-    ids = vocabulary.write(folder / "tokenizer")
-    vocabulary.write(folder / "processor")
-    _dump(folder / "processor" / "preprocessor_config.json", PREPROCESSOR)
-    _dump(
+def write_shared(folder: Path) -> None:
+    """Everything but the networks: index, tokenizer, processor, scheduler."""
+    vocabulary.write(folder / "tokenizer")
+    shutil.copytree(folder / "tokenizer", folder / "processor", dirs_exist_ok=True)
+    write_json(folder / "processor" / "preprocessor_config.json", PREPROCESSOR)
+    write_json(
         folder / "model_index.json",
         {
             "_class_name": "QwenImageEditPipeline",
             "_diffusers_version": "0.39.0",
             "_qwenedit": {"vae_area": AREA, "vl_area": AREA},
-            "processor": ["transformers", "Qwen2VLProcessor"],
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-            "tokenizer": ["transformers", "Qwen2Tokenizer"],
-            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+            **COMPONENTS,
         },
     )
-    _dump(
-        folder / "scheduler" / "scheduler_config.json",
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", **SCHEDULER},
-    )
-    return ids
+    scheduler = {"_class_name": COMPONENTS["scheduler"][1], **SCHEDULER}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
-def write_network(folder: Path, network: VisionLanguage | MMDiT | VAE, ids: dict[str, int]) -> None:
-    """One network's config and bfloat16 weights, under its folder's official names."""
+def write_network(folder: Path, network: VisionLanguage | MMDiT | VAE) -> None:
+    """One network's config and bfloat16 weights, in the official names, beside what `write_shared` wrote."""
     if isinstance(network, VisionLanguage):
-        config, component, table = text_encoder_config(ids), "text_encoder", vision_language.KEY_TABLE
-    elif isinstance(network, MMDiT):
-        config = {"_class_name": "QwenImageTransformer2DModel", **asdict(network.config)}
-        component, table = "transformer", mmdit.KEY_TABLE
+        component, file = "text_encoder", "model.safetensors"
+        config = text_encoder_config(read_json(folder / "tokenizer" / "added_tokens.json"))
     else:
-        config = {"_class_name": "AutoencoderKLQwenImage", **asdict(network.config)}
-        component, table = "vae", vae.KEY_TABLE
-    _dump(folder / component / "config.json", config)
-    name = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+        component = "transformer" if isinstance(network, MMDiT) else "vae"
+        file = "diffusion_pytorch_model.safetensors"
+        config = {"_class_name": COMPONENTS[component][1], **asdict(network.config)}
+    write_json(folder / component / "config.json", config)
+    table = NETWORKS[component].table
     tensors = {
         ours_to_official(table, key): x.to("cpu", torch.bfloat16) for key, x in network.state_dict().items()
     }
-    with replacing_file(folder / component / f"{name}.safetensors") as temporary:
+    with replacing_file(folder / component / file) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-
-
-def _dump(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

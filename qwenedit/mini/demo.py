@@ -1,4 +1,4 @@
-"""`make edit`: edit the example picture with the embedded model, and show it: `python -m qwenedit.mini.demo`.
+"""`make edit`: edit the example picture with the embedded model: `python -m qwenedit.mini.demo`.
 
 Writes edited.png, and before-after.png with both pictures enlarged.
 """

@@ -1,10 +1,10 @@
-"""The oracle: did an edit do what was asked? It reads shapes off a picture and compares them with the scene.
+"""The oracle judges an edit: it reads the shapes off a picture and compares them with the expected scene.
 
     verdict = judge(source_scene, request, picture)
     verdict.success, verdict.preserved, verdict.reason
 
-Reading: what differs from the expected background falls into connected pieces; each piece's area and centre
-give, for every kind, the one shape it could be, and the kind whose shape covers it best is what it is.
+Pixels that differ from the expected background form connected pieces. For every kind, a piece's area and
+centre give the one shape that it could be; the kind whose shape overlaps the piece best is taken.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from qwenedit.mini.scenes import (
 
 __all__ = ["Found", "Verdict", "judge", "read_shapes"]
 
-FOREGROUND = 0.2  # distance from the background, in RGB of [0, 1], from which a pixel is foreground
+FOREGROUND = 0.2  # a pixel at least this far from the background, in RGB of [0, 1], is foreground
 LEAST_AREA = 16  # square pixels; smaller pieces are blemishes, not shapes
-LEAST_FIT = 0.72  # overlap (intersection over union) of a piece with the shape that it is taken for
-PLACE_TOLERANCE = 4.0  # pixels between where a shape is and where it should be
-SIZE_TOLERANCE = 1.3  # likewise, the larger radius over the smaller one
+LEAST_FIT = 0.72  # least intersection over union of a piece with its shape
+PLACE_TOLERANCE = 4.0  # pixels between a shape's centre and the expected one
+SIZE_TOLERANCE = 1.3  # ratio of a shape's radius and the expected one
 BACKGROUND_TOLERANCE = 0.12  # mean distance of the background's pixels from the expected ones
-PRESERVED = 22.0  # dB of the untouched region, for strict success
+PRESERVED = 22.0  # dB of the untouched region that strict success needs
 
 
 @dataclass(frozen=True)
 class Found:
-    """A shape read off a picture, and how well it fits (intersection over union)."""
+    """A shape read off a picture, with its fit: intersection over union with the piece."""
 
     shape: Shape
     fit: float
@@ -57,12 +57,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle says of an edited picture.
+    """The oracle's judgement of an edited picture.
 
     Attributes:
-        success: the picture shows what was asked for, and otherwise the source's shapes and background.
-        preserved: PSNR in dB against the source where the edit should change nothing.
-        reason: the first thing that is wrong; "" on success.
+        success: the picture shows the requested change, and else the source's shapes and background.
+        preserved: PSNR in dB against the source, of the pixels that the edit should leave alone.
+        reason: the first fault; "" on success.
         found: the shapes read off the picture.
     """
 
@@ -73,7 +73,7 @@ class Verdict:
 
     @property
     def strict(self) -> bool:
-        """Success, with the untouched region at no less than `PRESERVED` dB."""
+        """Success, with at least `PRESERVED` dB in the untouched region."""
         return self.success and self.preserved >= PRESERVED
 
 
@@ -88,7 +88,7 @@ def judge(scene: Scene, request: Request, picture: Image.Image | Tensor) -> Verd
     """Judge an edited picture of a scene.
 
     Args:
-        picture: PIL, brought to 64x64, or (3, 64, 64) in [0, 1].
+        picture: a PIL image, resized to 64x64, or (3, 64, 64) in [0, 1].
     """
     if isinstance(picture, Image.Image):
         picture = vae_pixels(picture, SIDE, SIDE)[0] / 2 + 0.5
@@ -108,21 +108,20 @@ def judge(scene: Scene, request: Request, picture: Image.Image | Tensor) -> Verd
     return Verdict(not reason, _preservation(scene, request, expected, picture, found), reason, tuple(found))
 
 
-def _first_fault(scene: Scene, request: Request, expected: Scene, found: list[Shape], badly: int) -> str:
-    """The first difference between the expected shapes and the found ones; "" if there is none."""
+def _first_fault(scene: Scene, request: Request, expected: Scene, found: list[Shape], unclear: int) -> str:
+    """The first difference between expected and found shapes, or ""; `unclear` pieces fit no shape."""
     rest = list(found)
     for shape in expected.shapes:
-        near = [one for one in rest if math.dist((one.x, one.y), (shape.x, shape.y)) <= PLACE_TOLERANCE]
-        if not near:
+        got = min(rest, key=shape.distance, default=None)
+        if got is None or shape.distance(got) > PLACE_TOLERANCE:
             return f"no {shape.colour} {shape.kind} where it should be"
-        got = min(near, key=lambda one: math.dist((one.x, one.y), (shape.x, shape.y)))
         rest.remove(got)
         if got.kind != shape.kind or got.colour != shape.colour:
             return f"a {got.colour} {got.kind} in place of a {shape.colour} {shape.kind}"
         if max(got.radius, shape.radius) > SIZE_TOLERANCE * min(got.radius, shape.radius):
             return f"the {shape.kind} has radius {got.radius:.1f}, wanted {shape.radius:.1f}"
-    if badly:
-        return f"{badly} piece(s) that are no clear shape"
+    if unclear:
+        return f"{unclear} piece(s) that are no clear shape"
     if not request.is_open:
         return f"a {rest[0].colour} {rest[0].kind} too many" if rest else ""
     if len(rest) != 1:
@@ -130,7 +129,7 @@ def _first_fault(scene: Scene, request: Request, expected: Scene, found: list[Sh
     (new,) = rest
     if request.action == "recolour any":
         old = scene.find(request.referent)
-        if new.kind != old.kind or math.dist((new.x, new.y), (old.x, old.y)) > PLACE_TOLERANCE:
+        if new.kind != old.kind or new.distance(old) > PLACE_TOLERANCE:
             return f"a {new.colour} {new.kind} in place of the {old.kind}"
         return "the colour has not changed" if new.colour == old.colour else ""
     if request.kind not in (None, new.kind) or request.colour not in (None, new.colour):
@@ -141,10 +140,10 @@ def _first_fault(scene: Scene, request: Request, expected: Scene, found: list[Sh
 def _preservation(
     scene: Scene, request: Request, expected: Scene, picture: Tensor, found: list[Shape]
 ) -> float:
-    """PSNR of the pixels that the edit should leave alone, a pixel away from those that it should not."""
+    """PSNR of the pixels that the edit should leave alone, without the pixels next to those it may change."""
     before = paint(scene)
     touched = (before - paint(expected)).abs().amax(dim=0) > 0
-    if request.is_open:  # what was added or changed, wherever the picture has it
+    if request.is_open:  # the new or changed shape, wherever the picture has it
         kept = _around(expected.shapes) > 0
         touched = touched | (_around(tuple(found)) > 0) & ~kept
     untouched = F.max_pool2d(touched[None, None].float(), 3, 1, 1)[0, 0] == 0
@@ -155,7 +154,7 @@ def _preservation(
 
 
 def _around(shapes: tuple[Shape, ...]) -> Tensor:
-    """(SIDE, SIDE): above 0 within the circles around shapes, two pixels enlarged."""
+    """(SIDE, SIDE), above 0 within the circles around shapes, enlarged by two pixels."""
     inside = torch.zeros(SIDE, SIDE)
     for shape in shapes:
         place = torch.tensor([shape.x, shape.y, shape.extent + 2])
@@ -164,7 +163,7 @@ def _around(shapes: tuple[Shape, ...]) -> Tensor:
 
 
 def _pieces(mask: Tensor) -> list[Tensor]:
-    """The connected pieces of a mask (SIDE, SIDE), corners touching included."""
+    """The connected pieces of a mask (SIDE, SIDE); pixels that touch at a corner are connected."""
     labels = torch.arange(1.0, mask.numel() + 1).view(1, 1, *mask.shape) * mask
     while True:  # the largest label floods each piece
         grown = F.max_pool2d(labels, 3, 1, 1) * mask
@@ -175,11 +174,11 @@ def _pieces(mask: Tensor) -> list[Tensor]:
 
 
 def _read(picture: Tensor, ground: Tensor, piece: Tensor) -> Found:
-    """The one shape that a piece of a picture is."""
+    """The shape that fits a piece of a picture best."""
     inner = F.avg_pool2d(piece[None, None].float(), 3, 1, 1)[0, 0] > 0.99  # off the blurred outline
     colour = picture[:, inner if bool(inner.any()) else piece].median(dim=1).values
     name = min(COLOURS, key=lambda one: math.dist(colour.tolist(), [v / 255 for v in COLOURS[one]]))
-    # How much of each pixel the piece covers: where the pixel is on the way from the ground to the colour.
+    # The share of each pixel that the piece covers: how far the pixel is from the ground to the colour.
     near = F.max_pool2d(piece[None, None].float(), 3, 1, 1)[0, 0] > 0
     way = colour[:, None, None] - ground
     cover = ((picture - ground) * way).sum(dim=0) / way.pow(2).sum(dim=0).clamp_min(1e-6)
@@ -187,11 +186,10 @@ def _read(picture: Tensor, ground: Tensor, piece: Tensor) -> Found:
     total = cover.sum()
     centres = torch.arange(SIDE) + 0.5
     x, y = (cover.sum(dim=0) * centres).sum() / total, (cover.sum(dim=1) * centres).sum() / total
-    best, fit = KINDS[0], -1.0
+    fits = []
     for kind in KINDS:
-        shape = coverage(kind, x, y, (total / area(kind)).sqrt())
+        radius = (total / area(kind)).sqrt()
+        shape = coverage(kind, x, y, radius)
         overlap = float(torch.minimum(shape, cover).sum() / torch.maximum(shape, cover).sum())
-        if overlap > fit:
-            best, fit = kind, overlap
-    radius = float((total / area(best)).sqrt())
-    return Found(Shape(best, name, float(x), float(y), radius), fit)
+        fits.append(Found(Shape(kind, name, float(x), float(y), float(radius)), overlap))
+    return max(fits, key=lambda found: found.fit)

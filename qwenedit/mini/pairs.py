@@ -1,8 +1,8 @@
-"""The second stage's data: edits, drawn and encoded once, and the batches that are made of them.
+"""The last stage's data: edits that are drawn and encoded once, and batches of them.
 
-A sliding pool holds the newest edits; each is used about `REUSE` times, with fresh noise every time. Block n
-of a seed always holds the same edits, and a batch is a function of its seed and the pool, so that nothing of
-this is saved with a run.
+A sliding pool holds the newest edits. Each is used about `REUSE` times, with fresh noise every time. Block n
+of a seed always holds the same edits, and a batch depends only on its generator and the pool, so a run saves
+none of them.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ BLOCK = 64  # pairs that are made at a time
 REUSE = 6  # how often each is used, about
 DRAWS = 2  # noises for each encoded prompt
 SHIFT = 2.5  # of the training's sigmas towards noise
-NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # what is left out, how often
+NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # how often each is dropped
 CHANGED_WEIGHT = 3.0  # of the loss on tokens that a determined edit changes
-CELLS = SIDE // 16  # tokens a side
-GREY = 128  # of the picture that the language model sees where it sees none
+CELLS = SIDE // 16  # cells (tokens) per side of a picture
+GREY = 128  # the language model sees a picture of this value when its picture is dropped
 
-# How often each action is asked for; replacing takes longest to learn, then the background.
+# Relative frequency of each action. Replacing takes longest to learn, then the background.
 SHARES = {
     "recolour": 1.4, "remove": 0.8, "background": 1.5, "add": 1.0, "replace": 2.4, "move": 1.4,
     "add any": 0.6, "recolour any": 0.6, "add something": 0.6,
 }  # fmt: skip
 
 
-# Edits ready for training, a row an edit:
+# Edits ready for training, one per row:
 #   source                   (N, 3, 64, 64) uint8, the picture before
 #   before, after            (N, 16, 64) normalised packed latents of both pictures
 #   ids                      (N, T) tokens of the instruction and of the template's end, padded
 #   weight                   (N, 16) of the loss on each token
-#   contents, referent, changed, about     what `Grounding` should say
+#   contents, referent, changed, about     the labels of `Grounding`
 Pairs = dict[str, Tensor]
 
 
 def random_edit(
     rng: Random, *, test: bool = False, actions: Mapping[str, float] = SHARES
 ) -> tuple[Scene, Request]:
-    """A scene and something to ask of it, the actions by their shares."""
+    """A scene and a request for it; `actions` gives the relative frequencies."""
     while True:
         (action,) = rng.choices(list(actions), list(actions.values()))
         scene = next(scenes(rng, test=test))
@@ -81,7 +81,7 @@ def random_edit(
 
 
 def _labels(scene: Scene, request: Request) -> dict[str, Any]:
-    """What `Grounding` should say of an edit."""
+    """The labels of `Grounding` for an edit."""
 
     def index(names: Sequence[str], name: str | None) -> int:
         return 0 if name is None else 1 + names.index(name)
@@ -102,7 +102,7 @@ def _labels(scene: Scene, request: Request) -> dict[str, Any]:
 
 
 def contents(scene: Scene) -> list[list[float]]:
-    """For each cell (token) whether a shape of each kind, then of each colour, lies in it."""
+    """One row per cell: 1 for each kind, then each colour, of which a shape lies in the cell."""
     rows = [[0.0] * (len(KINDS) + len(COLOURS)) for _ in range(CELLS**2)]
     for shape in scene.shapes:
         for cell in _cells(shape):
@@ -112,7 +112,7 @@ def contents(scene: Scene) -> list[list[float]]:
 
 
 def _cells(shape: Shape) -> list[int]:
-    """The cells that a shape lies in, about: those that a circle of four fifths of its radius touches."""
+    """The cells that a shape lies in: those that a circle of 0.8 times its radius touches."""
     cells = []
     for row in range(CELLS):
         for column in range(CELLS):
@@ -124,19 +124,20 @@ def _cells(shape: Shape) -> list[int]:
 
 
 class World:
-    """Makes training pairs: block number -> `Pairs`, always the same for the same seed."""
+    """Makes blocks of training pairs; each depends only on the seed and its number."""
 
     LENGTH = 14  # tokens after the picture: the instruction and the template's end
 
     def __init__(self, tokens: Processor, vae: VAE, seed: int) -> None:
+        """`vae` computes in float32 on the CPU."""
         self.processor, self.vae, self.seed = tokens, vae, seed
         whole = tokens.tokenizer.encode(EDIT.render("", [CELLS**2])).ids
         end = len(tokens.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n").ids)
         self.head = torch.tensor(whole[:-end])
         self.no_prompt = torch.tensor(self.suffix(" "))
-        self.statistics = (vae.config.latents_mean, vae.config.latents_std)
 
     def suffix(self, prompt: str) -> list[int]:
+        """The tokens after the picture, padded to `LENGTH`."""
         text = EDIT.render(prompt, [CELLS**2])
         ids = self.processor.tokenizer.encode(text).ids[len(self.head) :]
         assert len(ids) <= self.LENGTH, f"{prompt!r} has too many tokens"
@@ -159,10 +160,8 @@ class World:
             weights.append(torch.ones(CELLS**2) if request.is_open else 1 + changed * (CHANGED_WEIGHT - 1))
         pictures = torch.stack(before + after).clamp(0, 1)
         pixels = (pictures * 255).round()
-        dtype = next(self.vae.parameters()).dtype
-        device = next(self.vae.parameters()).device
-        raw = self.vae.encode((pixels / 127.5 - 1)[:, :, None].to(device, dtype)).mode().float().cpu()
-        latents = pack(normalise(raw, *self.statistics))
+        raw = self.vae.encode((pixels / 127.5 - 1)[:, :, None]).mode()
+        latents = pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
         return {
             "source": pixels[:BLOCK].to(torch.uint8),
             "before": latents[:BLOCK],
@@ -175,7 +174,7 @@ class World:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one step trains on: B pairs with `DRAWS` noises each; some without their prompt or picture."""
+    """The input of one step: B pairs with `DRAWS` noises each; some lack their prompt or picture."""
 
     ids: Tensor  # (B, T)
     real: Tensor  # (B, T) bool, False at padding
@@ -185,7 +184,7 @@ class Batch:
     noise: Tensor  # (DRAWS B, 16, 64)
     with_reference: bool
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         return Batch(
             ids=self.ids.to(device),
             real=self.real.to(device),
@@ -198,30 +197,30 @@ class Batch:
 
 
 class Pool:
-    """The newest pairs: block after block comes in at one end and leaves at the other."""
+    """The newest blocks of pairs."""
 
     def __init__(self, world: World, blocks: int) -> None:
         self.world, self.count = world, blocks
         self.blocks: dict[int, Pairs] = {}
 
     def slide(self, oldest: int) -> None:
-        """Hold the blocks from `oldest` on, and make those that are new."""
+        """Hold `count` blocks from `oldest` on; make the new ones, drop the old ones."""
         wanted = range(oldest, oldest + self.count)
         self.blocks = {n: self.blocks.get(n) or self.world.block(n) for n in wanted}
 
-    def batch(self, size: int, seed: int) -> Batch:
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
         world, tokens = self.world, self.world.processor
-        generator = torch.Generator().manual_seed(seed)
         held = list(self.blocks.values())
         chosen = torch.randint(self.count * BLOCK, (size,), generator=generator).tolist()
         pairs = {name: torch.stack([held[i // BLOCK][name][i % BLOCK] for i in chosen]) for name in held[0]}
         draws = DRAWS * size
+        # Stratified: one sigma falls into each of `draws` equal parts.
         uniform = torch.randperm(draws, generator=generator) + torch.rand(draws, generator=generator)
         uniform = uniform / draws
         noise = torch.randn((draws, CELLS**2, world.vae.config.z_dim * 4), generator=generator)
-        no_prompt, no_picture = (
-            torch.rand((2, size), generator=generator).T < torch.tensor([NO_PROMPT, NO_PICTURE])
-        ).T
+        no_prompt, no_picture = torch.rand((2, size), generator=generator) < torch.tensor(
+            [[NO_PROMPT], [NO_PICTURE]]
+        )
         suffix = torch.where(no_prompt[:, None], world.no_prompt, pairs["ids"])
         source = torch.where(no_picture[:, None, None, None], GREY, pairs["source"]).to(torch.uint8)
         ids = torch.cat([world.head.expand(size, -1), suffix], dim=1)
@@ -237,7 +236,7 @@ class Pool:
 
 
 def patches(pixels: Tensor, config: ImageProcessorConfig) -> Tensor:
-    """(N, 3, 64, 64) uint8 -> the vision tower's patches of all pictures, as `picture_patches` makes them."""
+    """(N, 3, 64, 64) uint8 -> the vision tower's patches, equal to those of `picture_patches`."""
     x = (pixels.double() * config.rescale_factor).float()
     mean, std = x.new_tensor(config.image_mean), x.new_tensor(config.image_std)
     x = (x - mean[:, None, None]) / std[:, None, None]

@@ -1,4 +1,4 @@
-"""The embedded model's world: pictures of coloured shapes, instructions that change them, and what comes out.
+"""The embedded model's world: pictures of coloured shapes, instructions to edit them, and the results.
 
     scene = random_scene(rng)                     # one to three shapes on a background
     request = random_request(rng, scene)          # "recolour the circle to red", as a value
@@ -7,10 +7,10 @@
     draw(scene), draw(target)                     # 64x64 pictures
 
 All randomness comes from the `random.Random` that is passed in: the same seed gives the same world on any
-machine. The oracle that judges edited pictures is in oracle.py.
+machine. oracle.py judges edited pictures.
 
-A scene's shapes differ in kind, so that "the circle" always names one, and keep a distance from each other
-and the edges. Coordinates are pixels from the top left corner, pixel i covers [i, i + 1).
+A scene's shapes differ in kind, so that "the circle" always names one shape. They keep a distance from each
+other and from the edges. Coordinates are pixels from the top left corner; pixel i covers [i, i + 1).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLOURS = {
     "purple": (140, 60, 180), "orange": (245, 140, 30), "white": (250, 250, 250), "black": (20, 20, 20),
 }  # fmt: skip
 PLACES = {"left": (14, 32), "right": (50, 32), "top": (32, 14), "bottom": (32, 50), "center": (32, 32)}
-ADDED_RADIUS = 9.0  # of a shape that a determined "add" adds
+ADDED_RADIUS = 9.0  # of the shape of a determined "add"
 RADII = (7.5, 10.5)
 GAP = 2.0  # pixels between the circles around two shapes, and to the edges
 CONTRAST = 0.3  # least distance of a shape's colour from its background, in RGB of [0, 1]
@@ -51,9 +51,10 @@ DETERMINED = ("recolour", "remove", "background", "add", "replace", "move")  # o
 OPEN = ("add any", "recolour any", "add something")  # many right pictures
 ACTIONS = DETERMINED + OPEN
 
-# Sizes that make the kinds look equally large: distance of the corners from the centre, at radius 1.
+# Distance of the corners from the centre at radius 1, chosen so that the kinds look equally large.
 _CORNERS = {"circle": 1.0, "square": 1.25, "triangle": 1.4, "star": 1.35}
-# Of the polygons: the number of outer corners, and how far out the point halfway between two of them is.
+# Of each polygon: the number of outer corners, and the distance from the centre, as a share of theirs, of the
+# point halfway between two of them.
 _POLYGONS = {
     "square": (4, math.cos(math.pi / 4)),
     "triangle": (3, math.cos(math.pi / 3)),
@@ -63,7 +64,7 @@ _POLYGONS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape on a scene; (x, y) is its centre of area."""
+    """A shape of a scene; (x, y) is its centroid."""
 
     kind: str
     colour: str
@@ -76,12 +77,16 @@ class Shape:
         """Radius of the circle around it."""
         return self.radius * _CORNERS[self.kind]
 
+    def distance(self, other: Shape) -> float:
+        """Between the centres."""
+        return math.dist((self.x, self.y), (other.x, other.y))
+
 
 @dataclass(frozen=True)
 class Background:
-    """One colour, or a gradient from it to a tone `shade` of the way to white (above 0) or black (below).
+    """One colour, or a gradient from it towards white (`shade` above 0) or black (below 0).
 
-    The gradient runs along `angle` degrees: 0 to the right, 90 downwards.
+    `shade` is how far it goes, in [-1, 1], and `angle` its direction in degrees: 0 to the right, 90 down.
     """
 
     colour: str
@@ -96,18 +101,23 @@ class Scene:
     background: Background
     shapes: tuple[Shape, ...]
 
+    @property
+    def absent(self) -> list[str]:
+        """The kinds that no shape has."""
+        return [kind for kind in KINDS if kind not in {shape.kind for shape in self.shapes}]
+
     def find(self, kind: str | None) -> Shape:
         return next(shape for shape in self.shapes if shape.kind == kind)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an instruction asks for.
+    """An edit that an instruction asks for.
 
     Attributes:
         action: one of `ACTIONS`.
-        referent: the kind of the shape that is changed; None where nothing is referred to.
-        kind, colour, place: of what is wanted; None where it does not matter or is left open.
+        referent: the kind of the shape to change; None if the action changes none.
+        kind, colour, place: of the wanted shape or background; None if open or without meaning.
     """
 
     action: str
@@ -118,18 +128,18 @@ class Request:
 
     @property
     def is_open(self) -> bool:
-        """Has it several right outcomes?"""
+        """True if several outcomes are right."""
         return self.action in OPEN
 
 
-def coverage(kind: str, x: Tensor, y: Tensor, radius: Tensor, side: int = SIDE) -> Tensor:
-    """How much of each pixel a shape covers, in [0, 1]: the distance to its outline, clamped (anti-aliasing).
+def coverage(kind: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """The share of each pixel that a shape covers, from the distance to its outline (anti-aliasing).
 
-    Shapes: `x`, `y`, `radius` (...) -> (..., side, side), rows first.
+    Shapes: `x`, `y`, `radius` (...) -> (..., SIDE, SIDE), rows first.
 
-    Polygons are folded into one sector of their symmetry, where their outline is one straight line.
+    Polygons are folded into one sector of their symmetry, in which their outline is one straight line.
     """
-    centres = torch.arange(side) + 0.5
+    centres = torch.arange(SIDE) + 0.5
     dx = centres - x[..., None, None]
     dy = centres[:, None] - y[..., None, None]
     corner = (radius * _CORNERS[kind])[..., None, None]
@@ -148,7 +158,7 @@ def coverage(kind: str, x: Tensor, y: Tensor, radius: Tensor, side: int = SIDE) 
 
 
 def area(kind: str) -> float:
-    """Of a shape of radius 1, in square pixels."""
+    """The area of a shape of radius 1, in square pixels."""
     if kind == "circle":
         return math.pi
     corners, ratio = _POLYGONS[kind]
@@ -203,18 +213,19 @@ def draw(scene: Scene) -> Image.Image:
 
 @functools.cache
 def visible(colour: str, background: Background) -> bool:
-    """Does a shape of this colour stand out everywhere on this background?"""
+    """True if a shape of this colour stands out everywhere on this background."""
     return all(math.dist(_rgb(colour), end) >= CONTRAST for end in _ends(background))
 
 
+def _visible_colours(background: Background) -> list[str]:
+    return [name for name in COLOURS if visible(name, background)]
+
+
 def free(shapes: tuple[Shape, ...], shape: Shape) -> bool:
-    """Is there room for a shape beside others and within the picture?"""
+    """True if there is room for a shape beside others and within the picture."""
     low, high = shape.extent + 1, SIDE - shape.extent - 1
     inside = low <= shape.x <= high and low <= shape.y <= high
-    return inside and all(
-        math.hypot(shape.x - other.x, shape.y - other.y) >= shape.extent + other.extent + GAP
-        for other in shapes
-    )
+    return inside and all(shape.distance(one) >= shape.extent + one.extent + GAP for one in shapes)
 
 
 def random_background(rng: Random) -> Background:
@@ -226,7 +237,7 @@ def random_background(rng: Random) -> Background:
 
 
 def random_scene(rng: Random) -> Scene:
-    """One to three shapes of different kinds, each at a random free place."""
+    """A background with one to three shapes of different kinds, each at a random free place."""
     background = random_background(rng)
     shapes: tuple[Shape, ...] = ()
     for kind in rng.sample(KINDS, rng.choice((1, 2, 2, 3, 3))):
@@ -237,13 +248,13 @@ def random_scene(rng: Random) -> Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """Is a scene's composition (kinds, colours, background) kept from training? A tenth of them are."""
+    """True if training never sees the scene's composition (kinds, colours, background): a tenth of all."""
     parts = sorted(f"{shape.kind} {shape.colour}" for shape in scene.shapes)
     return zlib.crc32(f"{scene.background.colour}: {', '.join(parts)}".encode()) % 10 == 0
 
 
 def scenes(rng: Random, *, test: bool = False) -> Iterator[Scene]:
-    """Random scenes without end, of the compositions for training or of the others."""
+    """Endless random scenes, of the compositions for training or, with `test`, of the held-out ones."""
     while True:
         scene = random_scene(rng)
         if held_out(scene) == test:
@@ -253,9 +264,10 @@ def scenes(rng: Random, *, test: bool = False) -> Iterator[Scene]:
 def _anywhere(
     rng: Random, background: Background, shapes: tuple[Shape, ...], kind: str, colour: str | None = None
 ) -> Shape | None:
-    """A shape of random place and size (and colour) that fits, or None if none was found."""
+    """A shape that fits, of random place, size and colour (if none is given); None if 50 tries fail."""
+    names = _visible_colours(background)
     for _ in range(50):
-        name = colour or rng.choice([name for name in COLOURS if visible(name, background)])
+        name = colour or rng.choice(names)
         x, y = rng.uniform(0, SIDE), rng.uniform(0, SIDE)
         shape = Shape(kind, name, x, y, rng.uniform(*RADII))
         if free(shapes, shape):
@@ -264,17 +276,14 @@ def _anywhere(
 
 
 def random_request(rng: Random, scene: Scene, action: str | None = None) -> Request | None:
-    """Something that can be asked of a scene; None if there is nothing (of the given action)."""
+    """A request that a scene allows, of the given or of a random action; None if it allows none."""
     action = action or rng.choice(ACTIONS)
-    referent = rng.choice(scene.shapes)
-    absent = [kind for kind in KINDS if kind not in {shape.kind for shape in scene.shapes}]
-    seen = [name for name in COLOURS if visible(name, scene.background)]
+    referent, absent = rng.choice(scene.shapes), scene.absent
+    seen = _visible_colours(scene.background)
     if action == "recolour":
         names = [name for name in seen if name != referent.colour]
         return Request(action, referent.kind, colour=rng.choice(names))
-    if action == "recolour any":
-        return Request(action, referent.kind)
-    if action == "remove":
+    if action in ("recolour any", "remove"):
         return Request(action, referent.kind)
     if action == "background":
         plain = scene.background.colour if not scene.background.shade else None
@@ -312,7 +321,7 @@ def _fits(scene: Scene, changed: Shape, instead_of: Shape) -> bool:
 
 
 def outcome(rng: Random, scene: Scene, request: Request) -> Scene:
-    """The scene after a request; for an open one, one of its right outcomes at random."""
+    """The scene after a request; for an open request, a random one of the right outcomes."""
     action = request.action
     if action == "background":
         assert request.colour is not None
@@ -330,9 +339,8 @@ def _added(rng: Random, scene: Scene, request: Request) -> Shape:
         assert request.kind is not None and request.colour is not None
         x, y = PLACES[request.place]
         return Shape(request.kind, request.colour, x, y, ADDED_RADIUS)
-    absent = [kind for kind in KINDS if kind not in {shape.kind for shape in scene.shapes}]
-    while True:  # `random_request` has seen that there is room
-        kind = request.kind or rng.choice(absent)
+    while True:  # `random_request` has made sure that there is room
+        kind = request.kind or rng.choice(scene.absent)
         shape = _anywhere(rng, scene.background, scene.shapes, kind, request.colour)
         if shape is not None:
             return shape
@@ -346,7 +354,7 @@ def _changed(rng: Random, scene: Scene, shape: Shape, request: Request) -> Shape
     if request.action == "replace":
         assert request.kind is not None
         return dataclasses.replace(shape, kind=request.kind)
-    names = [name for name in COLOURS if visible(name, scene.background) and name != shape.colour]
+    names = [name for name in _visible_colours(scene.background) if name != shape.colour]
     return dataclasses.replace(shape, colour=request.colour or rng.choice(names))
 
 
@@ -389,14 +397,14 @@ _WHERE = {
 
 
 def article(word: str) -> str:
-    """The word behind its indefinite article."""
+    """The word with its indefinite article."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def instruction(rng: Random, request: Request, *, plain: bool = False) -> str:
-    """A request in words: one of its wordings at random, now and then with a capital or a full stop.
+    """A request in words: a random wording, one in five with a capital, one in five with a full stop.
 
-    `plain` gives the first wording, as in the README.
+    `plain` gives the first wording, without either, as in the README.
     """
     wordings, places = _WORDINGS[request.action], _WHERE[request.place or "left"]
     text = (wordings[0] if plain else rng.choice(wordings)).format(

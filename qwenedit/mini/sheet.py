@@ -8,13 +8,13 @@ from PIL import Image, ImageDraw
 
 __all__ = ["sheet"]
 
-_LINE, _GAP = 14, 4  # pixels: a caption's height, what is left between pictures
+_LINE, _GAP = 14, 4  # pixels: height of a caption, gap between pictures
 
 
 def sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], *, scale: int = 4, columns: int = 1
 ) -> Image.Image:
-    """Pictures of one size in rows, each under its caption; `columns` rows stand side by side."""
+    """Rows of pictures of one size, each row under its caption; `columns` rows stand side by side."""
     width, height = rows[0][1][0].size
     widest = max(len(pictures) for _, pictures in rows)
     cell_width = widest * (width * scale + _GAP) + 2 * _GAP

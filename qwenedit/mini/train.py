@@ -5,14 +5,16 @@
     python -m qwenedit.mini.train edit RUN         # text encoder and transformer, into RUN/edit
     python -m qwenedit.mini.train export RUN OUT   # the checkpoint folder
 
-Each stage goes on where it was stopped, however it was stopped, and ends in RUN/model, which grows into a
-whole checkpoint. The same commands with the same options make the same weights on the same machine.
+A stage that was stopped, even by a kill, resumes where it was. Each stage writes its networks into RUN/model,
+which grows into a whole checkpoint. The same commands with the same options make the same weights on the same
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,25 +25,31 @@ from qwenedit.files import replacing_file
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.inputs.tokenizer import load_tokenizer
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
-from qwenedit.mini.train_edit import networks, train_edit
+from qwenedit.mini.train_edit import train_edit
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import train_vae
+from qwenedit.mini.training import Options
 from qwenedit.networks.vae import VAE
 from qwenedit.weights.loading import load_network
 
-TOWER = Path("tower") / "tower.safetensors"  # in RUN: what the stage tower hands to the stage edit
+TOWER = Path("tower") / "tower.safetensors"  # in RUN; the stage tower writes it, the stage edit reads it
+STAGES = {
+    "vae": Options(steps=3800, batch=40, rate=2.5e-3, warmup=200, report_every=100),
+    "tower": Options(steps=600, batch=256, rate=2e-3, matrix_rate=4e-3),
+    "edit": Options(steps=6000, batch=64, rate=1.5e-3, matrix_rate=3e-3),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qwenedit.mini.train", description=__doc__.split(":")[0])
-    parser.add_argument("stage", choices=("vae", "tower", "edit", "export"))
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="export: the checkpoint's folder")
-    parser.add_argument("--steps", type=int, default=None, help="default: as the embedded model")
+    parser.add_argument("stage", choices=(*STAGES, "export"))
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="export: folder of the checkpoint")
+    parser.add_argument("--steps", type=int, help="number of updates (default: the stage's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", help="that the networks compute in")
+    parser.add_argument("--dtype", default="bfloat16", help="of the networks' arithmetic")
     parser.add_argument("--device", help="default: the accelerator if there is one")
-    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler on the CPU")
+    parser.add_argument("--compile", action="store_true", help="vae, edit; needs a C++ compiler on the CPU")
     options = parser.parse_args(arguments)
     if options.stage == "export" and options.out is None:
         parser.error("export needs OUT")
@@ -54,35 +62,32 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def train(options: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> None:
     """Run one stage, or the rest of it."""
-    model = options.run / "model"
-    device = device_of(options.device)
-    common = {
-        "seed": options.seed,
-        "dtype": dtype_of(options.dtype, device),
-        "device": device,
-        **({} if options.steps is None else {"steps": options.steps}),
-    }
-    ids = write_shared(model)
-    if options.stage == "vae":
-        write_network(model, train_vae(options.run / "vae", **common, compiled=options.compile), ids)
-    elif options.stage == "tower":
-        torch.manual_seed(options.seed)
-        untaught = networks(tokens_of(model))[0].vision
-        taught = train_tower(options.run / "tower", untaught, tokens_of(model), **common)
-        with replacing_file(options.run / TOWER) as temporary:
+    run, stage = arguments.run, arguments.stage
+    model, device = run / "model", device_of(arguments.device)
+    dtype = dtype_of(arguments.dtype, device)
+    assert dtype is not None
+    options = replace(STAGES[stage], seed=arguments.seed, dtype=dtype, device=device)
+    if arguments.steps is not None:
+        options = replace(options, steps=arguments.steps)
+    write_shared(model)
+    tokens = tokens_of(model)
+    if stage == "vae":
+        write_network(model, train_vae(run / stage, options, compiled=arguments.compile))
+    elif stage == "tower":
+        taught = train_tower(run / stage, options, tokens)
+        with replacing_file(run / TOWER) as temporary:
             save_file({name: x.cpu() for name, x in taught.items()}, temporary)
     else:
         vae = frozen_vae(model)
-        if not (options.run / TOWER).is_file():
-            raise ValueError(f"{options.run} has no {TOWER}: run the stage tower first")
-        tower = load_file(options.run / TOWER)
-        run, tokens = options.run / "edit", tokens_of(model)
-        pipe = train_edit(run, tokens, vae, tower=tower, **common, compiled=options.compile)
+        if not (run / TOWER).is_file():
+            raise ValueError(f"{run} has no {TOWER}: run the stage tower first")
+        tower = load_file(run / TOWER)
+        pipe = train_edit(run / stage, options, tokens, vae, tower=tower, compiled=arguments.compile)
         assert pipe.vision_language is not None
-        write_network(model, pipe.vision_language, ids)
-        write_network(model, pipe.mmdit, ids)
+        write_network(model, pipe.vision_language)
+        write_network(model, pipe.mmdit)
 
 
 def tokens_of(model: Path) -> Processor:
@@ -90,7 +95,7 @@ def tokens_of(model: Path) -> Processor:
 
 
 def frozen_vae(model: Path) -> VAE:
-    """The first stage's VAE as the second one uses it.
+    """The trained VAE, in float32 on the CPU.
 
     Raises:
         ValueError: the first stage has not ended.

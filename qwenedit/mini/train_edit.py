@@ -1,12 +1,12 @@
-"""The second stage: text encoder and transformer learn to edit together, over the frozen VAE.
+"""The last stage: the text encoder and the transformer learn to edit together, over the frozen VAE.
 
-Heads that exist in training only make the text encoder say what lies where and what the instruction
-changes; without them it takes far longer to find the shape that a word refers to.
+Heads that exist only in training make the text encoder name what lies where and what the instruction changes.
+Without them the networks take far longer to find the shape that a word refers to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -24,28 +24,27 @@ from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
 from qwenedit.mini.sheet import sheet
-from qwenedit.mini.training import Run, Weights, learning_rate
-from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
+from qwenedit.mini.training import Options, Run, Weights, unfused_attention
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.taps import taps
 from qwenedit.training.loss import velocity_error, weighted_mean
 from qwenedit.weights.configs import config_from, vision_language_config
 
-__all__ = ["Grounding", "Student", "train_edit"]
+__all__ = ["Grounding", "Student", "networks", "train_edit"]
+
+JUDGE_EVERY = 1000  # steps
+Networks = tuple[VisionLanguage, MMDiT]
 
 
 class Grounding(nn.Module):
-    """Heads on the text encoder's output: what lies in each cell, and what the instruction is about.
+    """Heads on the text encoder's output, in training only: what lies in each cell, what is asked."""
 
-    They exist in training only.
-    """
-
-    # Answers of the last token: action, the referent's kind; the kind, colour and place that are wanted; the
-    # referent's colour. All but the action may be none.
+    # Classes of the last token's answers: the action; the referent's kind; the wanted kind, colour and place;
+    # the referent's colour. Each but the action may be "none".
     WORDS = (len(ACTIONS), *(len(names) + 1 for names in (KINDS, KINDS, COLOURS, PLACES, COLOURS)))
 
     def __init__(self, width: int) -> None:
@@ -54,7 +53,7 @@ class Grounding(nn.Module):
         self.words = nn.Linear(width, sum(self.WORDS) + 2 * CELLS**2)
 
     def forward(self, cells: Tensor, last: Tensor, labels: Pairs) -> Tensor:
-        """The loss from the vectors of the picture's tokens (B, 16, D) and of the last token (B, D)."""
+        """The loss from the embeddings of the picture's tokens (B, 16, D) and of the last token (B, D)."""
         contents = F.binary_cross_entropy_with_logits(self.cells(cells).float(), labels["contents"])
         answers = self.words(last).float().split([*self.WORDS, CELLS**2, CELLS**2], dim=-1)
         about = sum(
@@ -68,7 +67,7 @@ class Grounding(nn.Module):
 
 @torch.no_grad()
 def initialise(vision_language: VisionLanguage, mmdit: MMDiT) -> None:
-    """Modulation starts as none with open gates, the velocity at 0, embeddings small."""
+    """No modulation, open gates, zero velocity and small embeddings to start from."""
     vision_language.embed_tokens.weight.normal_(std=0.3)
     gates = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).repeat_interleave(mmdit.config.width)
     for module in mmdit.modules():
@@ -81,7 +80,7 @@ def initialise(vision_language: VisionLanguage, mmdit: MMDiT) -> None:
 
 
 class Student(nn.Module):
-    """What is trained, as one module: the loss of a batch."""
+    """All that is trained, as one module that computes the loss of a batch."""
 
     def __init__(self, vision_language: VisionLanguage, mmdit: MMDiT) -> None:
         super().__init__()
@@ -90,7 +89,7 @@ class Student(nn.Module):
         self.grounding = Grounding(mmdit.config.joint_attention_dim)
 
     def forward(self, batch: Batch, drop: int) -> tuple[Tensor, Tensor]:
-        """The losses of the velocity and of the grounding heads."""
+        """The losses of the velocity and of the grounding heads; `drop`: the template's first tokens."""
         pairs, count = batch.pairs, len(batch.ids)
         patch_grid: Grid = (1, 2 * CELLS, 2 * CELLS)
         # Padding is on the right, where causal attention never looks, so the text encoder needs no mask.
@@ -114,78 +113,65 @@ class Student(nn.Module):
         return weighted_mean(error, pairs["weight"].repeat(DRAWS, 1)), grounding
 
 
-def networks(tokens: Processor, transformer: MMDiTConfig = TRANSFORMER) -> tuple[VisionLanguage, MMDiT]:
+def networks(tokens: Processor) -> Networks:
     """Both networks of the embedded model, initialised for training."""
     ids = tokens.tokenizer.get_vocab(with_added_tokens=True)
     config = vision_language_config(text_encoder_config(ids), "text_encoder")
-    vision_language, mmdit = VisionLanguage(config), MMDiT(transformer)
+    vision_language, mmdit = VisionLanguage(config), MMDiT(TRANSFORMER)
     initialise(vision_language, mmdit)
     return vision_language, mmdit
 
 
 def train_edit(
     folder: Path,
+    options: Options,
     tokens: Processor,
     vae: VAE,
     *,
     tower: Mapping[str, Tensor] | None = None,
-    transformer: MMDiTConfig = TRANSFORMER,
-    steps: int = 6000,
-    batch: int = 64,
-    rate: float = 1.5e-3,
-    matrix_rate: float = 3e-3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
-    compiled: bool = False,
+    make: Callable[[Processor], Networks] = networks,
     blocks: int = 64,
-    report_every: int = 50,
-    judge_every: int = 1000,
-    save_every: float = 45.0,
+    compiled: bool = False,
 ) -> QwenImageEdit:
-    """Train in `folder`, or go on there; returns the pipeline with the averaged weights, on the CPU.
+    """Train in `folder`, or resume there; returns the pipeline with the averaged weights, on the CPU.
 
-    `tower` is what `train_tower` returns: without it, shapes are told apart much later.
+    Args:
+        tower: what `train_tower` returns; without it the networks learn much later to tell shapes apart.
+        make: makes the networks.
+        blocks: of training pairs, held at a time.
     """
-    device = device or torch.device("cpu")
-    torch.manual_seed(seed)
-    student = Student(*networks(tokens, transformer)).to(device)
+    torch.manual_seed(options.seed)
+    student = Student(*make(tokens)).to(options.device)
     if tower is not None:
         student.vision_language.vision.load_state_dict(tower)
-    weights = Weights({"student": student}, dtype=dtype, rate=rate, matrix_rate=matrix_rate)
-    run = Run(folder, weights, steps=steps, every=save_every)
-    pool = Pool(World(tokens, vae, seed), blocks)
+    run = Run(folder, {"student": student}, options)
+    pool = Pool(World(tokens, vae, options.seed), blocks)
     drop = tokens.drop_index(EDIT)
     if compiled:
         student.mmdit.compile()
         student.vision_language.language.compile()
-    for step in run:
-        pool.slide(step * batch // (BLOCK * REUSE))
-        inputs = pool.batch(batch, seed * 1_000_003 + step).to(device)
-        # Attention written out, as for who taps its maps, is faster than the fused one at this size.
-        with taps(student, {"*.probs": lambda _x, _site: None}, eager=False):
-            flow, grounding = student(inputs, drop)
-        loss = flow + (0.5 if step < steps // 2 else 0.2) * grounding
-        loss.backward()
-        weights.step(learning_rate(step, steps, warmup=min(100, steps // 10)), step)
-        run.note(loss=loss, flow=flow, grounding=grounding)
-        if (step + 1) % report_every == 0 or step + 1 == steps:
-            run.report()
-        if (step + 1) % judge_every == 0:
-            rates, pictures = held_out_success(averaged(tokens, vae, weights, transformer), 96)
+    for step, generator in run:
+        pool.slide(step * options.batch // (BLOCK * REUSE))
+        batch = pool.batch(options.batch, generator).to(options.device)
+        with unfused_attention(student):
+            flow, grounding = student(batch, drop)
+        loss = flow + (0.5 if step < options.steps // 2 else 0.2) * grounding
+        run.update(loss, flow=flow, grounding=grounding)
+        if run.step % JUDGE_EVERY == 0:
+            rates, pictures = held_out_success(averaged(tokens, vae, run.weights, make), 96)
             run.log(success=rates)
             pictures.save(folder / "sheet.png")
-    return averaged(tokens, vae, weights, transformer)
+    return averaged(tokens, vae, run.weights, make)
 
 
-def averaged(tokens: Processor, vae: VAE, weights: Weights, transformer: MMDiTConfig) -> QwenImageEdit:
+def averaged(
+    tokens: Processor, vae: VAE, weights: Weights, make: Callable[[Processor], Networks]
+) -> QwenImageEdit:
     """The pipeline of the averaged weights, in float32 on the CPU."""
-    vision_language, mmdit = networks(tokens, transformer)
-    state = weights.averaged("student")
-    for prefix, network in (("vision_language.", vision_language), ("mmdit.", mmdit)):
-        network.load_state_dict(
-            {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-        )
+    vision_language, mmdit = make(tokens)
+    vision_language.load_state_dict(weights.averaged("student.vision_language"))
+    mmdit.load_state_dict(weights.averaged("student.mmdit"))
+    for network in (vision_language, mmdit):
         network.eval().requires_grad_(False)
     pipe = QwenImageEdit(
         vision_language=vision_language,
@@ -200,10 +186,8 @@ def averaged(tokens: Processor, vae: VAE, weights: Weights, transformer: MMDiTCo
     return pipe
 
 
-def held_out_success(
-    pipe: QwenImageEdit, count: int, steps: int = 12, scale: float = 3.0
-) -> tuple[dict[str, float], Image.Image]:
-    """Share of held-out edits that succeed, by action, and a sheet of some: source and result."""
+def held_out_success(pipe: QwenImageEdit, count: int) -> tuple[dict[str, float], Image.Image]:
+    """Success rates of held-out edits by action, and a sheet of some: source and result."""
     rng = Random("held out")
     cases = [random_edit(rng, test=True, actions=dict.fromkeys(ACTIONS, 1.0)) for _ in range(count)]
     results: list[Image.Image] = []
@@ -212,8 +196,8 @@ def held_out_success(
         made = pipe.edit(
             [draw(scene) for scene, _ in part],
             [instruction(rng, request) for _, request in part],
-            num_inference_steps=steps,
-            true_cfg_scale=scale,
+            num_inference_steps=12,
+            true_cfg_scale=3.0,
             generator=torch.Generator().manual_seed(start),
         )
         results.extend(made.images)

@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
-from qwenedit.mini.training import Run, Weights, learning_rate
+from qwenedit.mini.training import Options, Run, Weights
 from qwenedit.networks.vae import VAE, VAEConfig
 
 __all__ = ["initialise", "measured", "pictures", "train_vae"]
 
+KL_WEIGHT = 1e-3
+
 
 @torch.no_grad()
 def initialise(vae: VAE) -> None:
-    """He-scaled weights on the last temporal tap and quiet residual branches: the classes' own
-    initialisation does not learn. The taps for earlier frames stay 0, so that a video is pictures in a row.
+    """He-scaled weights on the last temporal tap, and quiet residual branches.
+
+    With the classes' own initialisation the VAE does not learn. The taps for earlier frames stay 0, so that a
+    video is encoded frame by frame.
     """
     for name, module in vae.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -31,7 +35,7 @@ def initialise(vae: VAE) -> None:
             value = torch.randn_like(last) / math.sqrt(fan_in)
             nn.init.zeros_(module.weight)
             last.copy_(value * (0.3 if name.endswith("conv2") else 1.0))
-            if "time_conv" in name:  # hands its last frame on
+            if "time_conv" in name:  # passes its last frame on
                 channels = module.weight.shape[1]
                 last.copy_(torch.eye(channels).repeat(len(last) // channels, 1)[..., None, None])
             assert module.bias is not None
@@ -39,7 +43,7 @@ def initialise(vae: VAE) -> None:
 
 
 def pictures(seed: str, count: int, *, test: bool = False) -> Tensor:
-    """(count, 3, 64, 64) in [-1, 1]: scenes, every other one after an edit."""
+    """(count, 3, 64, 64) in [-1, 1]: scenes, every second one after an edit."""
     rng = Random(seed)
     painted = []
     for i, scene in enumerate(islice(scenes(rng, test=test), count)):
@@ -48,55 +52,36 @@ def pictures(seed: str, count: int, *, test: bool = False) -> Tensor:
     return (torch.stack(painted) * 2 - 1).clamp(-1, 1)
 
 
-def loss_of(vae: VAE, x: Tensor, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; and of it the squared error and the divergence from a unit normal, each a mean."""
+def loss_of(vae: VAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; its squared error; its divergence from a unit normal. Each is a mean."""
     posterior = vae.encode(x[:, :, None])
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     latents = mean + torch.exp(0.5 * logvar) * noise
-    raw = vae.decoder(vae.post_quant_conv(latents.to(x.dtype)))[:, :, 0].float()  # before its clamp
+    raw = vae.decoder(vae.post_quant_conv(latents.to(x.dtype)))[:, :, 0].float()  # not clamped
     square, absolute = (raw - x).pow(2).mean(), (raw - x).abs().mean()
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-    return square + 0.1 * absolute + kl_weight * kl, square, kl
+    return square + 0.1 * absolute + KL_WEIGHT * kl, square, kl
 
 
 def train_vae(
-    folder: Path,
-    *,
-    config: VAEConfig = AUTOENCODER,
-    steps: int = 3800,
-    batch: int = 40,
-    rate: float = 2.5e-3,
-    kl_weight: float = 1e-3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
-    compiled: bool = False,
-    report_every: int = 100,
-    save_every: float = 45.0,
+    folder: Path, options: Options, *, config: VAEConfig = AUTOENCODER, compiled: bool = False
 ) -> VAE:
-    """Train the VAE in `folder`, or go on there; returns the average, its latents' statistics measured."""
-    device = device or torch.device("cpu")
-    torch.manual_seed(seed)
+    """Train the VAE in `folder`, or resume there; returns the average, its latents' statistics measured."""
+    torch.manual_seed(options.seed)
     vae = VAE(config)
     initialise(vae)
-    vae.to(device)
-    weights = Weights({"vae": vae}, dtype=dtype, rate=rate)
-    run = Run(folder, weights, steps=steps, every=save_every)
+    vae.to(options.device)
+    run = Run(folder, {"vae": vae}, options)
     function = torch.compile(loss_of) if compiled else loss_of
-    for step in run:
-        x = pictures(f"{seed} {step}", batch).to(device, dtype)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        shape = (batch, config.z_dim, 1, *(side // config.spatial_factor for side in x.shape[2:]))
-        noise = torch.randn(shape, generator=generator).to(device)
-        loss, square, kl = function(vae, x, noise, kl_weight)
-        loss.backward()
-        weights.step(learning_rate(step, steps, warmup=min(200, steps // 10)), step)
-        run.note(loss=loss, square=square, kl=kl)
-        if (step + 1) % report_every == 0 or step + 1 == steps:
-            run.report()
-        if (step + 1) % (10 * report_every) == 0 or step + 1 == steps:
-            run.log(held_out_psnr=reconstruction_psnr(averaged(config, weights)))
-    return measured(averaged(config, weights))
+    for step, generator in run:
+        x = pictures(f"{options.seed} {step}", options.batch).to(options.device, options.dtype)
+        shape = (len(x), config.z_dim, 1, *(side // config.spatial_factor for side in x.shape[2:]))
+        noise = torch.randn(shape, generator=generator).to(options.device)
+        loss, square, kl = function(vae, x, noise)
+        run.update(loss, square=square, kl=kl)
+        if run.due(10 * options.report_every):
+            run.log(held_out_psnr=reconstruction_psnr(averaged(config, run.weights)))
+    return measured(averaged(config, run.weights))
 
 
 def averaged(config: VAEConfig, weights: Weights) -> VAE:
@@ -108,7 +93,7 @@ def averaged(config: VAEConfig, weights: Weights) -> VAE:
 
 @torch.no_grad()
 def measured(vae: VAE, count: int = 512) -> VAE:
-    """The same VAE, with the mean and deviation of its latents on the world's pictures in its config."""
+    """Write the mean and the deviation of the latents of the world's pictures into the VAE's config."""
     x = pictures("statistics", count)[:, :, None]
     latents = torch.cat([vae.encode(part).mode() for part in x.split(64)]).double()
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
@@ -122,7 +107,7 @@ def measured(vae: VAE, count: int = 512) -> VAE:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: VAE, count: int = 64) -> float:
-    """Mean PSNR in dB of held-out pictures, encoded to the mode and decoded."""
+    """Mean PSNR in dB of held-out pictures after encoding (to the mode) and decoding."""
     x = pictures("held out", count, test=True)
     y = vae.decode(vae.encode(x[:, :, None]).mode())[:, :, 0]
     return float((-10 * ((y - x).pow(2).mean(dim=(1, 2, 3)) / 4).log10()).mean())

@@ -1,56 +1,54 @@
 """The embedded model's vocabulary: byte-level BPE of some 700 tokens with Qwen's special tokens.
 
-Every word of the official templates is one token, as in the official vocabulary, so that the number of
-template tokens to drop comes out the same (64 and 34). Text outside the words below falls back to shorter
-pieces and to bytes; nothing is unknown.
+Every word of the official templates is one token, as in the official vocabulary, so the number of template
+tokens to drop is the official one (64 and 34). Other text is split into shorter pieces, down to bytes; no
+text is unknown.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from qwenedit.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
 from qwenedit.inputs.tokenizer import SPLIT, load_tokenizer
 
-__all__ = ["SPECIAL_TOKENS", "train", "write"]
+__all__ = ["SPECIAL_TOKENS", "train", "write", "write_json"]
 
-# In the official order, which is the order of their ids. The last ones are added tokens that are not special.
+# Both in the official order, which is the order of their ids.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-ADDED_TOKENS = (
+ADDED_TOKENS = (  # but not special
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
 
-WORDS = (
-    "make change turn paint color recolor move put place shift add draw insert remove delete "
-    "erase take away replace swap with into to the a an of on at in it is and below above left "
-    "right top bottom center middle corner side next behind front circle square triangle star "
-    "shape background picture red green blue yellow purple orange white black big bigger small "
-    "smaller larger size upper lower from by instead one two three for something colour another "
-    "recolour different "
-).split()
-# An instruction may start with a capital.
 VERBS = (
     "make change turn paint color recolor move put place shift add draw insert remove delete erase take "
     "replace swap"
 ).split()
+WORDS = (
+    "away with into to the a an of on at in it is and below above left right top bottom center middle "
+    "corner side next behind front circle square triangle star shape background picture red green blue "
+    "yellow purple orange white black big bigger small smaller larger size upper lower from by instead one "
+    "two three for something colour another recolour different"
+).split()
 TEXTS = (
     *(template.render("", [1] * template.pictures[0]) for template in (TEXT_TO_IMAGE, EDIT)),
     EDIT_PLUS.picture,
-    *(form for word in WORDS for form in (word, f" {word}")),
-    *(verb.capitalize() for verb in VERBS),
+    *(form for word in (*VERBS, *WORDS) for form in (word, f" {word}")),
+    *(verb.capitalize() for verb in VERBS),  # an instruction may start with a capital
 )
 
 
 def train() -> Tokenizer:
-    """The tokenizer without its added tokens: merged until every word of `TEXTS` is one token."""
+    """The tokenizer without its added tokens; every word of `TEXTS` is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -70,31 +68,28 @@ def train() -> Tokenizer:
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write the tokenizer's official files (vocab.json, merges.txt, ...) and tokenizer.json; return added
-    ids.
+    """Write the tokenizer's official files (vocab.json, merges.txt, ...) and tokenizer.json.
+
+    Returns the ids of the added tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").unlink(missing_ok=True)  # an older one would be read instead of the new files
+    (folder / "tokenizer.json").unlink(missing_ok=True)  # `load_tokenizer` would read an old one
     tokenizer = train()
     tokenizer.model.save(str(folder))
     first = tokenizer.get_vocab_size()
     ids = {name: first + i for i, name in enumerate((*SPECIAL_TOKENS, *ADDED_TOKENS))}
-
-    def dump(name: str, value: object) -> None:
-        (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    dump("added_tokens.json", ids)
-    dump(
-        "special_tokens_map.json",
+    write_json(folder / "added_tokens.json", ids)
+    write_json(
+        folder / "special_tokens_map.json",
         {
             "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
             "eos_token": {"content": "<|im_end|>", **flags},
             "pad_token": {"content": "<|endoftext|>", **flags},
         },
     )
-    dump(
-        "tokenizer_config.json",
+    write_json(
+        folder / "tokenizer_config.json",
         {
             "add_bos_token": False,
             "add_prefix_space": False,
@@ -116,3 +111,9 @@ def write(folder: Path) -> dict[str, int]:
     )
     load_tokenizer(folder).save(str(folder / "tokenizer.json"))
     return ids
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file of a checkpoint as the official ones are written: indented, keys sorted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -191,7 +191,7 @@ def narrow(tmp_path_factory):
     return Setting("cpu", "float32", 1, folder)
 
 
-@pytest.mark.parametrize("name", ["block", "block-forward", "last-block"])
+@pytest.mark.parametrize("name", ["block", "last-block"])
 @torch.no_grad()
 def test_both_sides_of_a_block_compute_the_same(narrow, name):
     ours, reference = CASES[name].ours(narrow)(9), CASES[name].reference(narrow)(9)
@@ -206,8 +206,6 @@ def test_both_sides_of_a_block_compute_the_same(narrow, name):
     modulation = {(1, 48, 6 * 48): 2}
     if name == "block":  # once a step, not in the block
         assert products == theirs - Counter(modulation)
-    if name == "block-forward":
-        assert products == theirs
 
 
 @torch.no_grad()
@@ -246,10 +244,10 @@ def test_the_kinds_of_a_blocks_operations():
         "aten::gelu": "GELU", "aten::native_layer_norm": "norms", "aten::mul": "elementwise",
     }  # fmt: skip
     assert {name: block_profile.kind_of(name) for name in names} == names
-    text = block_profile.table(
+    text = block_profile.table_of(
         {"ours": [Counter({"GELU": 1.0, "norms": 3.0})], "reference": [Counter(GELU=2.0)]}
     )
-    assert "| GELU | 1.0 | 25.0% | 2.0 | 100.0% |" in text and "| all | 4.0 | 100 % | 2.0 | 100 % |" in text
+    assert "| GELU | 1.0 | 25.0% | 2.0 | 100.0% |" in text and "| all | 4.0 | 100.0% | 2.0 | 100.0% |" in text
 
 
 class Fake:

@@ -24,7 +24,7 @@ def pipe():
 
 def rates(pipe, todo, **options):
     made = benchmark.run(pipe, todo, steps=10, **options)
-    return benchmark.summary(todo, [judge(c.scene, c.request, x) for c, x in zip(todo, made, strict=True)])
+    return benchmark.summary(todo, benchmark.verdicts_of(todo, made))
 
 
 def test_the_vae_keeps_pictures(pipe):
