@@ -25,7 +25,8 @@ from torch import nn
 from benchmarks.files import write_text_encoder
 from benchmarks.frame import watched
 from qwenedit.inputs import geometry
-from qwenedit.memory.plan import Mode, activations, plan
+from qwenedit.memory.plan import activations, plan
+from qwenedit.memory.residency import Modes
 from qwenedit.weights.checkpoints import read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.loading import load_network
@@ -107,7 +108,7 @@ def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
     if case == "stream":
         source, residency = folder, "stream"
         options["residency"] = residency
-    planned = plan(source, device="cpu", dtype=dtype).peaks[Mode(residency)]
+    planned = plan(source, device="cpu", dtype=dtype).peaks[Modes(residency)]
     picture = Image.new("RGB", (256, 256))
     with watched("cpu") as peak:
         pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, **options)
