@@ -26,7 +26,8 @@ import qwenedit
 from benchmarks.files import write_text_encoder
 from benchmarks.frame import status_bytes, watched
 from qwenedit.inputs import geometry
-from qwenedit.memory.plan import Mode, activations, plan
+from qwenedit.memory.plan import activations, plan
+from qwenedit.memory.residency import Modes
 from qwenedit.networks.mmdit import MMDiT, RunCache
 from qwenedit.weights.checkpoints import read_areas, read_variant
 from qwenedit.weights.configs import network_config
@@ -93,7 +94,7 @@ def fresh_peak() -> int:
 def whole(case: str, folder: Path, dtype: torch.dtype) -> dict[str, int]:
     """A whole edit. Pages of mapped files do not count: the kernel drops them at will."""
     source, residency = (folder, "stream") if case == "stream" else (None, "resident")
-    planned = plan(source, device="cpu", dtype=dtype).peaks[Mode(residency)]
+    planned = plan(source, device="cpu", dtype=dtype).peaks[Modes(residency)]
     picture = Image.new("RGB", (256, 256))
     with watched("cpu") as peak:
         pipe = qwenedit.load(source, device="cpu", dtype=dtype, progress=False, residency=residency)

@@ -1,10 +1,9 @@
-"""A checkpoint -> its components, which fit together: the work of `qwenedit.load`."""
+"""Load a checkpoint's components and check that they fit together: the work of `qwenedit.load`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +11,13 @@ import torch
 
 from qwenedit.checks import warn_of_float16
 from qwenedit.inputs.processor import Processor
+from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
 from qwenedit.weights.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.weights.loading import load_networks
+from qwenedit.weights.loading import compare_networks, read_networks
 
 __all__ = ["assemble", "modes_of", "other_files"]
 
@@ -36,15 +36,15 @@ def assemble(
     text_encoder: bool,
     progress: bool,
 ) -> Kind:
-    """The components of a checkpoint, checked and loaded, as a system of this kind.
+    """Check and load the components of a checkpoint, as a system of this kind.
 
-    `source` None is the embedded model; `files` as in `load_networks`.
+    `source` None is the embedded model; `files` is as for `compare_networks`.
 
     Raises:
         ValueError: no such checkpoint, one of another family, or files that do not fit.
     """
     names = ["vae", "transformer", *(["text_encoder"] if text_encoder else [])]
-    own = set(names) - set(files)  # the others' weights are not downloaded
+    own = set(names) - set(files)  # only these components' weights are downloaded
     folder = resolve(source, revision, progress=progress, without=set(COMPONENTS) - own)
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
@@ -53,17 +53,11 @@ def assemble(
     if dtype is not None:
         warn_of_float16(dtype)
 
+    compared = compare_networks(folder, names, files)
     if modes.residency == "auto":
-        from qwenedit.memory.plan import choose
-
-        chosen = choose(
-            folder, files, device=device, dtype=dtype, text_encoder=text_encoder,
-            modulation=modes.modulation, storage=modes.storage,
-        )  # fmt: skip
-        modes = replace(modes, residency=chosen)
-    loaded = load_networks(
-        folder, names, device=device, dtype=dtype, progress=progress, files=files, elsewhere=modes.manage
-    )
+        found = {one.report.component: one.found for one in compared}
+        modes = choose(modes, folder, found, device=device, dtype=dtype)
+    loaded = read_networks(compared, device=device, dtype=dtype, progress=progress, manage=modes.manage)
     networks: Any = dict(zip(names, loaded, strict=True))
     system = kind(
         vision_language=networks.get("text_encoder"),
@@ -81,10 +75,10 @@ def assemble(
 def modes_of(
     *, compile: bool = False, residency: str = "auto", modulation: str = "live", storage: str | None = None
 ) -> Modes:
-    """The memory modes of a run; "auto" stands for the first residency that fits.
+    """The memory modes of a run. With `compile`, "auto" is "resident".
 
     Raises:
-        ValueError: there is no such mode, or some that exclude each other or compiled blocks.
+        ValueError: there is no such mode, or modes exclude each other or compiled blocks.
     """
     modes = Modes("resident" if compile and residency == "auto" else residency, modulation, storage)
     if compile and not modes.plain:
@@ -101,20 +95,20 @@ def other_files(
     vae: str | os.PathLike[str] | None = None,
     text_encoder: bool | str | os.PathLike[str] | None = None,
 ) -> dict[str, Path]:
-    """The components that come from files of their own, by the names of their folders.
+    """The files with weights in place of the checkpoint's own, by the names of the components' folders.
 
     Raises:
-        ValueError: something else than a path, or nothing is there.
+        ValueError: not a path, or a path that does not exist.
     """
-    given = {"transformer": mmdit, "vae": vae, "text_encoder": text_encoder}
-    argument = {"transformer": "mmdit"}
+    given = {"transformer": ("mmdit", mmdit), "vae": ("vae", vae)}
+    if not isinstance(text_encoder, bool):
+        given["text_encoder"] = ("text_encoder", text_encoder)
     files = {}
-    for component, value in given.items():
-        if value is None or (component == "text_encoder" and isinstance(value, bool)):
+    for component, (name, value) in given.items():
+        if value is None:
             continue
         if not isinstance(value, (str, os.PathLike)):
             wanted = "a file" + (", True or False" if component == "text_encoder" else "")
-            name = argument.get(component, component)
             raise ValueError(f"{name} is {type(value).__name__}, wanted {wanted}")
         files[component] = Path(value)
         if not files[component].exists():  # before the rest is downloaded

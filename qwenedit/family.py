@@ -18,8 +18,8 @@ from qwenedit.files import read_json
 from qwenedit.switches import Switches, Time
 
 __all__ = [
-    "EDIT", "EDIT_PLUS", "IMAGE_PAD", "LIGHTNING", "PRESETS", "TEXT_TO_IMAGE", "VARIANTS", "Layering",
-    "Preset", "Sampling", "Template", "Variant", "preset_of",
+    "EDIT", "EDIT_PLUS", "IMAGE_PAD", "LAYERING", "LIGHTNING", "PRESETS", "TEXT_TO_IMAGE", "VARIANTS",
+    "Layering", "Preset", "Sampling", "Template", "Variant", "preset_of",
 ]  # fmt: skip
 
 IMAGE_PAD = "<|image_pad|>"  # the placeholder of a picture token in a prompt
@@ -175,6 +175,7 @@ class Preset:
         )
 
 
+LAYERING = Layering(layers=4, resolution=640, cfg_normalize=True)
 _SIZES = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
 
 
@@ -200,7 +201,7 @@ PRESETS = {
         Preset(name="Qwen-Image-Edit"),
         Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40),
         Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40),
-        Preset(name="Qwen-Image-Layered", layering=Layering(layers=4, resolution=640, cfg_normalize=True)),
+        Preset(name="Qwen-Image-Layered", layering=LAYERING),
         _lightning(4),
         _lightning(8),
     )

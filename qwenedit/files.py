@@ -1,7 +1,7 @@
-"""What the files of a checkpoint hold: JSON, and the headers of safetensors files.
+"""JSON files, the headers of safetensors files, and files that are replaced whole.
 
-Nothing here reads a weight: headers are enough for every question but the numbers themselves. They are read
-as strictly as the safetensors library reads them, so that what is fine here can be loaded.
+Nothing here reads a weight. Headers are checked as strictly as the safetensors library checks them, so that
+every file accepted here can be loaded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import torch
 
 __all__ = [
-    "FLOATS", "TensorInfo", "append_line", "component_headers", "read_header", "read_json", "read_lines",
-    "replacing_file", "write_lines",
+    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "read_header", "read_json",
+    "read_lines", "replacing_file", "write_lines",
 ]  # fmt: skip
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights are stored and run in
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
+MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -33,10 +34,10 @@ _DTYPES = {
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one for an optional file that is not there.
+    """Read a JSON object from a file; `optional` makes an absent file an empty object.
 
     Raises:
-        ValueError: the file is absent, or holds something else.
+        ValueError: the file is missing, or holds something else.
     """
     if optional and not path.exists():
         return {}
@@ -53,23 +54,19 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; start and end are bytes within the file's data."""
+    """One tensor's entry in a safetensors header. `start` is the offset in the file, in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.start
+    bytes: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, from its header alone.
+    """Read the header of a safetensors file.
 
     Raises:
-        ValueError: no such file, or an empty, truncated or otherwise broken one.
+        ValueError: the file is missing, empty, truncated or broken in another way.
     """
     try:
         size = path.stat().st_size
@@ -80,7 +77,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} is {size} bytes long: too short for a safetensors file; download it again"
                 )
             (length,) = struct.unpack("<Q", head)
-            if length > min(size - 8, 100_000_000):
+            if length > min(size - 8, MAX_HEADER):
                 raise ValueError(
                     f"{path} is truncated or no safetensors file: its header is said to have {length} bytes, "
                     f"but the file has {size}"
@@ -96,23 +93,25 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path}: its header's __metadata__ is {metadata!r}, wanted texts by name")
     tensors = {
-        name: _entry(entry, f"{path}: its header's entry for {name}") for name, entry in header.items()
+        name: _entry(entry, 8 + length, f"{path}: its header's entry for {name}")
+        for name, entry in header.items()
     }
-    end = 0
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if info.start != end:
-            raise ValueError(f"{path}: {name} starts at byte {info.start}, wanted {end}: gaps or overlaps")
-        end = info.end
-    wanted = 8 + length + end
-    if size != wanted:
-        state = "truncated" if size < wanted else "too long"
+            got, wanted = info.start - 8 - length, end - 8 - length
+            raise ValueError(f"{path}: {name} starts at byte {got}, wanted {wanted}: gaps or overlaps")
+        end += info.bytes
+    if size != end:
+        state = "truncated" if size < end else "too long"
         raise ValueError(
-            f"{path} is {state}: it has {size} bytes, its header asks for {wanted}; download it again"
+            f"{path} is {state}: it has {size} bytes, its header asks for {end}; download it again"
         )
     return tensors
 
 
-def _entry(entry: Any, what: str) -> TensorInfo:
+def _entry(entry: Any, data: int, what: str) -> TensorInfo:
+    """A checked entry; `data` is where the header ends."""
     try:
         dtype, shape, (start, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
@@ -125,15 +124,14 @@ def _entry(entry: Any, what: str) -> TensorInfo:
         raise ValueError(
             f"{what} has {end - start} bytes, wanted {wanted} for {entry['dtype']} of shape {list(shape)}"
         )
-    return TensorInfo(dtype, shape, start, end)
+    return TensorInfo(dtype, shape, data + start, wanted)
 
 
 def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """Every tensor of a component's folder with the file that holds it; shards follow the index.
+    """Every tensor of a component's folder, with the file that holds it: a single file, or indexed shards.
 
     Raises:
-        ValueError: no weights, a shard that the index names and the folder lacks, a tensor that the index
-            promises and its shard lacks, or a broken file.
+        ValueError: no weights, a missing shard, a tensor that is not in its shard, or a broken file.
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
@@ -166,7 +164,7 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well and removed when it does not.
+    """Yield a temporary file beside `path`: renamed to `path` if the block succeeds, removed if it fails.
 
     Raises:
         ValueError: the folder does not exist.
@@ -181,7 +179,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; the result is an ordinary one
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes the file private
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,10 +4,10 @@
 
     pipe.load_lora_weights("style.safetensors", adapter_name="style", scale=0.8)
     pipe.set_adapters(["style"], [0.5])
-    pipe.unload_lora_weights()           # the very weights and modules of before
+    pipe.unload_lora_weights()           # restores the original modules
 
-Who made a file is told from its keys. A layer's low-rank part is kept beside its weight, until `fuse_lora`
-adds it in.
+The layout of a file is recognised by its keys. A layer's low-rank part is kept beside its weight until
+`fuse_lora` adds it to the weight.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ from qwenedit.weights.keys import ours_to_official
 
 __all__ = ["Loras", "read_lora"]
 
-# What trainers write in front of the official names, with dots or, further down, with underscores for dots.
+# Trainers' prefixes of the official names: of names with dots, and of names with underscores in their place.
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "pipe.dit.", "model.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
-    r"(?:\.[^.]+)?\.weight"  # peft writes the adapter's name in between
+    r"(?:\.[^.]+)?\.weight"  # peft puts the adapter's name here
 )
 
 
 def read_lora(
     source: str | os.PathLike[str] | Mapping[str, Tensor], mmdit: MMDiT, *, what: str = "the LoRA"
 ) -> dict[str, Delta]:
-    """A LoRA's changes by our names of the layers, from a safetensors file or a state dict.
+    """Read a LoRA's changes, by our names of the layers, from a safetensors file or a state dict.
 
     Layouts: peft and diffusers (`transformer.X.lora_A.weight`), ai-toolkit (`diffusion_model.X.lora_A...`),
     DiffSynth (`X.lora_A.default.weight`), Lightning and ComfyUI (`X.lora_down.weight`, `X.alpha`), kohya and
-    musubi (`lora_unet_X_with_underscores.lora_down.weight`, `.alpha`), LyCORIS's names. Alpha comes from the
-    file's tensor, else from diffusers' metadata, else it is the rank.
+    musubi (`lora_unet_X_with_underscores.lora_down.weight`, `.alpha`), LyCORIS's names. Alpha is the file's
+    tensor, else that of diffusers' metadata, else the rank.
 
     Args:
-        mmdit: whose layers the names must be; its weights are not read, so it may be on the meta device.
+        mmdit: the transformer whose layers are changed. Its weights are not used, so it may be on the meta
+            device.
+        what: names the LoRA in errors, if it is not a file.
 
     Raises:
-        ValueError: no such file, no safetensors file; keys that are no LoRA of this transformer, which are
-            listed (LoKr, LoHa, DoRA and changes of biases among them); halves without their other half;
-            shapes that do not fit.
+        ValueError: a missing file, or one that is not safetensors; keys that are not of a LoRA of this
+            transformer, which are listed (also LoKr, LoHa, DoRA and changes of biases); a matrix without
+            its pair; shapes that do not fit.
     """
     metadata: dict[str, str] = {}
     if isinstance(source, Mapping):
@@ -71,28 +73,28 @@ def read_lora(
         except safetensors.SafetensorError as error:
             raise ValueError(f"{what} is not a safetensors file: {error}") from error
 
-    layers = {name: module for name, module in mmdit.named_modules() if isinstance(module, nn.Linear)}
-    ours = {
-        ours_to_official(KEY_TABLE, f"{_unwrapped(name)}.weight").removesuffix(".weight"): _unwrapped(name)
-        for name in layers
+    layers = {
+        name.removesuffix(".base"): module  # LoRAs may be loaded already
+        for name, module in mmdit.named_modules()
+        if isinstance(module, nn.Linear)
     }
+    ours = {ours_to_official(KEY_TABLE, f"{name}.weight").removesuffix(".weight"): name for name in layers}
     parts, unknown = _sorted_out(tensors, ours)
     if unknown or not parts:
         listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         got = f"{len(unknown)} of {len(tensors)} tensors are not: {listed}" if unknown else "it has none"
         raise ValueError(f"{what}: wanted low-rank changes of this transformer's linear layers, but {got}")
-    shapes = {_unwrapped(name): (layer.out_features, layer.in_features) for name, layer in layers.items()}
     alphas = _Alphas(metadata)
     return {
-        ours[module]: _delta(module, halves, shapes[ours[module]], alphas, what)
-        for module, halves in parts.items()
+        ours[module]: _delta(module, matrices, layers[ours[module]], alphas, what)
+        for module, matrices in parts.items()
     }
 
 
 def _sorted_out(
     tensors: Mapping[str, Tensor], ours: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The tensors as official module -> "down", "up", "alpha" -> tensor; and the keys that are none."""
+    """The tensors by official module name and "down", "up" or "alpha"; and the keys of other tensors."""
     flat = {official.replace(".", "_"): official for official in ours}
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -114,7 +116,7 @@ def _sorted_out(
 
 
 def _official(module: str, ours: Mapping[str, str], flat: Mapping[str, str]) -> str | None:
-    """The official name of a module under a trainer's name; None if it is none of ours."""
+    """The official name for a trainer's name of a module; None if the transformer has no such module."""
     for prefix in _FLAT_PREFIXES:
         if module.startswith(prefix):
             return flat.get(module.removeprefix(prefix))
@@ -127,7 +129,7 @@ def _official(module: str, ours: Mapping[str, str], flat: Mapping[str, str]) -> 
 
 
 class _Alphas:
-    """What diffusers writes into the file's metadata: peft's config, its keys behind "transformer."."""
+    """Alphas from peft's config, which diffusers writes into a file's metadata under "transformer."."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         try:
@@ -140,26 +142,28 @@ class _Alphas:
         self.root = bool(config.get("use_rslora"))  # rank-stabilised: alpha / sqrt(rank)
 
     def factor(self, module: str, rank: int, alpha: Tensor | None) -> float:
-        value = None if alpha is None else float(alpha)
-        if value is None:
+        """What up @ down is multiplied by; `alpha` is the file's tensor, if it has one."""
+        if alpha is None:
             of_module = [a for name, a in self.pattern.items() if re.search(rf"(^|\.){name}$", module)]
-            value = of_module[0] if of_module else self.alpha
-        if value is None:
-            return 1.0
-        return value / (math.sqrt(rank) if self.root else rank)
+            alpha = of_module[0] if of_module else self.alpha
+        return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.root else rank)
 
 
 def _delta(
-    module: str, halves: Mapping[str, Tensor], shape: tuple[int, int], alphas: _Alphas, what: str
+    module: str, matrices: Mapping[str, Tensor], layer: nn.Linear, alphas: _Alphas, what: str
 ) -> Delta:
-    if missing := {"down", "up"} - halves.keys():
+    if missing := {"down", "up"} - matrices.keys():
         raise ValueError(f"{what}: {module} has no {' and no '.join(sorted(missing))} matrix")
-    down, up, alpha = halves["down"], halves["up"], halves.get("alpha")
+    down, up, alpha = matrices["down"], matrices["up"], matrices.get("alpha")
     rank = down.shape[0]
-    wanted = f"({rank}, {shape[1]}) and ({shape[0]}, {rank})"
-    if tuple(down.shape) != (rank, shape[1]) or tuple(up.shape) != (shape[0], rank) or rank == 0:
-        got = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise ValueError(f"{what}: down and up of {module} are {got}, wanted {wanted}")
+    got, wanted = (
+        (tuple(down.shape), tuple(up.shape)),
+        ((rank, layer.in_features), (layer.out_features, rank)),
+    )
+    if got != wanted or rank == 0:
+        raise ValueError(
+            f"{what}: down and up of {module} are {got[0]} and {got[1]}, wanted {wanted[0]} and {wanted[1]}"
+        )
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"{what}: alpha of {module} has shape {tuple(alpha.shape)}, wanted one number")
     return Delta(down, up, alphas.factor(module, rank, alpha))
@@ -172,7 +176,7 @@ class Loras:
 
     @property
     def loras(self) -> dict[str, float]:
-        """The loaded LoRAs that are kept apart, by name, with their scales."""
+        """The loaded LoRAs that are not fused, with their scales."""
         return {one.name: one.scale for layer in _changed(self.mmdit) for one in layer.changes}
 
     def load_lora_weights(
@@ -183,24 +187,23 @@ class Loras:
         adapter_name: str | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Add a LoRA beside the weights; several add up.
+        """Add a LoRA beside the weights. Several LoRAs add up.
 
         Args:
-            source: a safetensors file, a state dict, or a folder or hub id that holds `weight_name`.
+            source: a safetensors file, a state dict, or a folder or hub id with a file `weight_name`.
             adapter_name: by default the file's stem, or lora-1, lora-2, ...
-            scale: what it is multiplied by, beside its own alpha / rank.
+            scale: factor of the LoRA, besides its own alpha / rank.
 
         Raises:
-            ValueError: a name that is taken, a scale that is no finite number, or as `read_lora`; nothing has
-                changed then.
+            ValueError: a name that is taken, a scale that is not a finite number, or as `read_lora`. Nothing
+                has changed then.
         """
         _check_scale(scale)
         if not isinstance(source, Mapping):
             source = _file(source, weight_name)
         taken = self.loras
         if adapter_name is None:
-            stem = f"lora-{len(taken) + 1}" if isinstance(source, Mapping) else Path(source).stem
-            adapter_name = stem
+            adapter_name = f"lora-{len(taken) + 1}" if isinstance(source, Mapping) else Path(source).stem
         if adapter_name in taken:
             raise ValueError(f"a LoRA called {adapter_name!r} is loaded already: pass another adapter_name")
         deltas = read_lora(source, self.mmdit, what=f"the LoRA {adapter_name!r}")
@@ -218,10 +221,10 @@ class Loras:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
     ) -> None:
-        """Use these LoRAs, at these scales, and no others: those that are not named get scale 0.
+        """Use exactly these LoRAs, at these scales. All others get scale 0.
 
         Raises:
-            ValueError: a name that is not loaded, or not as many scales as names.
+            ValueError: a name that is not loaded, or a different number of scales.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         scales = (
@@ -238,7 +241,7 @@ class Loras:
                 change.scale = wanted.get(change.name, 0.0)
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
-        """Take away one LoRA, or all; layers without any become the very modules that they were.
+        """Remove one LoRA, or all. Layers without a LoRA become the original modules again.
 
         Raises:
             ValueError: it is not loaded, or was fused.
@@ -253,8 +256,9 @@ class Loras:
 
     @torch.no_grad()
     def fuse_lora(self) -> None:
-        """Add all loaded LoRAs, at their scales, to the weights: no cost from then on, and no way back but
-        loading the model again. The sum is made in float32 and rounded once.
+        """Add all loaded LoRAs, at their scales, to the weights, in float32 and rounded once.
+
+        A fused LoRA costs no time, and cannot be removed without loading the model again.
 
         Raises:
             ValueError: the weights do not stay in memory (see memory/residency.py).
@@ -288,18 +292,13 @@ def _changed(mmdit: MMDiT) -> list[LowRankLinear]:
     return [layer for _, _, layer in _places(mmdit)]
 
 
-def _unwrapped(name: str) -> str:
-    """The name of a linear layer, whether or not there are LoRAs beside it."""
-    return name.removesuffix(".base")
-
-
 def _check_scale(scale: float) -> None:
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise ValueError(f"a LoRA's scale is {scale!r}, wanted a finite number")
 
 
 def _file(source: str | os.PathLike[str], weight_name: str | None) -> Path:
-    """The file that a path, a folder or a hub id with `weight_name` means."""
+    """The file of a path, or `weight_name` of a folder or a hub id."""
     path = Path(source)
     if path.is_file():
         return path

@@ -349,8 +349,6 @@ def load(
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
-    if source is None and residency == "auto":
-        residency = "resident"
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()

@@ -1,4 +1,4 @@
-"""Is a checkpoint whole, and do its parts fit together? From configs and headers alone."""
+"""Verify that a checkpoint is complete and its components fit, from configs and headers alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ __all__ = ["Verification", "check_together", "describe", "verify"]
 
 
 def check_together(folder: Path, processor: Processor, *, pictures: bool) -> None:
-    """Do the components of a folder fit each other? They may have been put together by hand.
+    """Check that the components of a folder fit each other; users combine them by hand.
+
+    `pictures`: whether the checkpoint takes pictures, so that the processor must fit as well.
 
     Raises:
-        ValueError: what does not fit; see also `config_from`.
+        ValueError: two components do not fit, or as `config_from`.
     """
     text_encoder, transformer, vae_config = (network_config(folder, name) for name in COMPONENTS)
     text, vision = text_encoder.text_config, text_encoder.vision_config
@@ -56,7 +58,7 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
 
 @dataclass(frozen=True)
 class Verification:
-    """Reports of all components; `str()` of it is what `qwenedit verify` prints."""
+    """Reports of all components. `str()` of it is what `qwenedit verify` prints."""
 
     folder: Path
     variant: Variant
@@ -87,18 +89,18 @@ def verify(
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> Verification:
-    """Every tensor of a checkpoint against the model, from headers alone; None is the embedded model.
+    """Compare every tensor of a checkpoint with the model. Only headers are read; None is the embedded model.
 
-    `files` as in `load_networks`.
+    `files` is as for `compare_networks`. Nothing is downloaded.
 
     Raises:
-        ValueError: no checkpoint on this machine (nothing is downloaded), a broken file, or another family.
+        ValueError: no checkpoint on this machine, a broken file, or another family.
     """
     folder = find_local(source, revision)
     variant = read_variant(folder)
     load_scheduler(folder)
     files = files or {}
-    reports = [compare(folder, component, files.get(component))[2] for component in COMPONENTS]
+    reports = [compare(folder, component, files.get(component)).report for component in COMPONENTS]
     return Verification(folder, variant, reports)
 
 
@@ -108,7 +110,7 @@ def describe(
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> str:
-    """What a checkpoint holds, or, for a hub id that is not all on this machine, what would be downloaded.
+    """What a checkpoint holds; for a hub id that is not completely cached, what would be downloaded.
 
     Raises:
         ValueError: as `verify`.

@@ -1,8 +1,8 @@
-"""What fits where: the peak memory of every stage of a run, from the headers of the files alone.
+"""Estimate the peak memory of every stage of a run from the headers of the files.
 
-A run has four stages, one after the other: text encoding, the VAE's encoder, sampling, the VAE's decoder. In
-each, weights that are resident and what the networks compute share the device's memory. Weights are counted
-exactly; what is computed is estimated, by formulas that were fitted to measured peaks (benchmarks/plan.py).
+A run has four stages, one after the other: text encoding, the VAE's encoder, sampling, the VAE's decoder. The
+peak of a stage is the weights in memory plus what the networks compute. Weights are counted exactly.
+Activations are estimated with formulas fitted to measured peaks (benchmarks/plan.py).
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from qwenedit.checks import check_count, device_of, dtype_of
-from qwenedit.family import Variant
-from qwenedit.files import FLOATS, read_json
+from qwenedit.family import LAYERING, Variant
+from qwenedit.files import read_json
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
+from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig
@@ -34,52 +35,61 @@ from qwenedit.weights.checkpoints import (
     remote_headers,
 )
 from qwenedit.weights.configs import network_config
-from qwenedit.weights.formats import Stored, read_weights
+from qwenedit.weights.formats import Stored
 from qwenedit.weights.hub import HubError
-from qwenedit.weights.keys import NETWORKS
+from qwenedit.weights.loading import compare_networks, run_dtype
 
 __all__ = [
-    "RESIDENCIES", "STAGES", "Mode", "Plan", "activations", "choose", "device_free", "host_free",
-    "parse_bytes", "plan", "weights_of",
+    "STAGES", "Plan", "activations", "choose", "device_free", "host_free", "network_sizes", "parse_bytes",
+    "plan",
 ]  # fmt: skip
 
-RESIDENCIES = ("resident", "stage", "stream")  # from the fastest to the smallest
 STAGES = ("text encoding", "VAE encode", "sampling", "VAE decode")
-SPARE = 0.95  # of the memory there is, what a run is planned to take
-_LIBRARIES = 72 << 20  # bytes that libraries take for their code and their buffers
-_SMALL = 1 << 30  # bytes of weights up to which everything is resident without asking
-_PROMPT = 100  # tokens of a prompt, and
-_TEMPLATE = 70  # of the template around it
-_STEPS = 50  # of a run, and
-_LAYERS = 4  # that a picture is taken apart into,
-_RESOLUTION = 640  # at this side, where nobody says
-_BLOCK = re.compile(r"(?:transformer_blocks|model\.layers|visual\.blocks)\.\d+\.")
-_MODULATION = (".img_mod.", ".txt_mod.")
+SPARE = 0.95  # the part of the free memory that a run may take
+_LIBRARIES = 72 << 20  # bytes of the libraries' code and buffers
+_SMALL = 1 << 30  # bytes of weights up to which "auto" is "resident"
+_PROMPT = 100  # tokens of a prompt
+_TEMPLATE = 70  # tokens of the template around it
+_STEPS = 50
+_BLOCK = re.compile("(" + "|".join(path for paths in BLOCK_LISTS.values() for path in paths) + r")\.\d+\.")
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+# The modes that are planned, from the fastest to the smallest.
+_MODES = (
+    *(Modes(residency, modulation) for residency in RESIDENCIES[1:] for modulation in MODULATIONS),
+    *(Modes(residency, storage="float8") for residency in ("resident", "stage")),
+)
 
 
 @dataclass
-class Block:
-    """Bytes of a block's weights, and of those among them whose results the timestep alone decides."""
+class BlockSize:
+    """Bytes of a block's weights, and of its adaLN layers among them."""
 
     all: int = 0
     modulation: int = 0
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Bytes of a network's weights: its blocks as they run and at one byte a weight, and what is in none."""
+class NetworkSize:
+    """Bytes of a network's weights: of its blocks, in the run's dtype and in 8 bits; and of the rest."""
 
-    blocks: dict[str, Block]
-    float8: dict[str, Block]
+    blocks: dict[str, BlockSize]
+    float8: dict[str, BlockSize]
     rest: int
 
     @property
     def all(self) -> int:
         return sum(block.all for block in self.blocks.values()) + self.rest
 
-    def resident(self, mode: Mode) -> int:
-        """With all blocks, or two of them at a time: the one that runs and the next, widened if need be."""
+    def in_memory(self, mode: Modes) -> int:
+        """Bytes in memory while the network runs.
+
+        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits and
+        two widened ones.
+        """
         gone = mode.modulation == "precomputed"
         whole, shrunk = (
             sorted(block.all - block.modulation * gone for block in blocks.values())
@@ -91,51 +101,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Mode:
-    """How weights are kept.
-
-    Attributes:
-        residency: "resident": all in the device's memory. "stage": one network at a time: text encoder, VAE,
-            transformer, VAE. "stream": blocks from the file as they are needed, two at a time.
-        modulation: "live", or "precomputed": its layers are not kept, but their results for all timesteps.
-        storage: "as run", or "float8": blocks at one byte a weight, widened as they are needed, two at a
-            time.
-    """
-
-    residency: str
-    modulation: str = "live"
-    storage: str = "as run"
-
-    def __str__(self) -> str:
-        changed = self.modulation * (self.modulation != "live"), self.storage * (self.storage != "as run")
-        return ", ".join([self.residency, *filter(None, changed)])
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What a run needs; `str()` of it is what `qwenedit plan` prints.
+    """What a run needs. `str()` of it is what `qwenedit plan` prints.
 
     Attributes:
-        source: which checkpoint.
-        mode: what would be chosen; None where nothing fits.
-        peaks: bytes on the device, by mode and stage.
-        device, dtype: where the run is, and the dtype in words.
-        memory: bytes of it that are free or were given.
-        download: the files that are not on this machine, in words. There are no peaks where their headers
-            could not be had.
-        run: what was planned for, in words.
+        source: the checkpoint.
+        mode: the first mode that fits; None if none does.
+        peaks: bytes on the device, by mode and stage; empty if the headers could not be had.
+        device, dtype: of the run, in words.
+        memory: bytes of the device that are free or were given.
+        download: the files that are not on this machine, in words.
+        run: the planned run, in words.
     """
 
     source: str
-    mode: Mode | None = None
-    peaks: dict[Mode, dict[str, int]] = field(default_factory=dict)
+    mode: Modes | None = None
+    peaks: dict[Modes, dict[str, int]] = field(default_factory=dict)
     device: str = ""
     dtype: str = ""
     memory: int = 0
     download: str = ""
     run: str = ""
 
-    def fits(self, mode: Mode) -> bool:
+    def fits(self, mode: Modes) -> bool:
         return max(self.peaks[mode].values()) <= SPARE * self.memory
 
     def __str__(self) -> str:
@@ -168,41 +156,41 @@ def plan(
     height: int | None = None,
     width: int | None = None,
     pictures: int | None = None,
-    layers: int = _LAYERS,
+    layers: int = LAYERING.layers,
     steps: int = _STEPS,
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
     text_encoder: bool = True,
 ) -> Plan:
-    """What a run of a checkpoint needs, from headers; of a hub id that is not here, also what it downloads.
+    """Estimate what a run of a checkpoint needs, from headers; of an uncached hub id, also the download.
 
-    Of such an id, configs and headers are fetched for this and not kept: a megabyte in place of 57 GB.
+    Of such an id, configs and headers are fetched and not kept: about a megabyte in place of 57 GB.
 
     Args:
-        device_memory: bytes ("24GiB") of an accelerator that need not be there; by default what is free on
-            the machine's own. Without any, the run is on the CPU.
-        host_memory: likewise of the CPU's.
-        device, dtype: as for `load`: by default float32 on the CPU, as stored on an accelerator.
-        height, width: of the output; by default the checkpoint's own area, 1024 squared, or Layered's, 640
+        device_memory: bytes ("24GiB") of an accelerator, which need not exist; by default what is free on
+            this machine's. Without an accelerator the run is on the CPU.
+        host_memory: bytes of the CPU's memory; by default what is free.
+        device, dtype: as for `load`: by default float32 on the CPU, the stored dtype on an accelerator.
+        height, width: of the output; by default the checkpoint's own area: 1024 squared, for Layered 640
             squared.
-        pictures: how many are given, of the output's shape; by default one, to an editing variant.
-        layers: how many Layered makes.
-        steps: timesteps whose modulation is kept, where it is precomputed.
-        files, text_encoder: as for `load_networks` and `load`.
+        pictures: number of input pictures, of the output's shape; by default one, for an editing variant.
+        layers: number of layers that Layered makes.
+        steps: number of timesteps whose precomputed modulation is kept.
+        files, text_encoder: as for `compare_networks` and `load`.
 
     Raises:
-        ValueError: bad arguments, no such checkpoint, or a hub that does not give what it is asked for.
+        ValueError: bad arguments, no such checkpoint, files that do not fit, or a hub that refuses.
     """
     check_count("layers", layers)
     check_count("steps", steps)
     given = None if device_memory is None else parse_bytes("device_memory", device_memory)
     host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
-    place = torch.device("cuda" if given is not None else "cpu")  # an accelerator, whichever it is
+    place = torch.device("cuda" if given is not None else "cpu")  # "cuda" stands for any accelerator
     if device is not None or given is None:
         place = device_of(device)
     on_cpu = place.type == "cpu"
     memory = host if on_cpu else given if given is not None else device_free(place)
-    run_dtype = dtype_of(dtype, place)
+    wanted = dtype_of(dtype, place)
     files = files or {}
     without = {*files} if text_encoder else {*files, "text_encoder"}
     if not is_local(source, revision, without=without):
@@ -229,129 +217,109 @@ def plan(
             f"pictures is {pictures!r}, wanted a number from {least} to {most} for {variant.name}"
         )
     sketch = _sketch(folder, variant, pictures, height, width)
-    weights = weights_of(folder, files, run_dtype, text_encoder=text_encoder)
-    computed = activations(folder, sketch, run_dtype, layers=layers)
-    table = _table(folder, run_dtype, steps)
-    peaks = {mode: _peaks(mode, weights, computed, table) for mode in _MODES}
+    names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]
+    found = {one.report.component: one.found for one in compare_networks(folder, names, files)}
+    sizes, computed = network_sizes(found, wanted), activations(folder, sketch, wanted, layers=layers)
+    peaks = _peaks(_MODES, sizes, computed, _table(folder, wanted, steps))
     made = Plan(
         str(source or "the embedded model"),
         None,
         peaks,
         "CPU" if on_cpu else "accelerator",
-        "as stored" if run_dtype is None else str(run_dtype).removeprefix("torch."),
+        "as stored" if wanted is None else str(wanted).removeprefix("torch."),
         memory,
         run=f"{f'{layers} layers of ' * variant.layered}{sketch.size[0]}x{sketch.size[1]} from {pictures} "
         f"picture{'s' * (pictures != 1)}",
     )
-    chosen = next((mode for mode in peaks if mode.storage == "as run" and made.fits(mode)), None)
+    chosen = next((mode for mode in peaks if mode.storage is None and made.fits(mode)), None)
     return replace(made, mode=chosen)
 
 
-_MODES = (
-    *(Mode(residency, modulation) for residency in RESIDENCIES for modulation in ("live", "precomputed")),
-    *(Mode(residency, "live", "float8") for residency in ("resident", "stage")),
-)
-
-
 def choose(
+    modes: Modes,
     folder: Path,
-    files: Mapping[str, Path],
+    found: Mapping[str, Mapping[str, Stored]],
     *,
     device: torch.device,
     dtype: torch.dtype | None,
-    text_encoder: bool = True,
-    modulation: str = "live",
-    storage: str | None = None,
-) -> str:
-    """The residency for a checkpoint on this machine, at its own size: "resident", "stage" or "stream", the
-    last not with storage="float8", which keeps weights.
+) -> Modes:
+    """Replace the residency by the first that fits this machine at the checkpoint's own size, or by the last.
 
-    Never fails: what cannot be planned is for loading to complain about, and is "resident".
+    `found` has the stored weights of each component, by our names. With storage="float8", which keeps weights
+    in memory, "stage" is the last residency.
     """
-    residencies = RESIDENCIES if storage is None else RESIDENCIES[:-1]
-    try:
-        weights = weights_of(folder, files, dtype, text_encoder=text_encoder)
-        if sum(network.all for network in weights.values()) <= _SMALL:
-            return "resident"
-        variant = read_variant(folder)
-        sketch = _sketch(folder, variant, min(1, variant.max_pictures))
-        computed, table = activations(folder, sketch, dtype), _table(folder, dtype, _STEPS)
-        memory = host_free() if device.type == "cpu" else device_free(device)
-        for residency in residencies:
-            peaks = _peaks(Mode(residency, modulation, storage or "as run"), weights, computed, table)
-            if max(peaks.values()) <= SPARE * memory:
-                return residency
-    except Exception:
-        return "resident"
-    return residencies[-1]
+    residencies = RESIDENCIES[1:] if modes.storage is None else RESIDENCIES[1:-1]
+    candidates = [replace(modes, residency=residency) for residency in residencies]
+    sizes = network_sizes(found, dtype)
+    if sum(network.all for network in sizes.values()) <= _SMALL:
+        return candidates[0]
+    variant = read_variant(folder)
+    sketch = _sketch(folder, variant, min(1, variant.max_pictures))
+    peaks = _peaks(candidates, sizes, activations(folder, sketch, dtype), _table(folder, dtype, _STEPS))
+    memory = host_free() if device.type == "cpu" else device_free(device)
+    fitting = (mode for mode in candidates if max(peaks[mode].values()) <= SPARE * memory)
+    return next(fitting, candidates[-1])
 
 
 def _sketch(
     folder: Path, variant: Variant, pictures: int, height: int | None = None, width: int | None = None
 ) -> geometry.Geometry:
-    """The sizes of a run with pictures of the output's shape."""
+    """The sizes of a run whose pictures have the output's shape."""
     areas = read_areas(folder, variant)
     side = round(areas.vae**0.5)
-    if variant.layered:  # the VAE sees the picture at the size that the layers have
-        side = _RESOLUTION
+    if variant.layered:  # the picture is encoded at the size of the layers
+        side = LAYERING.resolution
         areas = geometry.Areas(vae=(width or side) * (height or side), vl=None)
     sizes = [(width or side, height or side)] * pictures
     return geometry.plan(sizes, areas=areas, height=height, width=width)
 
 
 def _peaks(
-    mode: Mode, weights: Mapping[str, Weights], computed: Mapping[str, int], table: int
-) -> dict[str, int]:
-    """Bytes on the device at each stage; `table` is what precomputed modulation takes."""
-    size = {name: network.resident(mode) for name, network in weights.items()}
-    size["transformer"] += table if mode.modulation == "precomputed" else 0
-    text, vae, transformer = size.get("text_encoder", 0), size["vae"], size["transformer"]
-    kept = [text, vae, transformer, vae]
-    if mode.residency == "resident":
-        kept = [text + vae + transformer] * 4
-    return {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
+    modes: Iterable[Modes], sizes: Mapping[str, NetworkSize], computed: Mapping[str, int], table: int
+) -> dict[Modes, dict[str, int]]:
+    """Bytes on the device, by mode and stage; `table` is the size of precomputed modulation."""
+    peaks = {}
+    for mode in modes:
+        size = {name: network.in_memory(mode) for name, network in sizes.items()}
+        size["transformer"] += table if mode.modulation == "precomputed" else 0
+        kept = [size.get("text_encoder", 0), size["vae"], size["transformer"], size["vae"]]
+        if mode.residency == "resident":
+            kept = [sum(size.values())] * 4
+        peaks[mode] = {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
+    return peaks
 
 
-def weights_of(
-    folder: Path, files: Mapping[str, Path], dtype: torch.dtype | None, *, text_encoder: bool = True
-) -> dict[str, Weights]:
-    """Bytes of the weights of each network, from headers; `dtype` None is what they are stored in."""
-    weights = {}
-    for component in COMPONENTS:
-        if text_encoder or component != "text_encoder":
-            tensors = read_weights(files.get(component) or folder / component, component).tensors
-            weights[component] = _of_component(component, tensors, dtype)
-    return weights
+def network_sizes(
+    found: Mapping[str, Mapping[str, Stored]], dtype: torch.dtype | None
+) -> dict[str, NetworkSize]:
+    """Sizes of networks whose stored weights are `found`, in the dtype that `load` would run them in."""
+    return {component: _network_size(stored, dtype) for component, stored in found.items()}
 
 
-def _of_component(component: str, tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> Weights:
-    network = NETWORKS[component]
-    plain = {str(one).removeprefix("torch.") for one in FLOATS}
-    if dtype is None and not plain >= {stored.dtype for stored in tensors.values()}:
-        dtype = torch.bfloat16  # what fp8 and GGUF run in
-    blocks: dict[str, Block] = {}
-    float8: dict[str, Block] = {}
+def _network_size(found: Mapping[str, Stored], dtype: torch.dtype | None) -> NetworkSize:
+    dtype = run_dtype(found.values(), dtype)
+    blocks: dict[str, BlockSize] = {}
+    float8: dict[str, BlockSize] = {}
     rest = 0
-    for stored in tensors.values():
-        name = network.hub_key(stored.name)
-        if name in network.skipped:
-            continue
+    for name, stored in found.items():
         values = math.prod(stored.shape)
         size = stored.bytes if dtype is None else values * dtype.itemsize
         if (match := _BLOCK.match(name)) is None:
             rest += size
             continue
-        small = values if len(stored.shape) > 1 else size  # norms and biases stay as they are
+        small = values if len(stored.shape) > 1 else size  # norms and biases are not rounded
         for form, takes in ((blocks, size), (float8, small)):
-            block = form.setdefault(match.group(), Block())
+            block = form.setdefault(match.group(), BlockSize())
             block.all += takes
-            block.modulation += takes * any(part in name for part in _MODULATION)
-    return Weights(blocks, float8, rest)
+            block.modulation += takes * name[match.end() :].startswith(MODULATION_LAYERS)
+    return NetworkSize(blocks, float8, rest)
 
 
 def _table(folder: Path, dtype: torch.dtype | None, steps: int) -> int:
-    """Bytes of the blocks' modulation at all timesteps, as `fast.Mods` has it: for each stream six vectors,
-    and its two scales once more, with 1 added; under `zero_cond_t` references count as a stream.
+    """Bytes of the blocks' precomputed modulation at all timesteps.
+
+    Each stream has six vectors, and its two scales once more with 1 added. Under `zero_cond_t` the references
+    count as a stream.
     """
     config: MMDiTConfig = network_config(folder, "transformer")
     streams = 2 + int(config.zero_cond_t)
@@ -363,22 +331,22 @@ def _itemsize(dtype: torch.dtype | None) -> int:
 
 
 def activations(
-    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, *, layers: int = _LAYERS
+    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, *, layers: int = LAYERING.layers
 ) -> dict[str, int]:
-    """Bytes that each stage computes at its worst moment, for one row of a batch.
+    """Estimate the peak bytes of each stage's activations, for one row of a batch.
 
-    Layered's target is `layers` frames and one more; the layers are decoded together, and its text encoder
-    sees no picture. Other variants have one frame.
+    Layered samples `layers` + 1 frames and decodes the layers together; its text encoder sees no picture.
+    Other variants have one frame.
 
     +-- in values of the run's dtype ----------------------------------------------------------------------+
     | language   4 MLP widths and 6 widths a token         | prompts run one after the other               |
-    | vision     4 MLP widths and 8 widths a patch         | before the language model, so the larger      |
-    | sampling   20 widths a token of text and pictures    | queries and keys while they turn, or the MLP  |
+    | vision     4 MLP widths and 8 widths a patch         | before the language model: the larger counts  |
+    | sampling   20 widths a token of text and pictures    | queries and keys in RoPE, or the MLP          |
     | encoder    2.8 base widths a pixel                   | of the largest picture                        |
     | decoder    5.8 base widths a pixel                   | the last upsampling                           |
     +------------------------------------------------------------------------------------------------------+
-    Half dtypes turn queries and keys, and take the VAE's norms, in float32: 23 widths a token, and 6.5 base
-    widths a pixel, in both directions.
+    In half dtypes RoPE and the VAE's norms compute in float32: 23 widths a token, and 6.5 base widths a pixel
+    in encoder and decoder.
     """
     size, half = _itemsize(dtype), _itemsize(dtype) == 2
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
@@ -416,10 +384,10 @@ def activations(
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """A number of bytes, or a text such as "24GiB", "24GB" or "24g", all of which are 24 * 2**30.
+    """Bytes from a number or a text such as "24GiB", "24GB" or "24g", all of which are 24 * 2**30.
 
     Raises:
-        ValueError: something else.
+        ValueError: anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
@@ -431,14 +399,14 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def device_free(device: torch.device) -> int:
-    """Bytes that are free on an accelerator; the host's where it does not say (it may share them)."""
+    """Free bytes of an accelerator; the host's for devices that do not say, which may share its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_free()
 
 
 def host_free() -> int:
-    """Bytes that this process can still take of the machine's memory, within the limit of its container."""
+    """Bytes of memory that this process can still take, within the limit of its container."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -450,16 +418,10 @@ def host_free() -> int:
         try:
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (AttributeError, ValueError, OSError):
-            found.append(8 << 30)  # a machine that does not say (Windows): a modest one
+            found.append(8 << 30)  # Windows does not say: assume a modest machine
     for limit, used in _CGROUPS:
         try:
             found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such limit, or "max"
             continue
     return max(0, min(found))
-
-
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)

@@ -1,69 +1,54 @@
-"""Weights from files, again and again: without mapping them into memory, and only while they are the files
-that were looked at.
+"""Read weights from files repeatedly, without mapping the files into memory.
 
-Pages of a mapped file count as the process's memory until the system takes them back; what is read here is
-in memory once, where it is asked for.
+Pages of a mapped file count as the process's memory until the system reclaims them; a weight that is read
+here is in memory once. Files that have changed since loading are refused.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, overload
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from qwenedit.files import TensorInfo, read_header
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
 
-__all__ = ["Files", "SafetensorsFile"]
+__all__ = ["SafetensorsFile", "WeightFiles"]
 
 
-class Files:
-    """Files that were there, as they were: each is opened for what is asked of it, and closed.
+class WeightFiles:
+    """The files of the weights `found`. Each file is opened for one reading and closed again.
 
     Raises:
-        ValueError: a file is broken; on reading, it has changed or is gone.
+        ValueError: on reading, a file has changed or is gone.
     """
 
     def __init__(self, found: Iterable[Stored]) -> None:
-        paths = sorted({stored.path for stored in found})
-        self._stamps = {path: _stamp(path) for path in paths}
-        self._headers = {path: None if is_gguf(path) else _Header(path) for path in paths}
+        self._stored: dict[Path, dict[str, Stored]] = {}  # by file and key
+        for weight in found:
+            for stored in filter(None, (weight, weight.scale)):
+                self._stored.setdefault(stored.path, {})[stored.key] = stored
+        self._stamps = {path: _stamp(path) for path in self._stored}
+        self._gguf = {path for path in self._stored if is_gguf(path)}
 
-    @overload
-    def read(self, wanted: Sequence[Stored]) -> Iterator[tuple[Stored, Tensor]]: ...
-    @overload
-    def read(
-        self, wanted: Sequence[Stored], *, raw: Literal[True]
-    ) -> Iterator[tuple[Stored, Tensor | tuple[Tensor, Tensor]]]: ...
-    def read(self, wanted: Sequence[Stored], *, raw: bool = False) -> Iterator[tuple[Stored, Any]]:
-        """Each weight as `Stored.read` makes it, in the order of the files.
-
-        With `raw`, a weight that is stored as float8_e4m3fn comes as it is, with its scale.
-        """
+    def read(self, wanted: Sequence[Stored]) -> Iterator[tuple[Stored, Tensor, Tensor | None]]:
+        """Yield each weight as it is stored, with its scale if it has one, in the order of the files."""
         for path in sorted({stored.path for stored in wanted}):
             if _stamp(path) != self._stamps[path]:
                 raise ValueError(f"{path} has changed since the checkpoint was loaded: load it again")
-            header = self._headers[path]
-            with GGUFFile(path) if header is None else header.open() as file:
+            opened = GGUFFile(path) if path in self._gguf else SafetensorsFile(path, self._stored[path])
+            with opened as file:
                 for stored in sorted((one for one in wanted if one.path == path), key=lambda x: x.start):
-                    yield stored, _raw(stored, file) if raw else stored.read(file)
-
-
-def _raw(stored: Stored, file: Any) -> Tensor | tuple[Tensor, Tensor]:
-    if stored.dtype != "float8_e4m3fn":
-        return stored.read(file)
-    scale = torch.ones(()) if stored.scale is None else file.get_tensor(stored.scale)
-    return file.get_tensor(stored.key), scale
+                    scale = None if stored.scale is None else file.get_tensor(stored.scale.key)
+                    yield stored, file.get_tensor(stored.key), scale
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What is another one when somebody writes to the file, or puts another in its place."""
+    """A value that changes when the file is written to or replaced."""
     try:
         status = path.stat()
     except OSError as error:
@@ -71,27 +56,15 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class _Header:
-    """A safetensors file's header, which is read once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = read_header(path)
-        self.start = os.path.getsize(path) - max((info.end for info in self.tensors.values()), default=0)
-
-    def open(self) -> SafetensorsFile:
-        return SafetensorsFile(self)
-
-
 class SafetensorsFile:
-    """An open safetensors file, with the reading methods of `safetensors.safe_open`."""
+    """An open safetensors file, read like `safetensors.safe_open`. `stored` says where its tensors are."""
 
-    def __init__(self, header: _Header) -> None:
-        self._header = header
+    def __init__(self, path: Path, stored: Mapping[str, Stored]) -> None:
+        self._path, self._stored = path, stored
         try:
-            self._file: BinaryIO = header.path.open("rb")
+            self._file: BinaryIO = path.open("rb")
         except OSError as error:
-            raise ValueError(f"{header.path} cannot be read: {error.strerror}") from error
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -99,20 +72,17 @@ class SafetensorsFile:
     def __exit__(self, *_error: object) -> None:
         self._file.close()
 
-    def keys(self) -> list[str]:
-        return list(self._header.tensors)
-
     def get_tensor(self, key: str) -> Tensor:
-        """A weight as it is stored, in memory of its own."""
-        info: TensorInfo = self._header.tensors[key]
-        own = torch.empty(info.bytes, dtype=torch.uint8, device="cpu")
-        if info.bytes:
-            self._file.seek(self._header.start + info.start)
-            memory = (ctypes.c_ubyte * info.bytes).from_address(own.data_ptr())
+        """A tensor as it is stored, in memory of its own."""
+        stored = self._stored[key]
+        own = torch.empty(stored.bytes, dtype=torch.uint8, device="cpu")
+        if stored.bytes:
+            self._file.seek(stored.start)
+            memory = (ctypes.c_ubyte * stored.bytes).from_address(own.data_ptr())
             try:
                 count = self._file.readinto(memory)  # type: ignore[attr-defined]
             except OSError as error:
-                raise ValueError(f"{self._header.path} cannot be read: {error.strerror}") from error
-            if count != info.bytes:
-                raise ValueError(f"{self._header.path} ends within {key}: it has changed since it was loaded")
-        return own.view(info.dtype).view(info.shape)
+                raise ValueError(f"{self._path} cannot be read: {error.strerror}") from error
+            if count != stored.bytes:
+                raise ValueError(f"{self._path} ends within {key}: it has changed since it was loaded")
+        return own.view(getattr(torch, stored.dtype)).view(stored.shape)

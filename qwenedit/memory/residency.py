@@ -1,15 +1,15 @@
-"""Memory modes: where weights are while nobody computes with them. `load` sets them; results do not change.
+"""Memory modes: where weights are while no computation needs them. `load` sets them; results do not change.
 
     residency   resident     all weights stay in memory
-                stage        those of one network at a time: text encoder, transformer, VAE
-                stream       of that network's blocks, the one that computes and the one that comes next
+                stage        one network's weights at a time: text encoder, transformer, VAE
+                stream       of that network's blocks, only the running one and the next one
     modulation  precomputed  the transformer's adaLN layers, a third of it, are read once a run, for all steps
-    storage     float8       blocks' matrices are kept in 8 bits, and widened block by block: an approximation
+    storage     float8       blocks' matrices are kept in 8 bits and widened block by block: an approximation
 
-What does not stay is read from the checkpoint's files each time its turn comes. The files are only read, and
-must not change. A weight that is not there is an `Absent`, on the meta device. `present` brings a network in
-for the length of a `with` block, and whatever runs a network here does so in one; blocks come one by one
-(`Streamed`), so that a forward reads as ever:
+Weights that do not stay are read from the checkpoint's files each time they are needed. The files must not
+change. A network with such weights is *managed*: a weight that is not in memory is an `Absent`, on the meta
+device; `present` loads the network for the length of a `with` block. Everything in this package that runs a
+network does so in such a block. Blocks are loaded one by one by an ordinary loop (`Streamed`):
 
     with present(pipe.mmdit):
         for block in pipe.mmdit.blocks: ...
@@ -25,35 +25,34 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qwenedit.memory.reading import Files
-from qwenedit.memory.streaming import Part, Place, Source, Streamed, Turn
+from qwenedit.memory.reading import WeightFiles
+from qwenedit.memory.streaming import BlockParts, Part, Place, Source, Streamed
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import progress_bar
 
 __all__ = [
-    "MODULATIONS", "RESIDENCIES", "STORAGES", "Modes", "home", "move", "present", "require_staying",
-    "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
+    "present", "require_staying", "while_present",
 ]  # fmt: skip
 
-RESIDENCIES = ("auto", "resident", "stage", "stream")
+RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
 MODULATIONS = ("live", "precomputed")
 STORAGES = (None, "float8")
 
-# Blocks that can come and go, by network; of the transformer's, the layers that see the timestep alone.
-_LISTS = {"text_encoder": ("vision.blocks", "language.blocks"), "transformer": ("blocks",), "vae": ()}
-_MODULATION = ("img_mod.", "txt_mod.")
+BLOCK_LISTS = {"text_encoder": ("vision.blocks", "language.blocks"), "transformer": ("blocks",), "vae": ()}
+MODULATION_LAYERS = ("img_mod.", "txt_mod.")  # layers of a transformer block whose only input is the timestep
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The memory modes of a pipeline.
+    """The memory modes of a run; `str()` of it names those that are not the default.
+
+    "auto" stands for the first residency that fits. `load` replaces it with that residency.
 
     Raises:
-        ValueError: there is no such mode, or two that exclude each other.
-
-    "auto" stands for the first residency that fits, which is for `load` to find.
+        ValueError: there is no such mode, or two exclude each other.
     """
 
     residency: str = "resident"
@@ -71,6 +70,10 @@ class Modes:
                 "storage='float8' keeps weights in memory, residency='stream' does not: wanted one of them"
             )
 
+    def __str__(self) -> str:
+        modulation = None if self.modulation == "live" else self.modulation
+        return ", ".join(filter(None, (self.residency, modulation, self.storage)))
+
     @property
     def plain(self) -> bool:
         return self == Modes()
@@ -84,120 +87,125 @@ class Modes:
         dtype: torch.dtype | None,
         progress: bool,
     ) -> bool:
-        """Take over a network on the meta device whose weights are `found` in files; False: it is not for
-        these modes, and is to be loaded as ever.
+        """Manage a network on the meta device whose weights `found` says where to read.
+
+        Returns False, and does nothing, if all of its weights are to stay in memory as they are.
         """
         precomputed = component == "transformer" and self.modulation == "precomputed"
         shrunk = component != "vae" and self.storage is not None
         if self.residency == "resident" and not precomputed and not shrunk:
             return False
-        source = Source(Files(found.values()), device, dtype)
+        source = Source(WeightFiles(found.values()), device, dtype)
         base = {name: Place.of(module, name, stored, dtype) for name, stored in found.items()}
         lists = []
-        for path in _LISTS[component]:
-            of_list: list[Turn] = []
+        for path in BLOCK_LISTS[component]:
+            parts: list[BlockParts] = []
             blocks: Any = module.get_submodule(path)
             for number in range(len(blocks)):
                 start = f"{path}.{number}."
                 own = [name for name in base if name.startswith(start)]
-                mod = [name for name in own if precomputed and name[len(start) :].startswith(_MODULATION)]
+                mod = [
+                    name for name in own if precomputed and name[len(start) :].startswith(MODULATION_LAYERS)
+                ]
                 rest = [name for name in own if name not in mod]
                 if shrunk:
                     rest = [name for name in rest if len(found[name].shape) == 2]
                 elif self.residency != "stream":
                     rest = []
                 kept, gone = ([base.pop(name) for name in names] for names in (rest, mod))
-                of_list.append(Turn(Part(source, kept, shrunk=shrunk), Part(source, gone)))
-            if any(part.places for turn in of_list for part in (turn.rest, turn.modulation)):
-                streamed = Streamed(blocks, of_list, precomputed=precomputed)
+                parts.append(BlockParts(Part(source, kept, shrunk=shrunk), Part(source, gone)))
+            if any(part.places for of_block in parts for part in (of_block.rest, of_block.modulation)):
+                streamed = Streamed(blocks, parts, precomputed=precomputed)
                 parent, _, leaf = path.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, streamed)
                 lists.append(streamed)
-        network = _Network(component, source, list(base.values()), lists, progress)
-        module.__dict__["_comes_and_goes"] = network
+        managed = _Managed(component, source, list(base.values()), lists, progress)
+        module.__dict__["_managed"] = managed
         if self.residency == "resident":
-            network.__enter__()  # and it stays
-        network.stays = self.residency == "resident"
+            managed.__enter__()  # and never leaves
+        managed.stays = self.residency == "resident"
         return True
 
 
-def _network(module: nn.Module) -> _Network | None:
-    return module.__dict__.get("_comes_and_goes")
+def _managed(module: nn.Module) -> _Managed | None:
+    return module.__dict__.get("_managed")
 
 
 @contextmanager
 def present(*modules: nn.Module) -> Iterator[None]:
-    """Have the weights of networks in memory for the length of a `with` block, of nested ones for the outer.
+    """Load the weights of managed networks for the length of a `with` block, or of the outermost of several.
 
-    It does nothing for a network whose weights stay. Who calls a network by hand, like `pipe.mmdit(...)`,
-    needs it under residency="stage" and "stream".
+    Other networks are left alone. Calling a network by hand, like `pipe.mmdit(...)`, needs such a block with
+    residency="stage" and "stream".
 
     Raises:
         ValueError: a file of the checkpoint has changed or is gone.
     """
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_network(module) or nullcontext())
+            stack.enter_context(_managed(module) or nullcontext())
         yield
 
 
 def while_present(module: nn.Module, items: Iterator[T]) -> Iterator[T]:
-    """The items, with the network's weights in memory from the first on until there are no more, or the
-    generator is closed.
-    """
+    """Yield the items. The network's weights are loaded from the first item until the generator ends."""
     with present(module):
         yield from items
 
 
 def home(module: nn.Module) -> torch.device:
-    """Where a network computes, whether or not its weights are there."""
-    network = _network(module)
-    return next(module.parameters()).device if network is None else network.source.device
+    """The device that a network computes on, whether or not its weights are loaded."""
+    managed = _managed(module)
+    return next(module.parameters()).device if managed is None else managed.source.device
 
 
 def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
-    """`module.to(...)` of each, also where weights come and go.
+    """`module.to(...)` for each network, managed or not.
 
     Raises:
-        ValueError: for a network whose weights do, another dtype: they are read as `load` was asked to.
+        ValueError: another dtype for a managed network, whose weights are read in the dtype given to `load`.
             Nothing has moved then.
     """
-    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    for network in map(_network, modules):
-        if network and dtype is not None and any(one.dtype != dtype for one in network.absent):
-            raise ValueError(
-                f"weights of the {network.component} are read from its files again and again, in the dtype "
-                f"that load was given: to have them in {dtype} pass it there"
-            )
+    homes = {}
+    for managed in [one for module in modules if (one := _managed(module))]:
+        for dtype in {one.dtype for one in managed.absent}:
+            probe = nn.ParameterList([torch.empty(0, dtype=dtype, device=managed.source.device)])
+            (moved,) = probe.to(*args, **kwargs)
+            if moved.dtype != dtype:
+                raise ValueError(
+                    f"weights of the {managed.component} are read from its files again and again, in the "
+                    f"dtype that load was given: to have them in {moved.dtype} pass it there"
+                )
+            homes[managed] = moved.device
     for module in modules:
-        network = _network(module)
+        network = _managed(module)
         if network is None:
             module.to(*args, **kwargs)
             continue
-        if device is None:
-            continue
-        network.source.device = device
-        module._apply(lambda x: x if x.is_meta else x.to(device))
+        device = network.source.device = homes[network]
+        for x in (*module.parameters(), *module.buffers()):
+            if not x.is_meta:
+                x.data = x.data.to(device)
         for part in network.blocks:
             part.held = [(weight.to(device), scale.to(device)) for weight, scale in part.held]
 
 
 def require_staying(module: nn.Module, weights: Sequence[Tensor], what: str) -> None:
-    """Will changes of these weights last?
+    """Require that changes of these weights last.
 
     Raises:
-        ValueError: no, since they are read from the files again.
+        ValueError: the weights are read from the files again and again.
     """
-    network = _network(module)
-    if network is not None and (not network.stays or any(weight.is_meta for weight in weights)):
+    managed = _managed(module)
+    if managed is not None and (not managed.stays or any(weight.is_meta for weight in weights)):
         raise ValueError(
-            f"{what} changes weights, but those of the {network.component} come from the files again and "
+            f"{what} changes weights, but those of the {managed.component} come from the files again and "
             "again: load with residency='resident', modulation='live' and storage=None"
         )
 
 
-class _Network:
-    """A network whose weights come and go: a context in which those are there that no list streams."""
+class _Managed:
+    """A managed network: a context in which the weights that no list streams are in memory."""
 
     def __init__(
         self,
@@ -213,10 +221,10 @@ class _Network:
         self.lists = lists
         self.progress = progress
         self.stays = False
-        turns = [turn for streamed in lists for turn in streamed.turns]
-        self.blocks = [turn.rest for turn in turns]  # read again and again, or kept in 8 bits
-        parts = (self.base, *self.blocks, *(turn.modulation for turn in turns))
-        self.absent = [place.absent for part in parts for place in part.places]
+        of_blocks = [parts for streamed in lists for parts in streamed.parts]
+        self.blocks = [parts.rest for parts in of_blocks]  # streamed, or kept in 8 bits
+        every = (self.base, *self.blocks, *(parts.modulation for parts in of_blocks))
+        self.absent = [place.absent for part in every for place in part.places]
         for one in self.absent:
             one.component = component
 
@@ -225,12 +233,11 @@ class _Network:
             self.base.put([])
             return
         held = [part for part in self.blocks if part.shrunk]
-        stored = [place.stored for part in (self.base, *held) for place in part.places]
-        total = sum(one.bytes for one in stored)
-        try:  # weights are nobody's in particular: not of an inference mode that the caller may be in
+        total = sum(place.stored.bytes for part in (self.base, *held) for place in part.places)
+        try:  # the weights outlive an inference mode that the caller may be in
             with torch.inference_mode(False), progress_bar(self.component, total, self.progress) as bar:
                 for part in held:
-                    part.hold(bar)
+                    part.held = part.in_8_bits(bar)
                 self.base.put(self.source.read(self.base.places, bar))
         except BaseException:
             self._let_go()

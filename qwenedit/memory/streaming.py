@@ -1,8 +1,8 @@
-"""Blocks whose weights come and go: read from the files, or widened from 8 bits, while a loop is at them.
+"""Blocks whose weights are in memory only while they run: read from the files, or widened from 8 bits.
 
-A weight that is not there is an `Absent`. A `Part` is what comes and goes together, from a `Source`. A
-`Streamed` is a list of blocks that brings each in while a loop is at it, and fetches the next one meanwhile.
-What of it is when is for residency.py to decide.
+A weight that is not in memory is an `Absent`. A `Part` is a group of weights that are loaded and dropped
+together, from a `Source`. A `Streamed` is a list of blocks: a loop over it loads each block's weights for its
+iteration, and reads the next block's in the background. residency.py decides which weights are streamed.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from qwenedit.memory.reading import Files
+from qwenedit.memory.reading import WeightFiles
 from qwenedit.weights.formats import Stored, dequantise
 
-__all__ = ["Absent", "Part", "Place", "Source", "Streamed", "Turn"]
+__all__ = ["Absent", "BlockParts", "Part", "Place", "Source", "Streamed"]
 
-_NAMES = {"text_encoder": "vision_language", "transformer": "mmdit", "vae": "vae"}  # of the pipeline's parts
+_NAMES = {
+    "text_encoder": "vision_language",
+    "transformer": "mmdit",
+    "vae": "vae",
+}  # the pipeline's attributes
 FP8 = torch.float8_e4m3fn
 
 
 class Absent(nn.Parameter):
-    """A parameter that is not there: its shape and dtype, on the meta device. To compute with it is an error.
+    """A parameter that is not in memory: its shape and dtype on the meta device.
 
     Raises:
-        ValueError: an operation on it and on numbers, or one that asks for its numbers or for its gradient.
+        ValueError: an operation that needs its values or its gradient.
     """
 
-    component = ""  # whose it is
+    component = ""  # that it belongs to
 
     @classmethod
     def __torch_function__(
@@ -44,30 +48,35 @@ class Absent(nn.Parameter):
     ) -> Any:
         if func is Tensor.detach:
             return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            absent = [x for x in tensors if isinstance(x, Absent)]
-            if all(x.is_meta for x in tensors):
-                try:
-                    result = func(*args, **(kwargs or {}))
-                    if not any(x.requires_grad for x in absent):
-                        return result
-                    for x in absent:  # no gradient would ever reach it
-                        x.requires_grad_(False)
-                except NotImplementedError:  # what torch says where there is no data
-                    pass
-        component = absent[0].component
-        raise ValueError(
-            f"weights of the {component} are in its files, not in memory: run it in `with "
-            f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
-            "within a loop over all of them; or load with residency='resident', modulation='live' and "
-            "storage=None"
-        )
+        # Tensor's own method runs `_without_values` with this override disabled.
+        return Tensor.__torch_function__(_without_values, (), (func, args, kwargs or {}))
+
+
+def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The result of an operation on absent weights, if it needs neither values nor gradients."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    absent = [x for x in tensors if isinstance(x, Absent)]
+    if all(x.is_meta for x in tensors):
+        try:
+            result = func(*args, **kwargs)
+            if not any(x.requires_grad for x in absent):
+                return result
+            for x in absent:  # no gradient would ever reach it
+                x.requires_grad_(False)
+        except NotImplementedError:  # torch's error for values on the meta device
+            pass
+    component = absent[0].component
+    raise ValueError(
+        f"weights of the {component} are in its files, not in memory: run it in `with "
+        f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
+        "within a loop over all of them; or load with residency='resident', modulation='live' and "
+        "storage=None"
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A parameter: where it belongs, whatever is put around that module later, and where it is read from."""
+    """A parameter's place: its module, which stays valid if that is wrapped later, and its file."""
 
     owner: nn.Module
     leaf: str
@@ -76,7 +85,7 @@ class Place:
 
     @classmethod
     def of(cls, module: nn.Module, name: str, stored: Stored, dtype: torch.dtype | None) -> Place:
-        """The parameter's place, from then on without its weight."""
+        """The place of the module's parameter `name`, whose weight is made `Absent`."""
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
         dtype = dtype or getattr(torch, stored.dtype)
@@ -86,65 +95,70 @@ class Place:
         return place
 
     def put(self, parameter: nn.Parameter) -> None:
-        self.owner._parameters[self.leaf] = parameter
+        setattr(self.owner, self.leaf, parameter)
 
 
 @dataclass(eq=False)
 class Source:
-    """The files of a network, and what becomes of what is read."""
+    """The files of a network, with the device and dtype of its weights in memory; None: as stored."""
 
-    files: Files
+    files: WeightFiles
     device: torch.device
-    dtype: torch.dtype | None  # None: as it is stored
+    dtype: torch.dtype | None
 
     def read(self, places: Sequence[Place], bar: tqdm | None = None) -> list[nn.Parameter]:
-        """Their weights, each with memory of its own."""
+        """Read the weights of these places, each into memory of its own."""
         made: dict[Stored, nn.Parameter] = {}
-        for stored, value in self.files.read([place.stored for place in places]):
-            made[stored] = nn.Parameter(self.placed(value), requires_grad=False)
+        for stored, weight, scale in self.files.read([place.stored for place in places]):
+            value = weight if scale is None else dequantise(weight, scale)
+            made[stored] = nn.Parameter(self._placed(value), requires_grad=False)
             if bar is not None:
                 bar.update(stored.bytes)
         return [made[place.stored] for place in places]
 
-    def placed(self, value: Tensor) -> Tensor:
+    def _placed(self, value: Tensor) -> Tensor:
         dtype = self.dtype or value.dtype
         if self.device.type == "cpu" and value.dtype == dtype and value.data_ptr() % 64 == 0:
-            return value  # aligned as torch's own: where it is not, kernels may round differently
+            return value  # aligned like torch's own memory; kernels may round differently without
         pinned = self.device.type == "cuda"
         own = torch.empty(value.shape, dtype=dtype, pin_memory=pinned, device="cpu").copy_(value)
         return own.to(self.device, non_blocking=pinned)
 
 
 class Part:
-    """Parameters that come and go together."""
+    """Parameters that are loaded and dropped together.
+
+    With `shrunk` they are matrices that are rounded to 8 bits. `held` has them as fp8 with scales. While it
+    is empty they are read and rounded again for each loop.
+    """
 
     def __init__(self, source: Source, places: Sequence[Place], *, shrunk: bool = False) -> None:
         self.source = source
         self.places = places
-        self.shrunk = shrunk  # are they what 8 bits have kept of them?
-        self.held: list[tuple[Tensor, Tensor]] = []  # fp8 weights with their scales, in place of the files
-        self.depth = 0  # how many loops are at it
+        self.shrunk = shrunk
+        self.held: list[tuple[Tensor, Tensor]] = []
+        self.depth = 0  # number of loops and `with` blocks that use it
 
-    def hold(self, bar: tqdm) -> None:
-        """Keep the weights in 8 bits."""
-        self.held = self._in_8_bits(bar)
-
-    def _in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
-        """The weights and their scales: those that the file has so as they are, others with a scale a row."""
+    def in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Read the weights as fp8 with scales. fp8 weights stay as they are; others get a scale per row."""
         made = {}
-        for stored, value in self.source.files.read([place.stored for place in self.places], raw=True):
-            weight, scale = value if isinstance(value, tuple) else _shrunk(value)
+        for stored, weight, scale in self.source.files.read([place.stored for place in self.places]):
+            if weight.dtype != FP8:
+                weight, scale = _shrunk(weight if scale is None else dequantise(weight, scale))
+            elif scale is None:
+                scale = torch.ones(())
             made[stored] = weight.to(self.source.device), scale.to(self.source.device)
             if bar is not None:
                 bar.update(stored.bytes)
         return [made[place.stored] for place in self.places]
 
     def weights(self) -> list[nn.Parameter]:
+        """Read the weights, or widen them from 8 bits."""
         if not self.shrunk:
             return self.source.read(self.places)
         return [
             nn.Parameter(dequantise(*held).to(place.absent.dtype), requires_grad=False)
-            for held, place in zip(self.held or self._in_8_bits(), self.places, strict=True)
+            for held, place in zip(self.held or self.in_8_bits(), self.places, strict=True)
         ]
 
     def put(self, weights: Sequence[nn.Parameter]) -> None:
@@ -161,45 +175,45 @@ class Part:
 
 
 def _shrunk(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as fp8 with a scale a row: each row's largest value becomes fp8's largest."""
+    """Round a matrix to fp8, with a scale per row that maps the row's largest value to fp8's largest."""
     largest = weight.float().abs().amax(dim=1, keepdim=True)
     scale = largest.clamp_min(torch.finfo(torch.float32).tiny) / torch.finfo(FP8).max
     return (weight.float() / scale).to(FP8), scale
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
-    """What comes and goes with a block; either may be empty."""
+class BlockParts:
+    """The parts that are streamed with one block; either may be empty."""
 
     rest: Part
     modulation: Part
 
 
 class Streamed(nn.ModuleList):
-    """Blocks each of which has its weights while a loop is at it, and the next one's are on their way.
+    """A list of blocks. A loop over it loads each block's weights and prefetches the next block's.
 
-    Nothing is read but by a loop over the list: not by its length, an index, or a walk over modules.
+    Only such loops read weights; its length, an index, or a walk over modules read nothing.
     """
 
     transparent = True  # see `taps.modified`
 
     def __init__(
-        self, blocks: Iterable[nn.Module] = (), turns: Sequence[Turn] = (), *, precomputed: bool = False
+        self, blocks: Iterable[nn.Module] = (), parts: Sequence[BlockParts] = (), *, precomputed: bool = False
     ) -> None:
         super().__init__(blocks)
-        self.turns = turns
+        self.parts = parts
         self.precomputed = precomputed
         self._with_modulation = True
         self._loops: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator[Any]:
         if self._with_modulation:
-            return self._loop([(turn.rest, turn.modulation) for turn in self.turns])
-        return self._loop([(turn.rest,) for turn in self.turns])
+            return self._loop([(own.rest, own.modulation) for own in self.parts])
+        return self._loop([(own.rest,) for own in self.parts])
 
     @contextmanager
     def without_modulation(self) -> Iterator[None]:
-        """In the `with` block loops leave out the adaLN weights: what they make is known already."""
+        """Loops in the `with` block skip the adaLN weights, whose results are precomputed."""
         before, self._with_modulation = self._with_modulation, False
         try:
             yield
@@ -207,23 +221,23 @@ class Streamed(nn.ModuleList):
             self._with_modulation = before
 
     def only_modulation(self) -> Iterator[Any]:
-        """The blocks, for who wants nothing of them but their modulation."""
-        return self._loop([(turn.modulation,) for turn in self.turns])
+        """Loop over the blocks with nothing but their adaLN weights."""
+        return self._loop([(own.modulation,) for own in self.parts])
 
     def stop(self) -> None:
-        """Close the loops that did not come to their end."""
+        """Close all unfinished loops."""
         for loop in list(self._loops):
             loop.close()
 
-    def _loop(self, turns: Sequence[Sequence[Part]]) -> Iterator[Any]:
-        if len(self) != len(turns):
-            raise ValueError(f"there are weights for {len(turns)} blocks, but the list has {len(self)}")
-        loop = self._each([[part for part in turn if part.places] for turn in turns])
+    def _loop(self, parts: Sequence[Sequence[Part]]) -> Iterator[Any]:
+        if len(self) != len(parts):
+            raise ValueError(f"there are weights for {len(parts)} blocks, but the list has {len(self)}")
+        loop = self._each([[part for part in own if part.places] for own in parts])
         self._loops.add(loop)
         return loop
 
     def _each(self, parts: Sequence[Sequence[Part]]) -> Generator[Any, None, None]:
-        blocks = list(self._modules.values())  # a module that is there twice, twice
+        blocks = list(super().__iter__())
         if not any(parts):
             yield from blocks
             return
@@ -233,7 +247,7 @@ class Streamed(nn.ModuleList):
             for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
                 assert coming is not None
                 coming.result().put()
-                coming = None  # which would keep the weights
+                coming = None  # it holds a reference to the weights
                 try:
                     if following is not None:
                         coming = reader.submit(_Arrived.of, following, done)
@@ -243,22 +257,22 @@ class Streamed(nn.ModuleList):
                         part.drop()
                 done = _mark(own)
 
-    def __repr__(self) -> str:  # the plain list's loops over itself
+    def __repr__(self) -> str:  # the plain list's would start a loop
         return repr(nn.ModuleList(self.children())).replace("ModuleList", "Streamed", 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Arrived:
-    """Weights of a block that are in memory, on an accelerator maybe in a while."""
+    """A block's weights, read from the files. On CUDA the event `copied` marks the end of their copy."""
 
     parts: Sequence[Part]
     weights: list[list[nn.Parameter]]
-    copied: Any  # the event after their copy, on CUDA
+    copied: Any
 
     @classmethod
     def of(cls, parts: Sequence[Part], before: Any) -> _Arrived:
-        """Runs beside the computation: on CUDA on a stream of its own, from pinned memory, and not before the
-        block that these weights follow in memory is done with.
+        """Read the weights, in the background. On CUDA they are copied on a stream of its own, from pinned
+        memory, once the event `before` has passed: the end of the block whose memory they take.
         """
         devices = {part.source.device for part in parts if part.source.device.type == "cuda"}
         if not devices:
@@ -281,13 +295,13 @@ class _Arrived:
                     weight.record_stream(current)
 
 
-@functools.cache  # memory that was freed on a stream is used again on that stream only
+@functools.cache  # torch reuses memory freed on a stream on that stream only
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def _mark(parts: Sequence[Part]) -> Any:
-    """On CUDA, where computation may be far behind the program: the event after all that was asked for."""
+    """On CUDA, an event after all computation queued so far."""
     for part in parts:
         if part.source.device.type == "cuda":
             return torch.cuda.current_stream(part.source.device).record_event()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,6 @@ class MMDiTConfig:
     use_additional_t_cond: bool = False  # Layered: the time embedding has one of two vectors added
     use_layer3d_rope: bool = False  # Layered: the target has several frames, the reference's is -1
 
-    FIXED: ClassVar[dict[str, Any]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset({"pooled_projection_dim"})
 
     def __post_init__(self) -> None:

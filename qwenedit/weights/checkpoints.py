@@ -1,4 +1,4 @@
-"""Checkpoint folders in the official layout: where they come from, and what they are."""
+"""Checkpoint folders in the official layout: find or download them, and recognise their variant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "read_areas", "read_variant", "remote_headers", "resolve",
 ]  # fmt: skip
 
-EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the model in this package
+EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the embedded model
 
 # The three networks: folder -> the class that its config must name.
 COMPONENTS = {
@@ -33,7 +33,7 @@ _CLASSES = {
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
-_PIECES, _PIECE = 1024, 16384  # of a large file: how many are hashed, and their bytes
+_PIECES, _PIECE = 1024, 16384  # pieces of a large file that are hashed: number and bytes
 _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
@@ -50,14 +50,13 @@ def resolve(
     progress: bool = True,
     without: Collection[str] = (),
 ) -> Path:
-    """A local folder as it is, or a hub id ("Qwen/Qwen-Image-Edit") downloaded to the hub's cache; None is
-    the embedded model's folder.
+    """The folder of a checkpoint: a folder, a hub id ("Qwen/Qwen-Image-Edit"), or None, the embedded model.
 
-    Only the files that a run reads are downloaded, and of the components in `without`, whose weights are not
-    needed, the config alone. Where the hub does not answer, a complete cached snapshot is used.
+    A hub id is downloaded to the hub's cache. Only the files that a run reads are downloaded; of the
+    components in `without`, only the config. If the hub does not answer, a complete cached snapshot is used.
 
     Raises:
-        ValueError: no such folder, no checkpoint, or whatever keeps the hub from giving it, in one line.
+        ValueError: no such folder, no checkpoint, or the reason why the hub does not give it, in one line.
     """
     if (path := _path(source)) is not None:
         return _local(path)
@@ -79,15 +78,14 @@ def resolve(
 
 
 def _needed(without: Collection[str] = ()) -> list[str]:
-    """Patterns of what a run reads: no pickles, no sample pictures, no other formats of the same weights."""
+    """Patterns of the files that a run reads: no pickles, sample pictures or other formats of the weights."""
     weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
     configs = [f"{name}/*.json" for name in COMPONENTS]
     return ["model_index.json", "scheduler/*.json", "tokenizer/*", "processor/*", *configs, *weights]
 
 
 def find_local(source: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
-    """The checkpoint's folder on this machine, without asking the hub; of a hub id, the cached snapshot; of
-    None, the embedded model's.
+    """The folder of a checkpoint on this machine; of a hub id, its cached snapshot. The hub is not asked.
 
     Raises:
         ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
@@ -106,10 +104,7 @@ def find_local(source: str | os.PathLike[str] | None, revision: str | None = Non
 def is_local(
     source: str | os.PathLike[str] | None, revision: str | None = None, without: Collection[str] = ()
 ) -> bool:
-    """Is the checkpoint a folder, or a hub id whose files are all in the cache?
-
-    The weights of the components in `without` need not be there.
-    """
+    """True for a folder, and for a hub id whose files are all cached, except weights of `without`."""
     if _path(source) is not None:
         return True
     try:
@@ -119,7 +114,7 @@ def is_local(
 
 
 def _lacking(folder: Path, without: Collection[str] = ()) -> str | None:
-    """What a cached snapshot of this family lacks; None where nothing is, or where it is another family's."""
+    """What a cached snapshot of this family lacks; None if it is complete or of another family."""
     try:
         if read_json(folder / "model_index.json", optional=True).get("_class_name") in VARIANTS:
             for component in COMPONENTS:
@@ -132,7 +127,7 @@ def _lacking(folder: Path, without: Collection[str] = ()) -> str | None:
 
 
 def download_plan(source: str, revision: str | None = None, without: Collection[str] = ()) -> str:
-    """The files of a hub id that a run would download, with their sizes.
+    """The files of a hub id that a run would download, with their sizes, in words.
 
     Raises:
         ValueError: the hub cannot be asked, or does not have it.
@@ -158,13 +153,13 @@ def download_plan(source: str, revision: str | None = None, without: Collection[
 
 @contextmanager
 def remote_headers(source: str, revision: str | None = None, without: Collection[str] = ()) -> Iterator[Path]:
-    """A hub id's checkpoint as a folder, for the length of a block: configs, and weights that are holes.
+    """A temporary folder with a hub id's configs, and its weights with holes in place of data.
 
-    For what reads headers alone (`fetch_headers`). Of the components in `without`, only the config is there.
-    What the block says of the folder in a ValueError is said of the hub id.
+    The folder is for code that reads headers only (see `fetch_headers`). Of the components in `without` it
+    has only the config. A ValueError of the `with` block names the hub id in place of the folder.
 
     Raises:
-        HubError: why the hub does not give them.
+        HubError: the reason why the hub does not give the files.
     """
     with tempfile.TemporaryDirectory(prefix="qwenedit-") as name:
         fetch_headers(source, revision, _needed_to_plan(without), Path(name))
@@ -175,7 +170,7 @@ def remote_headers(source: str, revision: str | None = None, without: Collection
 
 
 def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
-    """Patterns of what sizes are told from: neither tokenizer nor scheduler."""
+    """Patterns of the files that give the sizes; without tokenizer and scheduler."""
     configs = [f"{name}/config.json" for name in COMPONENTS]
     weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
     indexes = [f"{pattern}.index.json" for pattern in weights]
@@ -183,7 +178,7 @@ def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
 
 
 def _path(source: str | os.PathLike[str] | None) -> Path | None:
-    """Of a local source, None the embedded model; None for what can only be a hub id."""
+    """The path of a local source or of the embedded model; None if the source can only be a hub id."""
     if source is None:
         return EMBEDDED
     if not isinstance(source, (str, os.PathLike)):
@@ -214,17 +209,17 @@ def _local(path: Path) -> Path:
 
 
 def _what_it_is(name: str) -> str:
-    """A class of pipeline or model that is no whole checkpoint, in words."""
+    """What an unsupported class of pipeline or model is, in words."""
     if name in COMPONENTS.values():
         return "one component of a checkpoint"
     return next((text for part, text in _REFUSED.items() if part in name), "not of this family")
 
 
 def read_variant(folder: Path) -> Variant:
-    """Which member of the family a checkpoint is, from its model_index.json.
+    """The variant of a checkpoint, from its model_index.json.
 
     Raises:
-        ValueError: a pipeline or a component of a class that is not supported; the message says what it is.
+        ValueError: an unsupported class of pipeline or component; the message says what it is.
     """
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
@@ -252,9 +247,9 @@ def _require_class(folder: Path, component: str, got: object, wanted: tuple[str,
 
 
 def read_areas(folder: Path, variant: Variant) -> Areas:
-    """The areas that pictures are brought to: the family's, unless model_index.json has its own.
+    """The areas that pictures are resized to: the family's, unless model_index.json has its own.
 
-    Our key `_qwenedit`, {"vae_area": pixels, "vl_area": pixels}, is one that the reference ignores.
+    They are in our key `_qwenedit`: {"vae_area": pixels, "vl_area": pixels}. The reference ignores this key.
     """
     own = read_json(folder / "model_index.json").get("_qwenedit", {})
     if not isinstance(own, Mapping) or set(own) - {"vae_area", "vl_area"}:
@@ -272,7 +267,7 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
 def find_preset(
     source: str | os.PathLike[str] | None = None, *, revision: str | None = None
 ) -> Preset | None:
-    """The preset of a checkpoint on this machine, or of a hub id that is one of the family's; else None.
+    """The preset of a checkpoint on this machine, or of one of the family's hub ids; None for other hub ids.
 
     Raises:
         ValueError: as `preset_of`; no such folder.
@@ -283,9 +278,9 @@ def find_preset(
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint folder: names and sizes of its files, and 1024 pieces, evenly spread, of each.
+    """A hash of a checkpoint folder: of its files' names, their sizes, and 1024 evenly spread pieces of each.
 
-    The embedded model's files are read whole by that, and 60 GB of weights in seconds.
+    It covers the embedded model's files completely, and takes seconds for 60 GB of weights.
     """
     digest = hashlib.sha256()
     parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))

@@ -1,4 +1,4 @@
-"""An official config.json -> the config of a network, strictly: nothing unknown, nothing silently ignored."""
+"""Read official config.json files into config dataclasses, strictly: unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ Config = TypeVar("Config")
 
 
 def config_from(cls: type[Config], raw: Mapping[str, Any], what: str) -> Config:
-    """A config dataclass from a config.json.
+    """Make a config dataclass from the content of a config.json; `what` names the file in errors.
 
-    Keys that start with "_" and those in `cls.IGNORED` have no effect; those in `cls.FIXED` must hold the
-    value that we assume, if they are there at all.
+    Keys that start with "_" or are in `cls.IGNORED` have no effect. Keys in `cls.FIXED` may be absent, but
+    only the value given there is supported.
 
     Raises:
-        ValueError: unknown or missing keys, values of the wrong type or unsupported ones; `what` names the
-        file.
+        ValueError: unknown or missing keys, values of the wrong type or unsupported ones.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    fixed: Mapping[str, Any] = cls.FIXED  # type: ignore[attr-defined]
-    ignored: Iterable[str] = cls.IGNORED  # type: ignore[attr-defined]
+    fixed: Mapping[str, Any] = getattr(cls, "FIXED", {})
+    ignored: Iterable[str] = getattr(cls, "IGNORED", ())
     values = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
     for key, wanted in fixed.items():
         if key in values and values.pop(key) != wanted:
@@ -53,10 +52,10 @@ def config_from(cls: type[Config], raw: Mapping[str, Any], what: str) -> Config:
 
 
 def _typed(value: Any, hint: Any, what: str) -> Any:
-    """The value as its annotation has it: JSON lists become tuples, whole numbers may stand for floats."""
+    """The value in its annotated type: JSON lists become tuples, integers may stand for floats."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        # False is how some files write "none"
+        # some files write False for "none"
         return None if value is None or value is False else _typed(value, parts[0], what)
     if origin is tuple and isinstance(value, (list, tuple)):
         if parts[-1] is not Ellipsis and len(parts) != len(value):
@@ -70,14 +69,14 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
 
 
 def vision_language_config(raw: Mapping[str, Any], what: str) -> VisionLanguageConfig:
-    """The config of Qwen2.5-VL, whose files have had three layouts.
+    """The config of Qwen2.5-VL, whose files exist in three layouts.
 
-    The keys of the language model are nested in `text_config`, flat beside `vision_config`, or both at once;
-    then they must agree.
+    The language model's keys are nested in `text_config`, flat beside `vision_config`, or both; then they
+    must agree.
 
     Raises:
-        ValueError: as `config_from`; contradictory keys; layers that are not full attention; a RoPE that is
-        not M-RoPE.
+        ValueError: as `config_from`; contradictory keys, layers without full attention, a RoPE other than
+            M-RoPE.
     """
     top = dict(raw)
     vision = top.pop("vision_config", None)
@@ -103,7 +102,7 @@ def vision_language_config(raw: Mapping[str, Any], what: str) -> VisionLanguageC
 
 
 def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The language model's keys, `layer_types` checked and `rope_scaling` reduced to its `mrope_section`."""
+    """The language model's keys, with `layer_types` checked and `rope_scaling` reduced to `mrope_section`."""
     text = {key: value for key, value in raw.items() if key not in ("rope_scaling", "layer_types")}
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
@@ -122,10 +121,10 @@ def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def network_config(folder: Path, component: str) -> Any:
-    """The config of one of the three networks, from its folder's config.json.
+    """Read the config of one of the three networks from its folder's config.json.
 
     Raises:
-        ValueError: see `config_from`.
+        ValueError: as `config_from`.
     """
     path = folder / component / "config.json"
     raw = read_json(path)

@@ -1,12 +1,12 @@
-"""The layouts that weights are shared in. They are told from the tensors, never from a file's name.
+"""The layouts that weights are shared in. A layout is recognised by its tensors, never by a file's name.
 
-    official    what the hub has: shards with an index, or one file; both namings of the text encoder
-    ComfyUI     one safetensors file for a component, or one for all three, each behind a prefix; bfloat16,
-                fp8 as it is, or fp8 with a scale for each layer; the VAE in Wan's naming
-    GGUF        the transformer under the official names (`gguf_format`)
+    official    as on the hub: shards with an index, or one file; both namings of the text encoder
+    ComfyUI     one safetensors file per component, or one for all three with a prefix each; bfloat16, fp8
+                without scales, or fp8 with a scale per layer; the VAE in Wan's naming
+    GGUF        the transformer under the official names (`gguf_file`)
 
-`read_weights` gives a component's tensors their official names, from headers alone. What the module wants is
-compared in `loading`.
+`read_weights` gives a component's tensors their official names. It reads headers only; `report` compares the
+tensors with the module.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from torch import Tensor
 from qwenedit.files import FLOATS, TensorInfo, component_headers, read_header
 from qwenedit.weights.gguf_file import TYPES, GGUFFile, is_gguf
 
-__all__ = ["Stored", "Weights", "dequantise", "official_vae_names", "read_weights"]
+__all__ = ["Contents", "Stored", "dequantise", "official_vae_names", "read_weights"]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# In front of a component's names in files that hold more than one; the text encoder's is ComfyUI's.
+# Prefixes of a component's names in files with several components; the text encoder's is ComfyUI's.
 _PREFIXES = {
     "transformer": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("vae.", "first_stage_model."),
     "text_encoder": ("text_encoders.qwen25_7b.transformer.",),
 }
-_ZERO_COND_T = "__index_timestep_zero__"  # an empty tensor: reference tokens are modulated as at time 0
+_ZERO_COND_T = "__index_timestep_zero__"  # Edit-2511: reference tokens are modulated as at time 0
 _MARKERS = (_ZERO_COND_T, "scaled_fp8", "text_encoders.qwen25_7b.logit_scale")
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's older and newer spelling
-_ACTIVATIONS = ("scale_input", "input_scale")  # for activations, which are not quantised here
-# What ComfyUI says of a layer, as JSON in a tensor `comfy_quant` or in the metadata: what has no effect here,
-# and, under `format`, what we can read. Anything else ("convrot": true) changes what the numbers mean.
+_ACTIVATIONS = ("scale_input", "input_scale")  # of activations, which are not quantised here
+# ComfyUI describes a layer as JSON, in a tensor `comfy_quant` or in the metadata. These keys are understood;
+# any other ("convrot": true) changes the meaning of the numbers.
 _HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype"}
 
-# What a file holds, by a pattern of its names; the first that is found counts. None: not supported.
+# What a file holds, its component (None: unsupported), and a pattern of its names. The first match counts.
 _HOLDS = tuple(
     (what, component, re.compile(pattern))
     for what, component, pattern in (
@@ -67,13 +67,12 @@ class Stored:
     """A weight in a file.
 
     Attributes:
-        name: the official one.
-        path, key: where it is.
-        shape: of the weight.
-        dtype: the name of what it is stored in, torch's or GGUF's.
-        start, bytes: where in the file, and how much of it.
-        readable: whether it can become floating-point numbers.
-        scale: key of the scale that an fp8 weight is multiplied by.
+        name: its official name.
+        path, key: the file, and the weight's name in it.
+        dtype: the name of its stored dtype, torch's or GGUF's.
+        start, bytes: its place in the file, and its size.
+        readable: whether it can be converted to floats.
+        scale: the scale that an fp8 weight is multiplied by.
     """
 
     name: str
@@ -84,23 +83,23 @@ class Stored:
     start: int
     bytes: int
     readable: bool
-    scale: str | None = None
+    scale: Stored | None = None
 
     def read(self, file: Any) -> Tensor:
-        """The weight from an open file: as stored, dequantised to float32 where it has a scale."""
+        """The weight from an open file, as stored; dequantised to float32 if it has a scale."""
         weight = file.get_tensor(self.key)
-        return weight if self.scale is None else dequantise(weight, file.get_tensor(self.scale))
+        return weight if self.scale is None else dequantise(weight, file.get_tensor(self.scale.key))
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A component's tensors by their keys in the files.
+class Contents:
+    """A component's tensors in its files.
 
     Attributes:
-        layout: what was recognised, in words.
-        tensors: those that should be weights of the component.
-        ignored: keys that are known and without effect here.
-        zero_cond_t: whether the files have Edit-2511's marker; its absence says nothing.
+        layout: the recognised layout, in words.
+        tensors: the component's weights, by their keys in the files.
+        ignored: keys that are known and have no effect here.
+        zero_cond_t: True if the files have Edit-2511's marker. Other files of Edit-2511 may lack it.
     """
 
     layout: str
@@ -110,9 +109,9 @@ class Weights:
 
 
 def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """An fp8 weight (out, in) in float32: times one number, or one for each row.
+    """Multiply an fp8 weight (out, in) by its scale, one number or one per row; the result is float32.
 
-    Source: `scale_weight` of ComfyUI's `scaled_fp8` files. We differ in doing it once, on loading.
+    Source: `scale_weight` of ComfyUI's `scaled_fp8` files. ComfyUI dequantises on every use.
     """
     scale = scale.to(torch.float32)
     if scale.numel() > 1:
@@ -120,12 +119,12 @@ def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.to(torch.float32) * scale
 
 
-def read_weights(path: Path, component: str) -> Weights:
-    """The tensors of a component ("text_encoder", "transformer", "vae") in a file, or in a folder of its own.
+def read_weights(path: Path, component: str) -> Contents:
+    """Find the tensors of a component ("text_encoder", "transformer", "vae") in a file or in its folder.
 
     Raises:
-        ValueError: no such file, a broken one, one of another layout or component; the message says what was
-            recognised.
+        ValueError: the file is missing or broken, or has another layout or component. The message says what
+            was recognised.
     """
     found, container = _tensors(path)
     names, others = _without_prefix(found, component)
@@ -146,15 +145,15 @@ def read_weights(path: Path, component: str) -> Weights:
             stored = _scaled(stored, found[scales[layer]])
         fit[key] = stored
     layout = f"{what}, {container}"
-    if any(one.dtype in _FP8_NAMES for one in fit.values()):
+    if any(stored.dtype in _FP8_NAMES for stored in fit.values()):
         layout += f", fp8 {'with' if scales else 'without'} scales"
     if marked := _ZERO_COND_T in names.values():
         layout += ", marked zero_cond_t"
-    return Weights(layout, fit, [*ignored, *others], marked)
+    return Contents(layout, fit, [*ignored, *others], marked)
 
 
 def _tensors(path: Path) -> tuple[dict[str, Stored], str]:
-    """Every tensor under its own name, and what contains them."""
+    """Every tensor by its key, and the kind of file that holds them."""
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"no weights at {path}: no such file or folder")
     if path.is_file():
@@ -186,7 +185,7 @@ def _gguf_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _without_prefix(found: Iterable[str], component: str) -> tuple[dict[str, str], list[str]]:
-    """Each key of the component with its name behind the prefix; and the keys of other components."""
+    """The component's keys, each with its name after the prefix; and the keys of other components."""
     own = _PREFIXES[component]
     foreign = tuple(one for other, ones in _PREFIXES.items() if other != component for one in ones)
     if component != "text_encoder":
@@ -202,7 +201,7 @@ def _without_prefix(found: Iterable[str], component: str) -> tuple[dict[str, str
 
 
 def _require_component(path: Path, component: str, names: Iterable[str]) -> str:
-    """What the names are, in words; an error unless they are the component's."""
+    """What the names are, in words. Names of anything but the component are an error."""
     names = list(names)
     for what, of, pattern in _HOLDS:
         if any(pattern.search(name) for name in names):
@@ -219,18 +218,17 @@ def _require_component(path: Path, component: str, names: Iterable[str]) -> str:
 def _sorted_out(
     found: Mapping[str, Stored], names: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str], list[str], dict[str, str]]:
-    """Weights by key, scales by layer, keys without effect, and layers that are stored in another way."""
+    """Names of weights by key, keys of scales by layer, ignored keys, and what is wrong with a layer."""
     known = set(names.values())
     weights, scales, ignored, unreadable = {}, {}, [], {}
     for key, name in names.items():
         layer, _, leaf = name.rpartition(".")
-        if name in _MARKERS:
-            ignored.append(key)
-        elif f"{layer}.weight" in known and leaf in _SCALES and layer not in scales:
+        beside = leaf if f"{layer}.weight" in known else ""  # what belongs to a weight
+        if beside in _SCALES and layer not in scales:
             scales[layer] = key
-        elif f"{layer}.weight" in known and leaf in _ACTIVATIONS:
+        elif name in _MARKERS or beside in _ACTIVATIONS:
             ignored.append(key)
-        elif f"{layer}.weight" in known and leaf == "comfy_quant":
+        elif beside == "comfy_quant":
             ignored.append(key)
             if problem := _strange(_text(found[key])):
                 unreadable[layer] = problem
@@ -243,7 +241,7 @@ _FP8_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FP8)
 
 
 def _strange(description: str) -> str | None:
-    """What ComfyUI says of a layer, if that is not plain fp8."""
+    """ComfyUI's description of a layer, unless it says plain fp8."""
     try:
         values = json.loads(description)
         plain = values["format"] in _FP8_NAMES and not values.keys() - _HARMLESS
@@ -253,16 +251,15 @@ def _strange(description: str) -> str | None:
 
 
 def _text(stored: Stored) -> str:
-    """The few bytes of a tensor that is a text."""
+    """A tensor's bytes as text."""
     with stored.path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        file.seek(8 + length + stored.start)
+        file.seek(stored.start)
         return file.read(min(stored.bytes, 1000)).decode(errors="replace")
 
 
 def _from_metadata(path: Path, component: str) -> dict[str, str]:
-    """Layers that the file's own `_quantization_metadata` describes as something else than plain fp8."""
-    with path.open("rb") as file:  # whose header `read_header` has found to be in order
+    """Layers that the file's `_quantization_metadata` describes as anything but plain fp8."""
+    with path.open("rb") as file:  # `safe_open` would map the whole file
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     text = (header.get("__metadata__") or {}).get("_quantization_metadata")
     if text is None:
@@ -277,16 +274,16 @@ def _from_metadata(path: Path, component: str) -> dict[str, str]:
 
 
 def _scaled(stored: Stored, scale: Stored) -> Stored:
-    """The weight with its scale, if the two make sense together."""
+    """The weight with its scale; marked as unreadable if the two do not fit together."""
     rows = stored.shape[:1]
     fits = scale.shape in ((), (1,), rows, (*rows, *(1,) * (len(stored.shape) - 1)))
     if stored.dtype not in _FP8_NAMES or not fits or scale.dtype in _FP8_NAMES or not scale.readable:
         what = f"{stored.dtype} with {scale.key} of {scale.dtype}{list(scale.shape)}"
         return replace(stored, dtype=what, readable=False)
-    return replace(stored, scale=scale.key)
+    return replace(stored, scale=scale)
 
 
-# Wan's name -> the official one, in parts; behind these a block's own parts.
+# Wan's names -> official names: of blocks, then of the parts of a block.
 _WAN_BLOCKS = tuple(
     (re.compile(pattern), official)
     for pattern, official in (
@@ -312,12 +309,12 @@ _WAN_UP = re.compile(r"^decoder\.upsamples\.(\d+)\.")
 
 
 def official_vae_names(names: Iterable[str]) -> dict[str, str]:
-    """Official names of a VAE's tensors in Wan's naming; names that are none stay as they are.
+    """Map the names of a VAE's tensors from Wan's naming to the official one. Other names stay as they are.
 
-    Wan numbers the decoder's blocks through: the residual blocks of a level, its upsampling, those of the
-    next. How many there are in a level is told by the number of the first upsampling.
+    Wan numbers the decoder's blocks in one sequence: the residual blocks of a level, its upsampling, the
+    residual blocks of the next level. The number of the first upsampling gives the blocks per level.
 
-    Source: `convert_wan_vae_to_diffusers` of diffusers, as a rule.
+    Source: `convert_wan_vae_to_diffusers` of diffusers, which lists the names that are rules here.
     """
     names = list(names)
     upsamplings = [int(hit[1]) for name in names if ".resample." in name and (hit := _WAN_UP.match(name))]

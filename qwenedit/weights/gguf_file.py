@@ -1,7 +1,7 @@
-"""GGUF files, by way of the `gguf` package: an optional extra, imported only where such a file is given.
+"""GGUF files, read with the `gguf` package: an optional extra, imported only when such a file is opened.
 
-The package dequantises with numpy to float32; here each result becomes a torch tensor. Types and shapes are
-read from the file's header; a weight is dequantised when it is asked for.
+The package dequantises to float32 with numpy; the results become torch tensors. Types and shapes come from
+the file's header. A weight is dequantised when it is read.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 __all__ = ["TYPES", "GGUFFile", "is_gguf"]
 
 MAGIC = b"GGUF"
-# What weights are stored in. Blocks of 32 (_0: a scale; _1: a scale and a minimum) or of 256 (K).
+# Types that can be read. Quantised in blocks of 32 (_0: a scale; _1: a scale and a minimum) or of 256 (K).
 TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q5_1", "Q4_0", "Q4_1",
 )  # fmt: skip
 
 
 def is_gguf(path: Path) -> bool:
-    """Does the file start as a GGUF file does?
+    """True if the file starts with GGUF's magic bytes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC

@@ -1,10 +1,12 @@
-"""Files from the hub into its cache: only those that are missing, and checked when they have arrived.
+"""Download files from the hub into its cache: only missing files, each checked after its download.
 
-huggingface_hub does the transfer: files that broke off go on where they stopped, in the next run too. What is
-added is what it leaves open: whether there is room, before the first byte; whether size and hash are those
-that the hub names (a wrong file is fetched once more); and, in one line, why it fails and what helps.
+huggingface_hub does the transfer; it resumes interrupted files, also in the next run. Added here are a check
+of the disk space before the first byte, a check of size and hash (a wrong file is fetched once more), and
+errors that say in one line why it failed and what helps.
 
-Headers can be had without the rest, a hundred-thousandth of the bytes, and past the cache (`fetch_headers`).
+`fetch_headers` fetches headers without data, a hundred-thousandth of the bytes, and leaves the cache alone.
+
+huggingface_hub is imported in the functions: local checkpoints do not need it, and it takes half a second.
 """
 
 from __future__ import annotations
@@ -22,18 +24,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwenedit.files import MAX_HEADER
+
 __all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "fetch_headers", "list_files"]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
-_HOLE = 1 << 24  # bytes of the hole that is tried
-_LONGEST = 100_000_000  # bytes of a header, as `files.read_header` has it
-_AT_ONCE = 8  # files that are asked for at a time, where headers are fetched
+_HOLE = 1 << 24  # bytes of the hole that tests the file system
+_AT_ONCE = 8  # headers fetched at a time
 
 
 class HubError(ValueError):
-    """The hub does not say or give what a repository holds; what is in the cache may still do.
+    """The hub does not list or give a repository's files. Cached files may still be usable.
 
-    `unreached` where the fault is not known to be the repository's or the user's.
+    `unreached` is True unless the fault is known to be the repository's or the user's.
     """
 
     def __init__(self, message: str, *, unreached: bool = False) -> None:
@@ -43,13 +46,13 @@ class HubError(ValueError):
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file on the hub, and where the cache has it.
+    """A file on the hub, and its place in the cache.
 
     Attributes:
-        size: in bytes; None where the hub does not say.
-        sha256: of large files (LFS); None for others.
-        git_sha1: of the others: of their content behind git's header.
-        pointer, blob: the file by its name and, where the file system has links, by its hash.
+        size: in bytes; None if the hub does not say.
+        sha256: the hash of large files (LFS).
+        git_sha1: the hash of other files, over git's header and the content.
+        pointer, blob: the file by its name and, on file systems with links, by its hash.
     """
 
     name: str
@@ -60,12 +63,12 @@ class HubFile:
     blob: Path | None
 
     def cached(self) -> bool:
-        """Is it in the cache, whole by its size?"""
+        """True if the cache has the file in its full size."""
         found = self.pointer if self.pointer.exists() or self.blob is None else self.blob
         return found.exists() and self.size in (None, found.stat().st_size)
 
     def to_come(self) -> int:
-        """Bytes that a download has to fetch of it, if it is not cached."""
+        """Bytes that are still to be downloaded of a file that is not cached."""
         started = self.blob and self.blob.with_name(f"{self.blob.name}.incomplete")
         arrived = started.stat().st_size if started and started.exists() else 0
         return max(0, (self.size or 0) - arrived)
@@ -76,7 +79,7 @@ class HubFile:
                 path.unlink(missing_ok=True)
 
     def fault(self) -> str | None:
-        """What is wrong with the file in the cache, all of it read; None where nothing is."""
+        """Read the cached file and say what is wrong with it; None if nothing is."""
         size = self.pointer.stat().st_size
         if self.size is not None and size != self.size:
             return f"{self.name} has {size:,} bytes, wanted {self.size:,}"
@@ -93,7 +96,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository that are wanted, and the folder of the cache that they belong in."""
+    """The wanted files of a repository, and their folder in the cache."""
 
     repo: str
     revision: str | None
@@ -110,10 +113,10 @@ def _at(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
-    """Ask the hub for the files whose names fit the patterns.
+    """Ask the hub which files match the patterns.
 
     Raises:
-        HubError: why it does not say.
+        HubError: the reason why it does not say.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
@@ -136,7 +139,7 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """The folder of the cache for a repository, whatever is in it, without asking the hub."""
+    """The cached snapshot of a repository, complete or not; the hub is not asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -147,11 +150,11 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 def download(repo: str, revision: str | None, patterns: Sequence[str], *, progress: bool) -> Path:
-    """Fetch what the cache lacks of the files whose names fit the patterns; returns their folder.
+    """Download the files that match the patterns and are not cached; returns their folder.
 
     Raises:
-        HubError: the hub does not say what there is.
-        ValueError: there is no room, the download broke off, or a file is wrong even after a second attempt.
+        HubError: the hub does not list its files.
+        ValueError: no disk space, an interrupted download, or a file that is wrong after a second attempt.
     """
     with _hub_bars(progress):
         listing = list_files(repo, revision, patterns)
@@ -159,10 +162,10 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
             missing = [file for file in listing.files if not file.cached()]
             _require_room(listing, missing)
             for file in missing:
-                file.remove()  # what has another size, or is a link to nothing
+                file.remove()  # a file of another size, or a dangling link
             unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
             names = {file.name for file in missing}
-            if unchecked.exists():  # an earlier run fetched them and was killed before it had read them
+            if unchecked.exists():  # an earlier run was killed before it had checked them
                 names |= set(unchecked.read_text(encoding="utf-8").splitlines())
             fresh = [file for file in listing.files if file.name in names]
             if fresh:
@@ -173,14 +176,14 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
                 if faults := _faults(list(faults), progress):
                     raise _Damaged("; ".join(faults.values()))
             if fresh:
-                _note(unchecked, names - {file.name for file in fresh})  # of what this run does without
+                _note(unchecked, names - {file.name for file in fresh})  # this run did not need the others
         except Exception as error:
             raise _broken_off(repo, revision, error) from error
     return listing.folder
 
 
 def _note(path: Path, names: Collection[str]) -> None:
-    """Write the names into a file, a line each; no names are no file."""
+    """Write the names into a file, one a line; without names, remove the file."""
     if not names:
         path.unlink(missing_ok=True)
         return
@@ -200,7 +203,7 @@ def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:
 
 
 def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
-    """Everything that is there already is left alone; of the others, what has arrived is kept."""
+    """Download the files that are not cached, resuming partial ones."""
     from huggingface_hub import snapshot_download
 
     names = [glob.escape(file.name) for file in files]
@@ -208,7 +211,7 @@ def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
 
 
 def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
-    """Read all of the files; what is wrong with those that are, which are removed."""
+    """Check all of the files. Wrong ones are removed and returned, each with what is wrong."""
     faults = {}
     for file in tqdm(files, desc="checking files", disable=None if progress else True):
         if fault := file.fault():
@@ -218,13 +221,13 @@ def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
 
 
 def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], folder: Path) -> None:
-    """Fill a folder with the files whose names fit the patterns, of *.safetensors the headers alone.
+    """Download the files that match the patterns into a folder; of *.safetensors files, only the headers.
 
-    Behind a header is a hole of the length of its data: the folder reads as the whole one does, as long as no
-    weight is asked for. Nothing is kept in the hub's cache.
+    The data of such a file is a hole of the same length, so that everything but the weights can be read.
+    Nothing is kept in the hub's cache.
 
     Raises:
-        HubError: why the hub does not give them, or that there are no holes here.
+        HubError: the reason why the hub does not give them, or a file system without sparse files.
     """
     listing = list_files(repo, revision, patterns)
     try:
@@ -232,7 +235,7 @@ def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], fold
             raise HubError(f"the file system of {folder} has no sparse files: set TMPDIR", unreached=True)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for _ in pool.map(lambda file: _fetch_head(listing, file, folder / file.name), listing.files):
-                pass  # but the errors
+                pass  # errors are raised
     except HubError:
         raise
     except Exception as error:
@@ -242,7 +245,7 @@ def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], fold
 
 
 def _has_holes(folder: Path) -> bool:
-    """Are files longer than what was written of them, or filled up with zeros (as on Windows)?"""
+    """True if the file system keeps files sparse; Windows, for one, fills them up with zeros."""
     path = folder / "hole"
     try:
         with path.open("wb") as file:
@@ -254,7 +257,7 @@ def _has_holes(folder: Path) -> bool:
 
 
 def _fetch_head(listing: Listing, file: HubFile, path: Path) -> None:
-    """A small file, or a safetensors header and its hole; what is wrong with them, their readers will say."""
+    """Download a small file, or a safetensors header with a hole. Their readers report broken content."""
     if file.size is None:
         raise HubError(f"{listing.at}: the hub does not say how long {file.name} is")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +266,7 @@ def _fetch_head(listing: Listing, file: HubFile, path: Path) -> None:
         return
     head = _part(listing, file.name, 0, min(8, file.size))
     end = 8 + int.from_bytes(head, "little")
-    if end <= min(file.size, _LONGEST):
+    if end <= min(file.size, MAX_HEADER):
         head += _part(listing, file.name, 8, end)
     with path.open("wb") as opened:
         opened.write(head)
@@ -271,7 +274,7 @@ def _fetch_head(listing: Listing, file: HubFile, path: Path) -> None:
 
 
 def _part(listing: Listing, name: str, start: int, end: int) -> bytes:
-    """The bytes of a file from start to end; no more are read, even where the hub sends more."""
+    """Download the bytes of a file from start to end. No more are read, even if the hub sends more."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -307,7 +310,7 @@ class _Damaged(ValueError):
 
 
 def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
-    """Why the hub does not say what there is, and what helps."""
+    """The reason why the hub does not list its files, and what helps."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -331,7 +334,7 @@ def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
 
 
 def _broken_off(repo: str, revision: str | None, error: Exception) -> ValueError:
-    """Why a download that the hub was ready for did not end well, and what helps."""
+    """The reason why a download failed after the hub had listed the files, and what helps."""
     at = _at(repo, revision)
     if isinstance(error, _NoRoom):
         return ValueError(f"{at} {error}")
@@ -345,7 +348,7 @@ def _broken_off(repo: str, revision: str | None, error: Exception) -> ValueError
             f"the download of {at} broke off: run it again, it goes on where it stopped ({_line(error)})"
         )
     if isinstance(error, OSError) and error.errno is not None and not _of_the_network(error):
-        return ValueError(f"{at} cannot be downloaded: {error}")  # the disk's fault
+        return ValueError(f"{at} cannot be downloaded: {error}")  # an error of the disk
     return _explained(repo, revision, error)
 
 
@@ -354,7 +357,7 @@ def _line(error: Exception) -> str:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about, its own or that of what it came from."""
+    """The HTTP status of an error or of its causes."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
@@ -364,18 +367,18 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _of_the_network(error: Exception) -> bool:
-    """Of connections: huggingface_hub's own, those of requests (until 0.36) and of httpx (from 1.0)."""
+    """True for connection errors: huggingface_hub's, of requests (until 0.36) and of httpx (from 1.0)."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     own = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
     library = type(error).__module__.split(".")[0]
-    cut = isinstance(error, OSError) and "Consistency check failed" in str(error)  # fewer bytes than promised
+    cut = isinstance(error, OSError) and "Consistency check failed" in str(error)  # too few bytes came
     return isinstance(error, own) or library in ("requests", "urllib3", "httpx", "httpcore") or cut
 
 
 @contextmanager
 def _hub_bars(shown: bool) -> Iterator[None]:
-    """The hub's own progress bars, for the length of a block, unless the user has disabled them anyway."""
+    """Show or hide the hub's progress bars during a block. Bars that the user has disabled stay hidden."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -1,4 +1,4 @@
-"""The official names of tensors and ours, by the tables that stand in the networks' files."""
+"""Official tensor names to ours and back, by the key tables in the networks' files."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ KeyTable = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class _Network:
-    """How one component's folder becomes a module."""
+class _Component:
+    """The module of one component's folder, and how its official tensor names become the module's.
+
+    Attributes:
+        skipped: official keys that are known and not loaded.
+        prefixes: prefixes of other naming schemes, each with the hub's.
+    """
 
     module: type[nn.Module]
     table: KeyTable
-    skipped: tuple[str, ...] = ()  # official keys that are known and not read
-    prefixes: tuple[tuple[str, str], ...] = ()  # of other namings, and what the hub has instead
+    skipped: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
 
     def hub_key(self, key: str) -> str:
-        for prefix, ours in self.prefixes:
+        for prefix, official in self.prefixes:
             if key.startswith(prefix):
-                return ours + key.removeprefix(prefix)
+                return official + key.removeprefix(prefix)
         return key
 
 
 NETWORKS = {
-    "text_encoder": _Network(
+    "text_encoder": _Component(
         VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_PREFIXES
     ),
-    "transformer": _Network(MMDiT, mmdit.KEY_TABLE),
-    "vae": _Network(VAE, vae.KEY_TABLE),
+    "transformer": _Component(MMDiT, mmdit.KEY_TABLE),
+    "vae": _Component(VAE, vae.KEY_TABLE),
 }
 
 
 def official_to_ours(table: KeyTable, key: str) -> str | None:
-    """Our name of an official tensor, or None if no rule of the table knows it."""
+    """Our name of an official tensor; None if no rule of the table matches."""
     return _renamed(_compiled(table), key)
 
 
@@ -52,7 +57,7 @@ def ours_to_official(table: KeyTable, name: str) -> str:
     """The official name of one of our parameters.
 
     Raises:
-        KeyError: there is no such parameter in the table.
+        KeyError: no rule of the table matches.
     """
     official = _renamed(_compiled(tuple((ours, official) for official, ours in table)), name)
     if official is None:
@@ -62,7 +67,7 @@ def ours_to_official(table: KeyTable, name: str) -> str:
 
 @functools.cache
 def _compiled(table: KeyTable) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Templates as patterns: {n}, {m}, ... stand for a number, {p} for weight or bias."""
+    """The rules as regular expressions: {n}, {m}, ... match a number, {p} matches weight or bias."""
 
     def pattern(template: str) -> re.Pattern[str]:
         text = re.escape(template).replace(r"\{p\}", "(?P<p>weight|bias)")

@@ -1,12 +1,13 @@
-"""Checkpoints -> modules: strict about names and shapes, and never more than one tensor too many.
+"""Load checkpoints into modules, with strict names and shapes.
 
-A module is built on the meta device, its tensors are compared with the files' headers, and only then is each
-tensor read, once, from the memory-mapped file into its place in the wanted dtype and on the wanted device.
+Each module is built on the meta device and compared with the headers of its files. Then each tensor is read
+once from the memory-mapped file into its place, in the wanted dtype and on the wanted device. At most one
+tensor is in memory twice at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +19,53 @@ from tqdm import tqdm
 from qwenedit.files import FLOATS
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
-from qwenedit.weights.report import Found, Report, compare
+from qwenedit.weights.report import Compared, compare
 
-__all__ = ["load_network", "load_networks"]
-
-
-def _run_dtype(report: Report) -> torch.dtype | None:
-    """What weights run in that nobody asked a dtype for: None is what each is stored in, if it can run."""
-    plain = {str(dtype).removeprefix("torch.") for dtype in FLOATS}
-    return None if plain >= report.dtypes.keys() else torch.bfloat16
+__all__ = ["compare_networks", "load_network", "progress_bar", "read_networks", "run_dtype"]
 
 
-def load_networks(
-    folder: Path,
-    components: Sequence[str],
+def compare_networks(
+    folder: Path, components: Sequence[str], files: Mapping[str, Path] | None = None
+) -> list[Compared]:
+    """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), compared with their files.
+
+    `files` maps components to other files with their weights, in any layout of `formats`.
+
+    Raises:
+        ValueError: a file is broken or does not fit its module; the message lists all its problems.
+    """
+    compared, files = [], files or {}
+    for component in components:
+        one = compare(folder, component, files.get(component))
+        if problems := one.report.problems():
+            where = files.get(component, folder / component)
+            raise ValueError(f"{where} does not fit the {component}: {problems}")
+        compared.append(one)
+    return compared
+
+
+def read_networks(
+    compared: Sequence[Compared],
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-    files: Mapping[str, Path] | None = None,
-    elsewhere: Callable[..., bool] | None = None,
+    manage: Callable[..., bool] | None = None,
 ) -> list[nn.Module]:
-    """Networks of a checkpoint folder ("text_encoder", "transformer" or "vae"), ready to run.
+    """Read the weights of compared networks; the networks are then ready to run.
 
-    `files` has components whose weights are elsewhere, in any layout of `formats`. `dtype` None keeps what
-    the files store, and makes bfloat16 of files that have fp8 or are GGUF. Parameters own their memory (the
-    files may change afterwards), want no gradient, and at no time is more than one tensor held twice.
-    `elsewhere` may take a network over, unread: see `residency.Modes.manage`.
+    Parameters own their memory (the files may change afterwards) and require no gradient. `dtype` is as in
+    `run_dtype`. A network for which `manage` returns True is not read here: see `residency.Modes.manage`.
 
     Raises:
-        ValueError: files that are broken or do not fit their module, all problems of a component in one
-            message, before any weight of any component is read.
+        ValueError: a file cannot be read.
     """
-    compared, files = [], files or {}
-    for component in components:
-        module, found, report = compare(folder, component, files.get(component))
-        if not report.ok:
-            where = files.get(component, folder / component)
-            raise ValueError(f"{where} does not fit the {component}: {report.problems()}")
-        compared.append((module, found, report))
     for module, found, report in compared:
-        wanted = dtype or _run_dtype(report)
-        if elsewhere is None or not elsewhere(report.component, module, found, device, wanted, progress):
+        wanted = run_dtype(found.values(), dtype)
+        if manage is None or not manage(report.component, module, found, device, wanted, progress):
             with progress_bar(report.component, report.bytes, progress) as bar:
                 _read(module, found, device, wanted, bar)
-    return [module.eval() for module, _, _ in compared]
-
-
-def progress_bar(component: str, total: int, progress: bool) -> tqdm:
-    return tqdm(
-        total=total,
-        desc=f"loading {component}",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
+    return [one.module.eval() for one in compared]
 
 
 def load_network(
@@ -83,15 +76,36 @@ def load_network(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> nn.Module:
-    """One of `load_networks`."""
-    (module,) = load_networks(folder, [component], device=device, dtype=dtype, progress=progress)
+    """One network of a checkpoint folder: `compare_networks`, then `read_networks`."""
+    compared = compare_networks(folder, [component])
+    (module,) = read_networks(compared, device=device, dtype=dtype, progress=progress)
     return module
 
 
+def run_dtype(weights: Iterable[Stored], dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a network runs in: `dtype` if given, else None, which keeps each weight's stored dtype.
+
+    Networks with fp8 or GGUF weights run in bfloat16 by default.
+    """
+    plain = {str(one).removeprefix("torch.") for one in FLOATS}
+    return dtype or (None if all(stored.dtype in plain for stored in weights) else torch.bfloat16)
+
+
+def progress_bar(component: str, total: int, progress: bool) -> tqdm:
+    """A bar over `total` bytes, shown on a terminal only."""
+    return tqdm(
+        total=total,
+        desc=f"loading {component}",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+
+
 def _read(
-    module: nn.Module, found: Found, device: torch.device, dtype: torch.dtype | None, bar: tqdm
+    module: nn.Module, found: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None, bar: tqdm
 ) -> None:
-    """Each tensor from its file into its place."""
+    """Read each tensor from its file into its place."""
     by_file: dict[Path, list[tuple[int, str, Stored]]] = {}
     for name, stored in found.items():
         by_file.setdefault(stored.path, []).append((stored.start, name, stored))

@@ -1,33 +1,38 @@
-"""A component's files against its module: names, shapes and dtypes, from headers alone."""
+"""Compare a component's files with its module by names, shapes and dtypes. Only headers are read."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.formats import Stored, read_weights
 from qwenedit.weights.keys import NETWORKS, official_to_ours, ours_to_official
 
-__all__ = ["Found", "Report", "compare"]
+__all__ = ["Compared", "Report", "compare"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A component's files against its module, from headers and names alone.
+    """The result of comparing a component's files with its module.
 
     Attributes:
         component: the folder's name.
-        tensors, parameters, bytes: of what the module uses.
-        dtypes: how many of its tensors are stored in each dtype.
-        skipped: tensors that are known and not read (`lm_head`).
+        tensors, parameters, bytes: totals of the tensors that the module uses.
+        dtypes: number of these tensors by the dtype that they are stored in.
+        skipped: tensors that are known and not loaded (`lm_head`).
         missing, unexpected: names that only the module, or only the files, have.
-        misshapen, unreadable: tensors of the wrong shape, and of a dtype that cannot become plain floats.
-        origin: the file, if it is not the folder's own, and what it was recognised as.
+        misshapen, unreadable: tensors of the wrong shape, or of a dtype that cannot be converted to floats.
+        origin: the file and its layout, if the weights are not the folder's own.
     """
 
     component: str
@@ -44,10 +49,10 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.unexpected or self.misshapen or self.unreadable)
+        return not self.problems()
 
     def problems(self) -> str:
-        """What is wrong in one line: up to ten names of each kind, and how many more."""
+        """All problems in one line, with up to ten names of each kind; empty if everything fits."""
         parts = []
         for kind in ("missing", "unexpected", "misshapen", "unreadable"):
             names: list[str] = getattr(self, kind)
@@ -57,24 +62,29 @@ class Report:
         return "; ".join(parts)
 
 
-Found = dict[str, Stored]  # our name -> what the files have
+class Compared(NamedTuple):
+    """A component's module on the meta device, its tensors in the files by our names, and the report."""
+
+    module: nn.Module
+    found: dict[str, Stored]
+    report: Report
 
 
-def compare(folder: Path, component: str, file: Path | None = None) -> tuple[nn.Module, Found, Report]:
-    """The module on the meta device, its tensors in the files, and what does not fit.
+def compare(folder: Path, component: str, file: Path | None = None) -> Compared:
+    """Compare a component's module with the tensors of its folder, or of `file`.
 
-    The config is the folder's, whatever file the weights are in.
+    The config is always the folder's.
     """
     network = NETWORKS[component]
     config = network_config(folder, component)
     weights = read_weights(file or folder / component, component)
     if weights.zero_cond_t and isinstance(config, MMDiTConfig):
         config = replace(config, zero_cond_t=True)
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         module = network.module(config)
-    wanted = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    found: Found = {}
-    known: set[str] = set()  # names that the files have, fitting or not
+    state = module.state_dict()
+    found: dict[str, Stored] = {}
+    known: set[str] = set()  # names that the files have, whether or not the tensor fits
     skipped, unexpected, misshapen, unreadable = weights.ignored, [], [], []
     for key, stored in weights.tensors.items():
         hub_key = network.hub_key(stored.name)
@@ -82,30 +92,43 @@ def compare(folder: Path, component: str, file: Path | None = None) -> tuple[nn.
         if hub_key in network.skipped:
             skipped.append(key)
             continue
-        if name is None or name not in wanted or name in known:
+        if name is None or name not in state or name in known:
             unexpected.append(key)
             continue
         known.add(name)
-        if stored.shape != wanted[name]:
-            misshapen.append(f"{key} {list(stored.shape)}, wanted {list(wanted[name])}")
+        if stored.shape != (wanted := tuple(state[name].shape)):
+            misshapen.append(f"{key} {list(stored.shape)}, wanted {list(wanted)}")
         elif not stored.readable:
             unreadable.append(f"{key} ({stored.dtype})")
         else:
             found[name] = stored
-    dtypes: dict[str, int] = {}
-    for stored in found.values():
-        dtypes[stored.dtype] = dtypes.get(stored.dtype, 0) + 1
     report = Report(
         component=component,
         tensors=len(found),
-        parameters=sum(x.numel() for name, x in module.state_dict().items() if name in found),
+        parameters=sum(state[name].numel() for name in found),
         bytes=sum(stored.bytes for stored in found.values()),
-        dtypes=dtypes,
+        dtypes=dict(Counter(stored.dtype for stored in found.values())),
         skipped=skipped,
-        missing=[ours_to_official(network.table, name) for name in wanted if name not in known],
+        missing=[ours_to_official(network.table, name) for name in state if name not in known],
         unexpected=unexpected,
         misshapen=misshapen,
         unreadable=unreadable,
         origin="" if file is None else f"{file}: {weights.layout}",
     )
-    return module, found, report
+    return Compared(module, found, report)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Skip the initialisers of new layers: on the meta device there is nothing to initialise.
+
+    torch would import its compiler for `normal_` on the meta device, which takes longer than loading a small
+    model.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from qwenedit.files import component_headers
-from qwenedit.memory.plan import STAGES, Mode, plan
+from qwenedit.memory.plan import STAGES, plan
+from qwenedit.memory.residency import Modes
 from tests.sparse import no_holes, write_sparse
 
 # Bytes of the official files' tensors, and how many files they are in.
@@ -88,7 +89,7 @@ def test_the_readmes_table_is_what_is_planned(official):
     assert len(rows) == 5
     for residency, others, numbers in rows:
         options = dict(re.findall(r'(\w+)="(\w+)"', others))
-        planned = peaks[Mode(residency, **options)]
+        planned = peaks[Modes(residency, **options)]
         wanted = [f"{planned[stage] / 2**30:.1f}" for stage in STAGES if stage != "VAE encode"]
         assert numbers.split(" | ") == wanted
 
@@ -111,5 +112,5 @@ def test_an_edit_streams_in_little_memory(official, tmp_path):
     if peak is not None:
         assert peak < 6 * 2**30
         _, of_python = ran("info", folder)  # an interpreter with torch
-        streamed = plan(folder, device="cpu", height=256, width=256).peaks[Mode("stream")]
+        streamed = plan(folder, device="cpu", height=256, width=256).peaks[Modes("stream")]
         assert abs(max(streamed.values()) + of_python - peak) < 0.15 * peak

@@ -11,12 +11,14 @@ import qwenedit.memory.plan as planning
 from qwenedit import mini
 from qwenedit.checks import device_of
 from qwenedit.cli import options as cli
-from qwenedit.memory.plan import RESIDENCIES, STAGES, Mode, choose, parse_bytes, plan, weights_of
+from qwenedit.memory.plan import STAGES, choose, network_sizes, parse_bytes, plan
+from qwenedit.memory.residency import Modes
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.sampling.precomputed import PrecomputedCache
 from qwenedit.taps import taps
+from qwenedit.weights.checkpoints import COMPONENTS
 from qwenedit.weights.hub import HubError
-from qwenedit.weights.loading import load_networks
+from qwenedit.weights.loading import compare_networks, read_networks
 from tests.sparse import no_holes, write_sparse
 from tests.tiny import checkpoint, picture
 
@@ -35,7 +37,7 @@ def official(tmp_path_factory):
 
 def weights_at(made, mode, stage):
     """What is planned beyond the stage's own computation, which no mode changes."""
-    whole = Mode("resident")
+    whole = Modes("resident")
     all_weights = TRANSFORMER + TEXT_ENCODER - LM_HEAD + VAE
     return made.peaks[mode][stage] - (made.peaks[whole][stage] - all_weights)
 
@@ -45,28 +47,28 @@ def test_weights_of_every_mode_are_the_published_sizes(official):
     table = 50 * 60 * 3 * (18432 + 2 * 3072) * 2  # 2511 has that of the references besides
     text = TEXT_ENCODER - LM_HEAD
     at = {(mode, stage): weights_at(made, mode, stage) for mode in made.peaks for stage in STAGES}
-    precomputed = Mode("resident", "precomputed")
+    precomputed = Modes("resident", "precomputed")
     assert at[precomputed, "sampling"] == TRANSFORMER - MODULATION + table + text + VAE
-    stage = Mode("stage")
+    stage = Modes("stage")
     assert [at[stage, one] for one in STAGES] == [text, VAE, TRANSFORMER, VAE]
-    stream = Mode("stream")
+    stream = Modes("stream")
     assert at[stream, "sampling"] == 2 * BLOCK + REST and at[stream, "VAE decode"] == VAE
     assert at[stream, "text encoding"] < 3 * GIB
-    both = Mode("stream", "precomputed")
+    both = Modes("stream", "precomputed")
     assert at[both, "sampling"] == 2 * (BLOCK - MODULATION // 60) + REST + table
-    float8 = at[Mode("stage", "live", "float8"), "sampling"]
+    float8 = at[Modes("stage", storage="float8"), "sampling"]
     assert TRANSFORMER // 2 < float8 - 2 * BLOCK < 0.51 * TRANSFORMER  # two blocks are widened at a time
-    assert at[Mode("stage", "live", "float8"), "text encoding"] < 0.6 * text
+    assert at[Modes("stage", storage="float8"), "text encoding"] < 0.6 * text
 
 
 @pytest.mark.parametrize(
     "memory, wanted",
     [
-        ("80GiB", Mode("resident")),
-        ("48GiB", Mode("resident", "precomputed")),
-        ("42GiB", Mode("stage")),
-        ("32GiB", Mode("stage", "precomputed")),
-        ("24GiB", Mode("stream")),
+        ("80GiB", Modes("resident")),
+        ("48GiB", Modes("resident", "precomputed")),
+        ("42GiB", Modes("stage")),
+        ("32GiB", Modes("stage", "precomputed")),
+        ("24GiB", Modes("stream")),
         ("1GiB", None),
     ],
 )
@@ -80,10 +82,10 @@ def test_the_fastest_mode_that_fits_is_chosen(official, memory, wanted):
 
 def test_the_dtype_decides_and_more_tokens_take_more(official):
     stored, wide = (plan(official, device_memory="80g", dtype=dtype) for dtype in (None, "float32"))
-    assert wide.peaks[Mode("stage")]["sampling"] > 1.9 * stored.peaks[Mode("stage")]["sampling"]
+    assert wide.peaks[Modes("stage")]["sampling"] > 1.9 * stored.peaks[Modes("stage")]["sampling"]
     assert plan(official, host_memory="200g", device="cpu").peaks == wide.peaks
     peaks = [
-        plan(official, device_memory="80g", **options).peaks[Mode("stage")]
+        plan(official, device_memory="80g", **options).peaks[Modes("stage")]
         for options in ({"pictures": 0}, {"pictures": 1}, {"pictures": 3}, {"height": 1536, "width": 1536})
     ]
     sampling = [one["sampling"] for one in peaks]
@@ -94,34 +96,49 @@ def test_the_dtype_decides_and_more_tokens_take_more(official):
 def test_weights_are_those_that_are_loaded():
     folder = checkpoint("plus")
     for dtype in (torch.float32, torch.bfloat16, None):
-        planned = weights_of(folder, {}, dtype)
-        loaded = load_networks(folder, list(planned), device=torch.device("cpu"), dtype=dtype, progress=False)
+        compared = compare_networks(folder, list(COMPONENTS))
+        planned = network_sizes({one.report.component: one.found for one in compared}, dtype)
+        loaded = read_networks(compared, device=torch.device("cpu"), dtype=dtype, progress=False)
         for (component, weights), network in zip(planned.items(), loaded, strict=True):
             assert weights.all == sum(x.nbytes for x in network.parameters()), component
             if isinstance(network, MMDiT):
                 block = network.blocks[0]
                 own = [block.img_mod.linear, block.txt_mod.linear]
                 assert len(weights.blocks) == len(network.blocks)
-                first = weights.blocks["transformer_blocks.0."]
+                first = weights.blocks["blocks.0."]
                 assert first.all == sum(x.nbytes for x in block.parameters())
                 assert first.modulation == sum(x.nbytes for one in own for x in one.parameters())
 
 
-def test_a_small_model_is_resident_and_nothing_raises(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
+def chosen(folder, dtype=torch.bfloat16, *, text_encoder=True, **modes):
+    """The residency that "auto" becomes on the CPU."""
+    names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]
+    found = {one.report.component: one.found for one in compare_networks(folder, names)}
+    return choose(Modes("auto", **modes), folder, found, device=torch.device("cpu"), dtype=dtype).residency
+
+
+def test_a_small_model_is_resident(monkeypatch):
     for folder in (mini.CHECKPOINT, checkpoint("edit"), checkpoint("generate")):
-        assert choose(folder, {}, device=cpu, dtype=None) == "resident"
-        assert plan(folder).mode == Mode("resident")
-    assert choose(tmp_path, {}, device=cpu, dtype=None) == "resident"  # loading will complain
+        assert chosen(folder) == "resident"
+        assert plan(folder).mode == Modes("resident")
     monkeypatch.setattr(planning, "host_free", lambda: 1)
-    assert choose(mini.CHECKPOINT, {}, device=cpu, dtype=None) == "resident"
+    assert chosen(mini.CHECKPOINT) == "resident"
+
+
+def test_a_fault_of_the_plan_is_not_hidden(monkeypatch):
+    def fail(*_arguments, **_options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(planning, "_SMALL", 0)
+    monkeypatch.setattr(planning, "activations", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        qwenedit.load(mini.CHECKPOINT, device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("free, wanted", [(80, "resident"), (48, "stage"), (24, "stream"), (1, "stream")])
 def test_the_residency_that_load_chooses(official, monkeypatch, free, wanted):
     monkeypatch.setattr(planning, "host_free", lambda: free * GIB)
-    assert choose(official, {}, device=torch.device("cpu"), dtype=torch.bfloat16) == wanted
-    assert wanted in RESIDENCIES
+    assert chosen(official) == wanted
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,7 @@ def test_the_residency_that_load_chooses(official, monkeypatch, free, wanted):
 )
 def test_the_residency_depends_on_the_other_modes(official, monkeypatch, free, how, wanted):
     monkeypatch.setattr(planning, "host_free", lambda: free * GIB)
-    assert choose(official, {}, device=torch.device("cpu"), dtype=torch.bfloat16, **how) == wanted
+    assert chosen(official, **how) == wanted
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
@@ -166,16 +183,16 @@ def test_layered_has_a_frame_for_each_layer_and_one_more():
         pipe.decompose(picture(60, 60), "a fox", layers=3, resolution=64, num_inference_steps=1)
     made = plan(folder, device="cpu", layers=3, height=64, width=64)
     peaks, fewer = (
-        plan(folder, device="cpu", layers=layers, height=64, width=64).peaks[Mode("resident")]
+        plan(folder, device="cpu", layers=layers, height=64, width=64).peaks[Modes("resident")]
         for layers in (3, 2)
     )
-    weights = sum(network.all for network in weights_of(folder, {}, torch.float32).values())
+    weights = sum(x.nbytes for net in (pipe.mmdit, pipe.vae, pipe.vision_language) for x in net.parameters())
     computed = peaks["sampling"] - weights - planning._LIBRARIES
     assert computed == (seen[0] + 100) * pipe.mmdit.config.width * 20 * 4 and seen[0] == (4 + 1) * 16
     one = round(64 * 64 * pipe.vae.config.base_dim * 5.8 * 4)
     assert abs(peaks["VAE decode"] - fewer["VAE decode"] - one) <= 1
-    text = plan(checkpoint("generate"), device="cpu").peaks[Mode("stage")]["text encoding"]
-    assert made.peaks[Mode("stage")]["text encoding"] == text  # it sees no picture
+    text = plan(checkpoint("generate"), device="cpu").peaks[Modes("stage")]["text encoding"]
+    assert made.peaks[Modes("stage")]["text encoding"] == text  # it sees no picture
     assert "3 layers of 64x64 from 1 picture" in str(made)
     assert "4 layers of 640x640 from 1 picture" in str(plan(folder, device="cpu"))
     for options, message in (({"pictures": 0}, "pictures is 0, wanted a number from 1 to 1"),
@@ -186,13 +203,9 @@ def test_layered_has_a_frame_for_each_layer_and_one_more():
 
 def test_without_a_text_encoder(official, monkeypatch):
     monkeypatch.setattr(planning, "host_free", lambda: 48 * GIB)
-    options = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
-    assert choose(official, {}, **options) == "stage"
-    assert choose(official, {}, text_encoder=False, **options) == "resident"
-    made = plan(official, device_memory="48GiB", text_encoder=False)
-    assert made.mode == Mode("resident") and "text_encoder" not in weights_of(
-        official, {}, None, text_encoder=False
-    )
+    assert chosen(official) == "stage"
+    assert chosen(official, text_encoder=False) == "resident"
+    assert plan(official, device_memory="48GiB", text_encoder=False).mode == Modes("resident")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Memory modes: the resident run's results bit by bit, from weights that are there in their turn only."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import os
 import re
 import shutil
-import sys
 import threading
-import types
 import warnings
 import weakref
 
@@ -19,19 +18,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qwenedit
-from qwenedit import mini
+from qwenedit import files, mini
 from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.cli import options as cli
 from qwenedit.instruments.inversion import invert, picture_latents
 from qwenedit.instruments.trace import trace_ops
 from qwenedit.memory import reading
 from qwenedit.memory.residency import Modes, home, present
-from qwenedit.memory.streaming import Absent, Source, Streamed
+from qwenedit.memory.streaming import Absent, Source, Streamed, _shrunk
 from qwenedit.networks.mmdit import RunCache
 from qwenedit.sampling.predictor import predictor
 from qwenedit.switches import Switches
 from qwenedit.taps import observed as looked_at
 from qwenedit.taps import swapped, tap_names, taps
+from qwenedit.weights import formats
 from tests.test_lora import official
 from tests.tiny import checkpoint, embedded_plus, picture
 from tests.weights.test_formats import as_published, needs_gguf, scaled, tensors_of, wide, write_gguf
@@ -84,13 +84,13 @@ def gone(*networks):
 @pytest.fixture
 def reads(monkeypatch):
     """The official names of the weights that are read, in order."""
-    names, read = [], reading.Files.read
+    names, read = [], reading.WeightFiles.read
 
     def counted(self, wanted, **options):
         names.extend(stored.name for stored in wanted)
         return read(self, wanted, **options)
 
-    monkeypatch.setattr(reading.Files, "read", counted)
+    monkeypatch.setattr(reading.WeightFiles, "read", counted)
     return names
 
 
@@ -601,18 +601,26 @@ def test_bad_modes_are_refused_before_anything_is_read(monkeypatch):
 def test_auto_asks_the_plan(monkeypatch):
     asked = []
 
-    def choose(folder, files, *, device, dtype, text_encoder=True, **how):
-        asked.append((folder, dict(files), device, dtype, text_encoder, how))
-        return "stage"
+    def choose(modes, folder, found, *, device, dtype):
+        asked.append((modes, folder, list(found), device, dtype))
+        return dataclasses.replace(modes, residency="stage")
 
-    plan = types.ModuleType("qwenedit.memory.plan")
-    plan.choose = choose
-    monkeypatch.setitem(sys.modules, "qwenedit.memory.plan", plan)
+    monkeypatch.setattr("qwenedit.assembly.choose", choose)
     pipe = load(mini.CHECKPOINT, text_encoder=False, modulation="precomputed")
-    how = {"modulation": "precomputed", "storage": None}
-    wanted = (mini.CHECKPOINT, {}, torch.device("cpu"), torch.float32, False, how)
+    modes, names = Modes("auto", "precomputed"), ["vae", "transformer"]
+    wanted = (modes, mini.CHECKPOINT, names, torch.device("cpu"), torch.float32)
     assert gone(pipe.mmdit) and asked == [wanted]
-    assert not gone(load().mmdit) and asked == [wanted]  # the embedded model is small
+    assert not gone(load(residency="resident").mmdit) and asked == [wanted]
+
+
+def test_headers_are_read_once(monkeypatch):
+    names, read = [], files.read_header
+    for module in (files, formats):
+        monkeypatch.setattr(module, "read_header", lambda path: names.append(path) or read(path))
+    for modes in ({}, {"residency": "stream", "modulation": "precomputed"}):
+        names.clear()
+        load(mini.CHECKPOINT, **modes)
+        assert len(names) == len(set(names)) == 3
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
@@ -647,7 +655,7 @@ def test_float8_is_close_and_small(residency):
                 scale = weight.abs().amax(dim=1, keepdim=True) / 448
                 weight.copy_((weight / scale).to(torch.float8_e4m3fn).float() * scale)
     assert torch.equal(got, run(whole, "embedded")) and not torch.equal(got, plain)
-    network = parted.mmdit.__dict__["_comes_and_goes"]
+    network = parted.mmdit.__dict__["_managed"]
     matrices = [x for x in parted.mmdit.blocks.parameters() if x.ndim == 2]
     assert all(isinstance(x, Absent) for x in matrices) and len(matrices) == 6 * 14
     held = [weight for part in network.blocks for weight, _ in part.held]
@@ -667,10 +675,7 @@ def test_float8_rounds_each_row_to_its_own_largest_value():
         torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 6)[:, None]
     )
     weight[3] = 0
-    from qwenedit.memory.streaming import _shrunk
-    from qwenedit.weights.formats import dequantise
-
-    again = dequantise(*_shrunk(weight))
+    again = formats.dequantise(*_shrunk(weight))
     error = (again - weight).abs().amax(dim=1) / weight.abs().amax(dim=1).clamp_min(1e-30)
     assert torch.equal(again[3], weight[3]) and error.max() < 2**-4 and again.isfinite().all()
 
@@ -687,16 +692,16 @@ FP8_MODES = [
 def test_fp8_files(tmp_path_factory, modes, scales):
     """Streamed as any others; and kept in 8 bits as they are, without another rounding."""
     folder, tmp_path = checkpoint("edit"), tmp_path_factory.mktemp("fp8")
-    files = {}
+    given = {}
     for component, argument in (("transformer", "mmdit"), ("text_encoder", "text_encoder")):
         tensors = tensors_of(folder, component)
         if scales:
             tensors, _ = scaled(tensors)
         else:
             tensors = {key: x.to(torch.float8_e4m3fn) for key, x in tensors.items()}
-        files[argument] = tmp_path / f"{component}.safetensors"
-        save_file(tensors, files[argument])
-    whole, parted = (load(folder, dtype="bfloat16", **files, **how) for how in ({}, modes))
+        given[argument] = tmp_path / f"{component}.safetensors"
+        save_file(tensors, given[argument])
+    whole, parted = (load(folder, dtype="bfloat16", **given, **how) for how in ({}, modes))
     assert torch.equal(run(parted, "edit"), run(whole, "edit"))
 
 

@@ -17,7 +17,7 @@ from qwenedit.cli import options as cli
 from qwenedit.verify import verify
 from qwenedit.weights.formats import official_vae_names, read_weights
 from qwenedit.weights.keys import NETWORKS, official_to_ours
-from qwenedit.weights.loading import load_network, load_networks
+from qwenedit.weights.loading import compare_networks, load_network, read_networks
 from tests.tiny import checkpoint
 
 try:
@@ -41,9 +41,8 @@ def tensors_of(folder, component):
 
 def load(folder, component, file, dtype=None):
     """What a file loads to, by official name."""
-    (module,) = load_networks(
-        folder, [component], device=CPU, dtype=dtype, progress=False, files={component: Path(file)}
-    )
+    compared = compare_networks(folder, [component], {component: Path(file)})
+    (module,) = read_networks(compared, device=CPU, dtype=dtype, progress=False)
     state, table = module.state_dict(), NETWORKS[component].table
     named = {official_to_ours(table, key): key for key in tensors_of(folder, component)}
     return {named[name]: x for name, x in state.items()}, module

@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,21 @@ def test_every_tensor_is_in_its_place_and_owns_its_memory(folder, component, dty
     file = weights(folder, component)
     file.write_bytes(b"\0" * file.stat().st_size)
     assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+def test_loading_and_editing_do_not_import_torchs_compiler():
+    """It would take longer than everything else."""
+    script = """
+import sys
+from PIL import Image
+import qwenedit
+from qwenedit import mini
+pipe = qwenedit.load(device="cpu", progress=False)
+pipe.edit(Image.open(mini.EXAMPLE), "make the circle red", num_inference_steps=1)
+print("torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "transformer"])
