@@ -81,7 +81,7 @@ def modes_of(
         ValueError: there is no such mode, or modes exclude each other or compiled blocks.
     """
     modes = Modes("resident" if compile and residency == "auto" else residency, modulation, storage)
-    if compile and not modes.plain:
+    if compile and modes != Modes():
         raise ValueError(
             "compile=True needs weights that stay: wanted residency='resident', modulation='live' and "
             f"storage=None, got {residency!r}, {modulation!r} and {storage!r}"

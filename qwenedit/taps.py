@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "BranchState", "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped", "by_heads",
     "cache_context", "current_labels", "fingerprint", "modified", "named_modules", "observed",
-    "require_finite", "scope", "swapped", "tap_names", "taps",
+    "require_finite", "scope", "swapped", "tap_names", "taps", "tensors_in",
 ]  # fmt: skip
 
 State = TypeVar("State")
@@ -289,6 +290,11 @@ def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] =
     numbers = tuple(tuple(x for x in vars(part).values() if type(x) in (int, float, bool)) for part in parts)
     versions = tuple((id(x), x._version, x.data_ptr(), x.shape, x.dtype, x.device) for x in held)
     return Fingerprint((versions, numbers), held)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 class NonFiniteError(ArithmeticError):

@@ -12,9 +12,10 @@ from typing import Any
 
 import einops
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+
+from qwenedit.taps import tensors_in
 
 __all__ = ["Op", "trace_ops"]
 
@@ -43,7 +44,7 @@ class _Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        made = tensors_in(result)
         if made and (place := self.place()) is not None:
             name = func.__name__.strip("_") if func.__name__ != "__get__" else func.__self__.__name__
             self.ops += [Op(name, tuple(x.shape), x.dtype, *place) for x in made]

@@ -74,10 +74,6 @@ class Modes:
         modulation = None if self.modulation == "live" else self.modulation
         return ", ".join(filter(None, (self.residency, modulation, self.storage)))
 
-    @property
-    def plain(self) -> bool:
-        return self == Modes()
-
     def manage(
         self,
         component: str,

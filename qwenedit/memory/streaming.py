@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from qwenedit.memory.reading import WeightFiles
+from qwenedit.taps import tensors_in
 from qwenedit.weights.formats import Stored, dequantise
 
 __all__ = ["Absent", "BlockParts", "Part", "Place", "Source", "Streamed"]
@@ -54,7 +54,7 @@ class Absent(nn.Parameter):
 
 def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The result of an operation on absent weights, if it needs neither values nor gradients."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_in((args, kwargs))
     absent = [x for x in tensors if isinstance(x, Absent)]
     if all(x.is_meta for x in tensors):
         try:

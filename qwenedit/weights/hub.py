@@ -158,9 +158,9 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
     """
     with _hub_bars(progress):
         listing = list_files(repo, revision, patterns)
+        missing = [file for file in listing.files if not file.cached()]
+        _require_room(listing, missing)
         try:
-            missing = [file for file in listing.files if not file.cached()]
-            _require_room(listing, missing)
             for file in missing:
                 file.remove()  # a file of another size, or a dangling link
             unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
@@ -173,12 +173,16 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
             _fetch(listing, listing.files)
             if faults := _faults(fresh, progress):
                 _fetch(listing, list(faults))
-                if faults := _faults(list(faults), progress):
-                    raise _Damaged("; ".join(faults.values()))
-            if fresh:
+                faults = _faults(list(faults), progress)
+            if fresh and not faults:
                 _note(unchecked, names - {file.name for file in fresh})  # this run did not need the others
         except Exception as error:
-            raise _broken_off(repo, revision, error) from error
+            raise _broken_off(listing, error) from error
+    if faults:
+        raise ValueError(
+            f"{listing.at} arrived damaged twice, and what is damaged was removed: "
+            f"{'; '.join(faults.values())}; check the disk and the network, then run it again"
+        )
     return listing.folder
 
 
@@ -196,9 +200,9 @@ def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:
     there = next(path for path in (listing.folder, *listing.folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if wanted > free:
-        raise _NoRoom(
-            f"needs {wanted / 1e9:,.1f} GB more on the disk of {there}, which has {free / 1e9:,.1f} GB free: "
-            "make room, or set HF_HOME to a folder on a larger disk"
+        raise ValueError(
+            f"{listing.at} needs {wanted / 1e9:,.1f} GB more on the disk of {there}, which has "
+            f"{free / 1e9:,.1f} GB free: make room, or set HF_HOME to a folder on a larger disk"
         )
 
 
@@ -301,16 +305,8 @@ def _part(listing: Listing, name: str, start: int, end: int) -> bytes:
     return arrived
 
 
-class _NoRoom(ValueError):
-    pass
-
-
-class _Damaged(ValueError):
-    pass
-
-
 def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
-    """The reason why the hub does not list its files, and what helps."""
+    """The reason why the hub does not list its files, and what helps. Faults in the code are raised."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -330,30 +326,21 @@ def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
         return HubError(f"the hub answers with an error ({status}): try again later", unreached=True)
     if _of_the_network(error):
         return HubError("the hub cannot be reached: check the id and the network", unreached=True)
+    if not isinstance(error, (OSError, ValueError)):
+        raise error  # a fault in the code
     return HubError(f"{at} cannot be downloaded: {error}")
 
 
-def _broken_off(repo: str, revision: str | None, error: Exception) -> ValueError:
+def _broken_off(listing: Listing, error: Exception) -> ValueError:
     """The reason why a download failed after the hub had listed the files, and what helps."""
-    at = _at(repo, revision)
-    if isinstance(error, _NoRoom):
-        return ValueError(f"{at} {error}")
-    if isinstance(error, _Damaged):
-        return ValueError(
-            f"{at} arrived damaged twice, and what is damaged was removed: {error}; check the disk and the "
-            "network, then run it again"
-        )
     if _status(error) is None and _of_the_network(error):
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return ValueError(
-            f"the download of {at} broke off: run it again, it goes on where it stopped ({_line(error)})"
+            f"the download of {listing.at} broke off: run it again, it goes on where it stopped ({line})"
         )
     if isinstance(error, OSError) and error.errno is not None and not _of_the_network(error):
-        return ValueError(f"{at} cannot be downloaded: {error}")  # an error of the disk
-    return _explained(repo, revision, error)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return ValueError(f"{listing.at} cannot be downloaded: {error}")  # an error of the disk
+    return _explained(listing.repo, listing.revision, error)
 
 
 def _status(error: BaseException | None) -> int | None:

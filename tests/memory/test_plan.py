@@ -110,6 +110,11 @@ def test_weights_are_those_that_are_loaded():
                 assert first.modulation == sum(x.nbytes for one in own for x in one.parameters())
 
 
+def test_modes_in_words():
+    assert str(Modes()) == "resident" and str(Modes("stage", "precomputed")) == "stage, precomputed"
+    assert str(Modes("stage", "precomputed", "float8")) == "stage, precomputed, float8"
+
+
 def chosen(folder, dtype=torch.bfloat16, *, text_encoder=True, **modes):
     """The residency that "auto" becomes on the CPU."""
     names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]

@@ -200,9 +200,11 @@ def test_loras(modes, forms):
     assert forms and all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("layer, passes", [("norm_out.linear", 2), ("blocks.0.attn.img_q", 1)])
+@pytest.mark.parametrize(
+    "layer, passes", [("blocks.0.img_mod.linear", 2), ("norm_out.linear", 1), ("blocks.0.attn.img_q", 1)]
+)
 def test_modulation_follows_what_it_is_made_of(layer, passes, reads):
-    """A LoRA on the last norm's modulation, outside of the blocks, is part of it; one on a query is not."""
+    """A LoRA on a block's modulation is part of it; one on the last norm's or on a query is not."""
     whole, parted = load(), load(modulation="precomputed")
     conditioning = whole.condition(CASES["embedded"][1], "make the circle red")
     latents = []
@@ -233,7 +235,8 @@ def test_weights_that_come_and_go_are_not_trained(modes):
 def test_a_block_in_the_place_of_another_has_its_turn_too():
     blocks = load(modulation="precomputed").mmdit.blocks
     blocks[3] = blocks[2]
-    assert list(blocks.without_modulation()) == [blocks[number] for number in range(6)]
+    with blocks.without_modulation():
+        assert list(blocks) == [blocks[number] for number in range(6)]
 
 
 @every_mode
@@ -733,4 +736,3 @@ def test_streamed_lists_say_what_they_do_not_do():
         list(pipe.mmdit.blocks[:2])
     seen = [next(block.parameters()).is_meta for block in pipe.mmdit.blocks]
     assert seen == [False] * 6 and gone(pipe.mmdit)
-    assert Modes().plain and not Modes(residency="stream").plain

@@ -342,6 +342,17 @@ def test_the_network_is_blamed_for_its_own_faults_only(monkeypatch, error, messa
         resolve(ID, progress=False)
 
 
+@pytest.mark.parametrize("function", ["HfApi.model_info", "snapshot_download"])
+@pytest.mark.usefixtures("hub")
+def test_a_fault_in_the_code_is_not_the_hubs(monkeypatch, function):
+    def fail(*_arguments, **_options):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(f"huggingface_hub.{function}", fail)
+    with pytest.raises(KeyError, match="a fault"):
+        resolve(ID, progress=False)
+
+
 def test_info_counts_what_is_missing_and_fetches_nothing(hub):
     plan = describe(ID)
     assert f"{ID}: not on this machine; loading it downloads" in plan and not hub.asked
