@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "BranchState", "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped", "by_heads",
-    "cache_context", "current_labels", "fingerprint", "modified", "named_modules", "observed",
-    "require_finite", "scope", "swapped", "tap_names", "taps", "tensors_in",
+    "cache_context", "current_labels", "fingerprint", "has_compiled_part", "modified", "named_modules",
+    "observed", "require_finite", "scope", "swapped", "tap_names", "taps", "tensors_in",
 ]  # fmt: skip
 
 State = TypeVar("State")
@@ -258,6 +258,11 @@ def modified(model: nn.Module) -> bool:
         or any(x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__ for x in modules)
         or not all(_own(kind, package) for kind in {type(module) for module in modules})
     )
+
+
+def has_compiled_part(model: nn.Module) -> bool:
+    """True if a module inside the model was compiled by itself (`module.compile()`)."""
+    return any(module._compiled_call_impl is not None for module in _modules(model)[1:])
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

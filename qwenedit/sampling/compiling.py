@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.taps import modified
+from qwenedit.taps import has_compiled_part, modified
 
 __all__ = ["compile_blocks", "eager_if_modified", "require_compiler"]
 
@@ -44,7 +44,5 @@ def eager_if_modified(mmdit: nn.Module) -> AbstractContextManager[None]:
 
     Code that was compiled before they were added would run without them.
     """
-    compiled = any(
-        module._compiled_call_impl is not None for module in mmdit.modules() if module is not mmdit
-    )
-    return torch.compiler.set_stance("force_eager") if compiled and modified(mmdit) else nullcontext()
+    compiled = has_compiled_part(mmdit) and modified(mmdit)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
