@@ -75,6 +75,26 @@ def test_no_two_files_import_each_other():
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from qwenedit.pipeline import load",
+        "def later():\n    import qwenedit.sampling.sampler",
+        "if TYPE_CHECKING:\n    from qwenedit.networks import mmdit",
+    ],
+)
+def test_an_upward_import_would_show(source, monkeypatch):
+    monkeypatch.setitem(FILES, "latents", ast.parse(source))
+    with pytest.raises(AssertionError, match="from above"):
+        test_no_file_imports_from_above("latents")
+
+
+def test_a_circle_would_show(monkeypatch):
+    monkeypatch.setitem(FILES, "networks.vae_layers", ast.parse("from qwenedit.networks.vae import VAE"))
+    with pytest.raises(pytest.fail.Exception, match=r"networks\.vae"):
+        test_no_two_files_import_each_other()
+
+
 def test_networks_need_taps_alone():
     """So that they, with taps.py, can be copied out of the project."""
     networks = {file for file in FILES if file.startswith("networks.")}
