@@ -13,7 +13,6 @@ the layers and explains the letters of the shapes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +53,6 @@ class VAEConfig:
     latents_mean: tuple[float, ...]  # statistics of raw latents, to normalise them with
     latents_std: tuple[float, ...]
     input_channels: int = 3  # 4 in Layered (RGBA); RGB checkpoints leave the key out
-
-    FIXED: ClassVar[dict[str, Any]] = {}
-    IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
