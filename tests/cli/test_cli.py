@@ -300,11 +300,12 @@ def test_compile_reaches_load(picture, monkeypatch, words):
     assert given == [False, True]
 
 
-def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys, monkeypatch):
+def test_compile_without_a_compiler_is_refused_before_loading(picture, capsys):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    line = fails(capsys, "edit", picture, "x", "-o", "x.png", "--compile", "--model", "no/such-model", *QUICK)
+    command = ["edit", picture, "x", "-o", "x.png", "--compile", "--model", "no/such-model", *QUICK]
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):  # monkeypatch would leave it without a value
+        line = fails(capsys, *command)
     assert "needs a C++ compiler" in line
 
 
