@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import math
 import types
@@ -342,7 +343,7 @@ def _check_types(options: Any, group: str) -> None:
 
     A list, from JSON or TOML, becomes a tuple.
     """
-    for name, annotation in typing.get_type_hints(type(options)).items():
+    for name, annotation in _annotations(type(options)).items():
         value = getattr(options, name)
         if isinstance(value, list):
             value = tuple(value)
@@ -355,6 +356,11 @@ def _check_types(options: Any, group: str) -> None:
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             wanted = " or ".join(dict.fromkeys(map(_named, alternatives)))
             raise ValueError(f"{group}.{name} is {value!r}, wanted {wanted}{hint}")
+
+
+@functools.cache  # every run makes switches, and reading annotations takes milliseconds
+def _annotations(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _fits(value: Any, wanted: Any) -> bool:

@@ -206,7 +206,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = rope
     wide = x.float()
-    exchanged = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x1, x0, x3, x2, ...
+    exchanged = wide.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # x1, x0, x3, x2, ...
     return (wide * cos + exchanged * sin).to(x.dtype)
 
 
@@ -227,8 +227,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).sum(-1, keepdim=True) / x.shape[-1]  # mean()'s bits, but faster
-        return (x * torch.rsqrt(mean_square + 1e-6)).to(self.weight.dtype) * self.weight
+        mean_square = x.float().pow(2).mean(-1, keepdim=True)
+        weight = self.weight
+        return (x * torch.rsqrt(mean_square + 1e-6)).to(weight.dtype) * weight
 
 
 def layer_norm(width: int) -> nn.LayerNorm:

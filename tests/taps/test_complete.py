@@ -21,8 +21,8 @@ PACKAGE = str(Path(qwenedit.__file__).parent)
 RMS_NORM = {f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")}
 ROTATION = {f"rotate: {op}": 1 for op in ("mul", "sub", "add")}
 MMDIT = {
-    **{f"RMSNorm.forward: {op}": 1 for op in ("pow", "sum", "div", "add", "rsqrt", "mul")},
-    **{f"rotate: {op}": 1 for op in ("flip", "mul")},
+    **{f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")},
+    **{f"rotate: {op}": 1 for op in ("roll", "mul")},
     "both_halves: add": 1,  # 1 + scale
     "modulated: mul": 2,  # ... times the norm, before + shift
     "modulated: add": 1,  # the pieces of the target and of the references, before they are joined

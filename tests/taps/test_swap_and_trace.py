@@ -148,7 +148,7 @@ def test_every_operation_with_its_module_and_line(model):
     assert Path(file).name == "mmdit.py"
     assert "F.scaled_dot_product_attention" in Path(file).read_text().splitlines()[int(line) - 1]
     norm = [op for op in ops if op.module == "blocks.0.attn.img_q_norm"]
-    assert [op.name for op in norm] == ["float", "pow", "sum", "div", "add", "rsqrt", "mul", "to", "mul"]
+    assert [op.name for op in norm] == ["float", "pow", "mean", "add", "rsqrt", "mul", "to", "mul"]
     vectors = [op for op in ops if op.module == "blocks.0" and op.name == "unbind"]
     assert [op.shape for op in vectors] == [(2, 1, 48)] * 12
     lines = {op.line for op in ops}
