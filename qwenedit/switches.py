@@ -338,12 +338,13 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_types(options: Any, group: str) -> None:
+def _check_types(options: object, group: str) -> None:
     """Every field holds what its annotation says; a wrong word is answered with the right ones.
 
     A list, from JSON or TOML, becomes a tuple.
     """
-    for name, annotation in _annotations(type(options)).items():
+    kind: Any = type(options)
+    for name, annotation in _annotations(kind).items():
         value = getattr(options, name)
         if isinstance(value, list):
             value = tuple(value)

@@ -26,6 +26,7 @@ from qwenedit.networks.mmdit_layers import (
     AdaLN,
     Grid,
     Modulation,
+    QKNorm,
     RMSNorm,
     Rope,
     TimeEmbedding,
@@ -298,7 +299,7 @@ class Block(Tapped):
         txt_h = self.tap("txt_attn_in", modulated(self.txt_norm1(txt), mod.txt_attn, target), "B T D")
         img_a, txt_a = self.attn(img_h, txt_h, rope, key_mask, wanted)
         img_add = self.tap("img_attn_add", gated(img_a, mod.img_attn, target), "B S D")
-        img = self.tap("img_mid", img[:, :wanted] + img_add, "B S D")
+        img = self.tap("img_mid", (img if wanted is None else img[:, :wanted]) + img_add, "B S D")
         img_h = self.tap("img_mlp_in", modulated(self.img_norm2(img), mod.img_mlp, target), "B S D")
         img_add = self.tap("img_mlp_add", gated(self.img_mlp(img_h), mod.img_mlp, target), "B S D")
         img = self.tap("img_out", clipped(img + img_add), "B S D")
@@ -352,10 +353,8 @@ class JointAttention(Tapped):
         self.txt_q = nn.Linear(width, width)
         self.txt_k = nn.Linear(width, width)
         self.txt_v = nn.Linear(width, width)
-        self.img_q_norm = RMSNorm(head_dim)
-        self.img_k_norm = RMSNorm(head_dim)
-        self.txt_q_norm = RMSNorm(head_dim)
-        self.txt_k_norm = RMSNorm(head_dim)
+        self.q_norm = QKNorm(head_dim)
+        self.k_norm = QKNorm(head_dim)
         self.img_out = nn.Linear(width, width)
         self.txt_out = nn.Linear(width, width)
 
@@ -368,29 +367,27 @@ class JointAttention(Tapped):
         wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         lengths = [txt.shape[1], img.shape[1]]
-        # QK-norm comes before RoPE.
-        img_k = self.tap("img_k", self.img_k_norm(self.split_heads(self.img_k(img))), "B S H K")
-        txt_k = self.tap("txt_k", self.txt_k_norm(self.split_heads(self.txt_k(txt))), "B T H K")
-        img_v = self.tap("img_v", self.split_heads(self.img_v(img)), "B S H K")
-        txt_v = self.tap("txt_v", self.split_heads(self.txt_v(txt)), "B T H K")
-        k = rotate(torch.cat([txt_k, img_k], dim=1), rope)  # B J H K
-        v = torch.cat([txt_v, img_v], dim=1)
-        # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
-        asking = img[:, :wanted].contiguous()
-        img_q = self.tap("img_q", self.img_q_norm(self.split_heads(self.img_q(asking))), "B S H K")
+        k = self.k_norm(self.joint(self.txt_k(txt), self.img_k(img)), lengths[0])
+        v = self.joint(self.txt_v(txt), self.img_v(img))
         if wanted is not None:
+            # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
+            q = self.q_norm(self.split_heads(self.img_q(img[:, :wanted].contiguous())), 0)
             own = slice(lengths[0], lengths[0] + wanted)
-            q = rotate(img_q, (rope[0][own], rope[1][own]))
+            q, k = rotate(q, (rope[0][own], rope[1][own])), rotate(k, rope)
             return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
-        txt_q = self.tap("txt_q", self.txt_q_norm(self.split_heads(self.txt_q(txt))), "B T H K")
-        q = rotate(torch.cat([txt_q, img_q], dim=1), rope)
+
+        q = self.q_norm(self.joint(self.txt_q(txt), self.img_q(img)), lengths[0])
+        if self.tapped("img_q", "img_k", "img_v", "txt_q", "txt_k", "txt_v"):
+            (txt_q, img_q), (txt_k, img_k), (txt_v, img_v) = (x.split(lengths, dim=1) for x in (q, k, v))
+            img_q, txt_q = self.tap("img_q", img_q, "B S H K"), self.tap("txt_q", txt_q, "B T H K")
+            img_k, txt_k = self.tap("img_k", img_k, "B S H K"), self.tap("txt_k", txt_k, "B T H K")
+            img_v, txt_v = self.tap("img_v", img_v, "B S H K"), self.tap("txt_v", txt_v, "B T H K")
+            q, k, v = (torch.cat(pair, dim=1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
+        q, k = rotate(q, rope), rotate(k, rope)  # after the QK-norm
         if self.tapped("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot"):
-            txt_q, img_q = q.split(lengths, dim=1)
-            txt_k, img_k = k.split(lengths, dim=1)
-            img_q = self.tap("img_q_rot", img_q, "B S H K")
-            img_k = self.tap("img_k_rot", img_k, "B S H K")
-            txt_q = self.tap("txt_q_rot", txt_q, "B T H K")
-            txt_k = self.tap("txt_k_rot", txt_k, "B T H K")
+            (txt_q, img_q), (txt_k, img_k) = (x.split(lengths, dim=1) for x in (q, k))
+            img_q, txt_q = self.tap("img_q_rot", img_q, "B S H K"), self.tap("txt_q_rot", txt_q, "B T H K")
+            img_k, txt_k = self.tap("img_k_rot", img_k, "B S H K"), self.tap("txt_k_rot", txt_k, "B T H K")
             q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
 
         txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
@@ -406,6 +403,9 @@ class JointAttention(Tapped):
         if self.tapped("scores", "probs"):
             return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
+
+    def joint(self, txt: Tensor, img: Tensor) -> Tensor:
+        return self.split_heads(torch.cat([txt, img], dim=1))  # B J H K
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
@@ -438,10 +438,10 @@ KEY_TABLE: tuple[tuple[str, str], ...] = (
     ("transformer_blocks.{n}.attn.add_k_proj.{p}", "blocks.{n}.attn.txt_k.{p}"),
     ("transformer_blocks.{n}.attn.add_v_proj.{p}", "blocks.{n}.attn.txt_v.{p}"),
     ("transformer_blocks.{n}.attn.to_add_out.{p}", "blocks.{n}.attn.txt_out.{p}"),
-    ("transformer_blocks.{n}.attn.norm_q.weight", "blocks.{n}.attn.img_q_norm.weight"),
-    ("transformer_blocks.{n}.attn.norm_k.weight", "blocks.{n}.attn.img_k_norm.weight"),
-    ("transformer_blocks.{n}.attn.norm_added_q.weight", "blocks.{n}.attn.txt_q_norm.weight"),
-    ("transformer_blocks.{n}.attn.norm_added_k.weight", "blocks.{n}.attn.txt_k_norm.weight"),
+    ("transformer_blocks.{n}.attn.norm_q.weight", "blocks.{n}.attn.q_norm.img_weight"),
+    ("transformer_blocks.{n}.attn.norm_k.weight", "blocks.{n}.attn.k_norm.img_weight"),
+    ("transformer_blocks.{n}.attn.norm_added_q.weight", "blocks.{n}.attn.q_norm.txt_weight"),
+    ("transformer_blocks.{n}.attn.norm_added_k.weight", "blocks.{n}.attn.k_norm.txt_weight"),
     ("transformer_blocks.{n}.img_mlp.net.0.proj.{p}", "blocks.{n}.img_mlp.up.{p}"),
     ("transformer_blocks.{n}.img_mlp.net.2.{p}", "blocks.{n}.img_mlp.down.{p}"),
     ("transformer_blocks.{n}.txt_mlp.net.0.proj.{p}", "blocks.{n}.txt_mlp.up.{p}"),

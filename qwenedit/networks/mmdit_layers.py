@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qwenedit.taps import Tapped
 
 __all__ = [
-    "MLP", "AdaLN", "AdaLayerNormOut", "Grid", "Modulation", "RMSNorm", "Rope", "TimeEmbedding",
+    "MLP", "AdaLN", "AdaLayerNormOut", "Grid", "Modulation", "QKNorm", "RMSNorm", "Rope", "TimeEmbedding",
     "both_halves", "gated", "joint_key_mask", "joint_rope", "layer_norm", "modulated", "picture_positions",
     "rope_table", "rotate", "sinusoids",
 ]  # fmt: skip
@@ -227,9 +227,32 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).mean(-1, keepdim=True)
         weight = self.weight
-        return (x * torch.rsqrt(mean_square + 1e-6)).to(weight.dtype) * weight
+        return over_rms(x).to(weight.dtype) * weight
+
+
+class QKNorm(nn.Module):
+    """The RMSNorm of queries or keys, in which each stream has its own weight.
+
+    Shapes: `x` (B, N, H, K), tokens in the order [text, image], the first `txt_length` of the text.
+    Source: `norm_added_q` and `norm_q` of the reference's attention, or `norm_added_k` and `norm_k`.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.txt_weight = nn.Parameter(torch.ones(dim))
+        self.img_weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, txt_length: int) -> Tensor:
+        of_txt = self.txt_weight.expand(txt_length, 1, -1)
+        of_img = self.img_weight.expand(x.shape[1] - txt_length, 1, -1)
+        weight = torch.cat([of_txt, of_img])  # N 1 K
+        return over_rms(x).to(weight.dtype) * weight
+
+
+def over_rms(x: Tensor) -> Tensor:
+    mean_square = x.float().pow(2).mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean_square + 1e-6)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:

@@ -202,8 +202,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        size = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
         times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # in place: the quotient is new
-        return times(times(F.normalize(wide, dim=1).to(x.dtype), x.shape[1] ** 0.5), self.gamma)
+        return times(times((wide / size).to(x.dtype), x.shape[1] ** 0.5), self.gamma)
 
 
 def fold_frames(x: Tensor) -> Tensor:

@@ -59,11 +59,15 @@ _PLACES: dict[type[nn.Module], dict[str, str]] = {
     vae_layers.Upsample: {"out": "conv out"},
 }  # fmt: skip
 
-# The norms before the transformer's MLPs have no weights, and therefore no row in its key table.
-_WEIGHTLESS = tuple(
-    (f"transformer_blocks.{{n}}.{norm}.weight", f"blocks.{{n}}.{norm}.weight")
-    for norm in ("img_norm2", "txt_norm2")
-)
+# Modules that only the reference has: norms without weights, and each stream's norm of queries and keys.
+_ONLY_THERE = tuple(
+    (f"transformer_blocks.{{n}}.{there}.weight", f"blocks.{{n}}.{here}.weight")
+    for there, here in (
+        ("img_norm2", "img_norm2"), ("txt_norm2", "txt_norm2"),
+        ("attn.norm_q", "attn.img_q_norm"), ("attn.norm_added_q", "attn.txt_q_norm"),
+        ("attn.norm_k", "attn.img_k_norm"), ("attn.norm_added_k", "attn.txt_k_norm"),
+    )
+)  # fmt: skip
 
 
 def first_difference(
@@ -121,7 +125,7 @@ def _places(stage: Stage, ours: nn.Module) -> Iterator[tuple[str, tuple[str, str
 
 def _official(component: str, path: str) -> str:
     """The path of the reference's module for one of our modules."""
-    table = NETWORKS[component].table + _WEIGHTLESS
+    table = NETWORKS[component].table + _ONLY_THERE
     for leaf in (".weight", ".gamma"):
         try:
             return reference_path(component, ours_to_official(table, path + leaf)).removesuffix(leaf)

@@ -205,10 +205,10 @@ def test_the_small_modules_are_equal_bit_by_bit(dtype, config, shape, seed):
             (own.img_mod(temb), official.img_mod(temb)),
             (own.txt_mod(temb), official.txt_mod(temb)),
             (ours.txt_norm(prompt), reference.txt_norm(prompt)),
-            (own.attn.img_q_norm(heads), official.attn.norm_q(heads)),
-            (own.attn.img_k_norm(heads), official.attn.norm_k(heads)),
-            (own.attn.txt_q_norm(heads), official.attn.norm_added_q(heads)),
-            (own.attn.txt_k_norm(heads), official.attn.norm_added_k(heads)),
+            (own.attn.q_norm(heads, 0), official.attn.norm_q(heads)),
+            (own.attn.k_norm(heads, 0), official.attn.norm_k(heads)),
+            (own.attn.q_norm(heads, heads.shape[1]), official.attn.norm_added_q(heads)),
+            (own.attn.k_norm(heads, heads.shape[1]), official.attn.norm_added_k(heads)),
         ):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
     kinds = (type(official.img_mlp), type(reference.norm_out), type(reference.txt_norm))

@@ -21,7 +21,8 @@ PACKAGE = str(Path(qwenedit.__file__).parent)
 RMS_NORM = {f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")}
 ROTATION = {f"rotate: {op}": 1 for op in ("mul", "sub", "add")}
 MMDIT = {
-    **{f"RMSNorm.forward: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")},
+    **{f"over_rms: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")},
+    "QKNorm.forward: cat": 1,  # the weights of both streams
     **{f"rotate: {op}": 1 for op in ("roll", "mul")},
     "both_halves: add": 1,  # 1 + scale
     "modulated: mul": 2,  # ... times the norm, before + shift
@@ -32,7 +33,8 @@ MMDIT = {
     "AdaLayerNormOut.forward: mul": 1,
     "AdaLayerNormOut.forward: silu": 1,  # of temb, as in the next one
     "Modulation.forward: silu": 1,
-    "JointAttention.forward: cat": 4,  # text and image tokens of q, k, v, and of q and k after their taps
+    "JointAttention.joint: cat": 1,  # text and image tokens of q, k, v
+    "JointAttention.forward: cat": 2,  # the same, after their taps
     "JointAttention.forward: contiguous": 2,  # the heads of each stream, copied
     "MMDiT.embed_time: mul": 1,  # the timestep of the references, 0
     "MMDiT.embed_time: cat": 1,
@@ -41,7 +43,9 @@ MMDIT = {
     "TimeEmbedding.forward: silu": 1,
     **{f"rope_table: {op}": 1 for op in ("arange", "div", "rpow", "rdiv", "mul", "cat", "cos", "sin")},
 }
-VAE = {  # without gradients its RMSNorm makes one tensor, which becomes the module's output in place
+VAE = {
+    "RMSNorm.forward: linalg_vector_norm": 1,  # the quotient by it becomes the module's output, in place
+    "RMSNorm.forward: clamp_min": 1,
     "CausalConv3d.forward: contiguous": 1,  # a first frame, its channels last
     "CausalConv3d.forward: pad": 1,
     "CausalConv3d.forward: cat": 1,  # what the convolution remembers, before what it is given

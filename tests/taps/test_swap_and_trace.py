@@ -147,8 +147,10 @@ def test_every_operation_with_its_module_and_line(model):
     file, line = sdpa.line.rsplit(":", 1)
     assert Path(file).name == "mmdit.py"
     assert "F.scaled_dot_product_attention" in Path(file).read_text().splitlines()[int(line) - 1]
-    norm = [op for op in ops if op.module == "blocks.0.attn.img_q_norm"]
-    assert [op.name for op in norm] == ["float", "pow", "mean", "add", "rsqrt", "mul", "to", "mul"]
+    norm = [op for op in ops if op.module == "blocks.0.attn.q_norm"]
+    assert [op.name for op in norm] == [
+        "expand", "expand", "cat", "float", "pow", "mean", "add", "rsqrt", "mul", "to", "mul",
+    ]  # fmt: skip
     vectors = [op for op in ops if op.module == "blocks.0" and op.name == "unbind"]
     assert [op.shape for op in vectors] == [(2, 1, 48)] * 12
     lines = {op.line for op in ops}
