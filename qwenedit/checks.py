@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import sys
 import warnings
 from typing import Any
@@ -9,10 +12,11 @@ from typing import Any
 import torch
 
 from qwenedit.files import FLOATS
+from qwenedit.foreign import shown
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_count", "check_output_type", "check_run",
-    "device_of", "dtype_of", "warn", "warn_of_float16", "without_reference_options",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_output_type", "check_run", "device_of", "dtype_of",
+    "real_number", "warn", "warn_of_float16", "whole_number", "without_reference_options",
 ]  # fmt: skip
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -57,19 +61,43 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}, wanted one of {', '.join(OUTPUT_TYPES)}")
 
 
-def check_count(name: str, value: object, *, most: int | None = None) -> None:
-    """Raise a ValueError unless the argument `name` is a whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
-    if most is not None and value > most:
-        raise ValueError(f"{name} is {value}, wanted at most {most}")
+def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """The argument `name` as an int, from `least` to `most`; NumPy's and torch's whole numbers count.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, RuntimeError):  # of a tensor with several elements, or of one on the meta device
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} is {shown(repr(value))}, wanted a whole number of at least {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} is {number}, wanted at most {most}")
+    return number
+
+
+def real_number(name: str, value: Any) -> float:
+    """The argument `name` as a float; NumPy's numbers and torch's tensors of no dimension count.
+
+    Raises:
+        ValueError: something else, NaN or infinity.
+    """
+    is_number = isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+    number = float(value) if is_number and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {shown(repr(value))}, wanted a finite number")
+    return number
 
 
 def check_run(output_type: str, num_images_per_prompt: int, max_sequence_length: int) -> None:
     """Raise a ValueError unless these arguments of a run have possible values."""
     check_output_type(output_type)
-    check_count("num_images_per_prompt", num_images_per_prompt)
-    check_count("max_sequence_length", max_sequence_length, most=1024)
+    whole_number("num_images_per_prompt", num_images_per_prompt)
+    whole_number("max_sequence_length", max_sequence_length, most=1024)
 
 
 def device_of(device: torch.device | str | None) -> torch.device:

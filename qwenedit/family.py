@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.switches import Switches, Time
 
 __all__ = [

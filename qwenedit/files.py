@@ -1,7 +1,7 @@
-"""JSON files, the headers of safetensors files, and files that are replaced whole.
+"""safetensors files, JSON Lines, and files that are replaced whole.
 
-Nothing here reads a weight. Headers are checked as strictly as the safetensors library checks them, so that
-every file accepted here can be loaded.
+Headers are checked as strictly as the safetensors library checks them, so that every file accepted here can
+be loaded.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import torch
+from torch import Tensor
+
+from qwenedit.foreign import parse_json, plain_file, printable_name, read_json, shown
 
 __all__ = [
-    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "read_header", "read_json",
-    "read_lines", "replacing_file", "write_lines",
+    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "read_header", "read_lines",
+    "read_metadata", "read_tensors", "replacing_file", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -31,25 +35,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file; `optional` makes an absent file an empty object.
-
-    Raises:
-        ValueError: the file is missing, or holds something else.
-    """
-    if optional and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, wanted a JSON object")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +51,36 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the header of a safetensors file.
 
     Raises:
-        ValueError: the file is missing, empty, truncated or broken in another way.
+        ValueError: no such plain file; empty, truncated or broken otherwise; a name that is not printable.
     """
+    return _header(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file: texts by name. Raises as `read_header`."""
+    return _header(path)[1]
+
+
+def read_tensors(
+    path: str | os.PathLike[str], what: str = "file"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a small safetensors file, and its metadata.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+    path = plain_file(path, what)
+    _, metadata = _header(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{what} {shown(path)} is not a safetensors file: {error}") from error
+
+
+def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The entries of the tensors, and the metadata."""
+    plain_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -82,18 +95,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} is truncated or no safetensors file: its header is said to have {length} bytes, "
                     f"but the file has {size}"
                 )
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from error
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    header = parse_json(text, f"{path} is no safetensors file: its header")
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: its header's __metadata__ is {metadata!r}, wanted texts by name")
+        raise ValueError(f"{path}: its header's __metadata__ is {shown(metadata)}, wanted texts by name")
     tensors = {
-        name: _entry(entry, 8 + length, f"{path}: its header's entry for {name}")
+        printable_name(name, f"{path}: the name of a tensor"): _entry(
+            entry, 8 + length, f"{path}: its header's entry for {name}"
+        )
         for name, entry in header.items()
     }
     end = 8 + length
@@ -107,7 +121,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ValueError(
             f"{path} is {state}: it has {size} bytes, its header asks for {end}; download it again"
         )
-    return tensors
+    return tensors, metadata
 
 
 def _entry(entry: Any, data: int, what: str) -> TensorInfo:
@@ -191,22 +205,29 @@ T = TypeVar("T")
 def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
     """What `parse` makes of each line of a JSON Lines file; an empty list if there is no such file.
 
-    A last line without a line break was cut off when its writer was killed: it is left out.
+    A last line without a line break, or one that is not JSON, was cut off when its writer was stopped: it is
+    left out.
 
     Raises:
-        ValueError: another line is not JSON, or `parse` fails on it; the message says that it is not `what`.
+        ValueError: no plain file; another line is not JSON, or `parse` fails on a line. The message says that
+            it is not `what`.
     """
-    try:
-        *lines, _cut_off = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return []
+    *lines, _cut_off = plain_file(path).read_bytes().split(b"\n")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered:
         try:
-            if line.strip():
-                found.append(parse(json.loads(line)))
+            try:
+                value = parse_json(line, "it")
+            except ValueError:
+                if number == numbered[-1][0]:
+                    break
+                raise
+            found.append(parse(value))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"line {number} of {path} is no {what}: {error!r}") from error
+            raise ValueError(f"line {number} of {shown(path)} is no {what}: {shown(error)}") from error
     return found
 
 

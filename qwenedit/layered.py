@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.checks import check_count, check_run
+from qwenedit.checks import check_run, whole_number
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import to_pil
@@ -129,8 +129,8 @@ def layer_rows(
     """
     if not variant.layered:
         raise ValueError(f"{variant.name} makes no layers: decompose wants a Qwen-Image-Layered checkpoint")
-    check_count("layers", layers)
-    check_count("resolution", resolution)
+    whole_number("layers", layers)
+    whole_number("resolution", resolution)
     if image is None:
         raise ValueError("image is None, wanted a PIL picture, or a list with one for each prompt")
     prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]

@@ -19,10 +19,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
+from qwenedit.files import read_tensors
 from qwenedit.memory.residency import home, require_staying
 from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
 from qwenedit.networks.mmdit import KEY_TABLE, MMDiT
@@ -64,14 +64,7 @@ def read_lora(
         tensors = dict(source)
     else:
         what = str(source)
-        if not Path(source).is_file():
-            raise ValueError(f"no LoRA at {source}: no such file")
-        try:
-            with safetensors.safe_open(source, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{what} is not a safetensors file: {error}") from error
+        tensors, metadata = read_tensors(source, "LoRA")
 
     layers = {
         name.removesuffix(".base"): module  # LoRAs may be loaded already

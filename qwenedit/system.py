@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from qwenedit.checks import check_count, warn_of_float16
+from qwenedit.checks import warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.family import Variant
@@ -123,9 +123,9 @@ class System:
         """
         frames, rows, columns = grid
         batch, tokens = len(pictures), rows * columns
-        check_count("num_inference_steps", steps)
+        whole_number("num_inference_steps", steps)
         if self.micro_batch is not None:
-            check_count("micro_batch", self.micro_batch)
+            whole_number("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         config, device, dtype = self.mmdit.config, self.device, self.dtype

@@ -188,8 +188,8 @@ def test_what_is_no_lora_of_this_model_is_listed_and_nothing_changes(pipe, matri
     for source, options, message in (
         (tmp_path / "gone.safetensors", {}, "no such file"),
         (tmp_path, {}, "give weight_name"),
-        (tmp_path, {"weight_name": "gone.safetensors"}, "no such file"),
-        (tmp_path / "text.safetensors", {}, "not a safetensors file"),
+        (tmp_path, {"weight_name": "gone.safetensors"}, "no such LoRA"),
+        (tmp_path / "text.safetensors", {}, "too short for a safetensors file"),
         ("somebody/style", {"weight_name": "x.safetensors"}, "no LoRA x.safetensors at somebody/style"),
         (good, {"scale": math.inf}, "wanted a finite number"),
     ):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "qwenedit"
-GROUND = ("version", "taps", "switches", "latents", "files", "family", "checks")
+GROUND = ("version", "taps", "switches", "latents", "foreign", "files", "family", "checks")
 TIED = ("lora", "system", "layered", "verify", "assembly", "pipeline")
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up

@@ -28,12 +28,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +40,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwenedit.foreign import read_toml
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
@@ -58,7 +57,6 @@ SAME = {"num_inference_steps": "steps", "guidance_scale": "true_cfg_scale", "cfg
 MOST_CELLS = 10_000
 OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # read if that is "other"
 PAIRINGS = ("each", "all")
-TOML = "tomllib" if sys.version_info >= (3, 11) else "tomli"  # the parser
 MINI = "mini:"
 
 
@@ -143,29 +141,11 @@ def read_spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
     if isinstance(source, Mapping):
         return _spec(source, Path())
     path = Path(source)
+    content = read_toml(path, "spec")
     try:
-        return _spec(_toml(path), path.parent)
+        return _spec(content, path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _toml(path: Path) -> Mapping[str, Any]:
-    try:
-        toml = importlib.import_module(TOML)
-    except ImportError:
-        raise ValueError(
-            "reading TOML needs Python 3.11, or tomli (pip install 'qwenedit[report]'); or give "
-            "`qwenedit.ablate` a dict"
-        ) from None
-    try:
-        content: Mapping[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError("no such file") from None
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    except ValueError as error:  # of TOML, or of UTF-8
-        raise ValueError(f"not a TOML file: {error}") from error
-    return content
 
 
 def _spec(raw: Mapping[str, Any], base: Path) -> Spec:

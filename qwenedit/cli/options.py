@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,10 +17,13 @@ from typing import Any, NoReturn
 
 from qwenedit.cli import commands
 from qwenedit.family import LIGHTNING
+from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
 from qwenedit.version import __version__
 
 __all__ = ["main"]
+
+_LINE = 3000  # characters of a message, which may list names
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
     """A warning in one line, without its place in the code."""
-    print(f"qwenedit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"qwenedit: warning: {shown(' '.join(str(message).split()), _LINE)}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = shown(" ".join(str(error).split()), _LINE) or type(error).__name__
     expected = isinstance(error, (ValueError, ArithmeticError, OSError))
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
 
@@ -248,7 +250,7 @@ class _Switch(argparse.Action):
         if not equals:
             raise argparse.ArgumentError(self, f"{text!r} is not NAME=VALUE")
         with suppress(ValueError):
-            value = json.loads(value)
+            value = parse_json(value, "a switch")
         setattr(options, self.dest, {**getattr(options, self.dest), name: value})
 
 

@@ -11,14 +11,12 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenedit.files import replacing_file
+from qwenedit.files import read_tensors, replacing_file
 from qwenedit.latents import Grid
 
 __all__ = ["Conditioning", "Prompt", "RowGroup"]
@@ -209,14 +207,7 @@ class Conditioning:
         Raises:
             ValueError: no such file, or not a conditioning.
         """
-        if not Path(path).is_file():
-            raise ValueError(f"no conditioning at {path}: no such file")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        tensors, metadata = read_tensors(path, "conditioning")
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
         try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from qwenedit.foreign import plain_file
 
 __all__ = [
     "byte_tensor", "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pixels", "to_pil", "vae_pixels",
@@ -21,8 +22,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: no such file, or not a picture that Pillow can read.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no such picture: {path}")
+    path = plain_file(path, "picture")
     try:
         with Image.open(path) as picture:
             picture.load()

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.inputs.geometry import smart_resize
 from qwenedit.inputs.pictures import byte_tensor
 from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer

@@ -21,7 +21,7 @@ from tokenizers import (
     processors,
 )
 
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 
 __all__ = ["has_tokenizer", "load_tokenizer"]
 

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenedit.files import replacing_file
+from qwenedit.files import read_metadata, replacing_file
 from qwenedit.taps import Site, current_labels
 
 __all__ = ["Key", "Recorder", "Records", "Wanted"]
@@ -73,11 +73,7 @@ class Records(Mapping[Key, Tensor]):
             raise ValueError(f"no records at {folder}: no such folder")
         records = Records()
         for path in sorted(Path(folder).glob("[!.]*.safetensors")):
-            try:
-                with safetensors.safe_open(path, framework="pt") as file:
-                    metadata = file.metadata() or {}
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            metadata = read_metadata(path)
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
             parts = json.loads(metadata["key"])

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from qwenedit.checks import check_count, device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of, whole_number
 from qwenedit.family import LAYERING, Variant
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
 from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
@@ -181,8 +181,8 @@ def plan(
     Raises:
         ValueError: bad arguments, no such checkpoint, files that do not fit, or a hub that refuses.
     """
-    check_count("layers", layers)
-    check_count("steps", steps)
+    whole_number("layers", layers)
+    whole_number("steps", steps)
     given = None if device_memory is None else parse_bytes("device_memory", device_memory)
     host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
     place = torch.device("cuda" if given is not None else "cpu")  # "cuda" stands for any accelerator

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwenedit.files import read_json, replacing_file
+from qwenedit.files import replacing_file
+from qwenedit.foreign import read_json
 from qwenedit.mini import vocabulary
 from qwenedit.mini.vocabulary import write_json
 from qwenedit.networks import mmdit, vae

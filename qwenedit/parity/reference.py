@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwenedit.family import Variant
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.inputs.geometry import Areas, fit_area, plan
 from qwenedit.inputs.pictures import resize_rgb, rgba_pixels, vae_pixels
 from qwenedit.inputs.processor import Processor

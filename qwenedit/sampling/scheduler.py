@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.weights.configs import config_from
 
 __all__ = ["FlowMatchScheduler", "given_sigmas", "load_scheduler"]

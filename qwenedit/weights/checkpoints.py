@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
-from qwenedit.files import component_headers, read_json
+from qwenedit.files import component_headers
+from qwenedit.foreign import read_json
 from qwenedit.inputs.geometry import Areas
 from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
 

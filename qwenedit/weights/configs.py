@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwenedit.files import read_json
+from qwenedit.foreign import read_json
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import TextConfig, VisionLanguageConfig

@@ -373,7 +373,7 @@ def test_a_lora_and_switches_change_the_picture(picture, tmp_path):
 def test_bad_loras_and_switches_are_refused_before_loading(picture, tmp_path, capsys):
     safetensors.torch.save_file({"other.lora_down.weight": torch.ones(2, 128)}, tmp_path / "x.safetensors")
     for options, message in (
-        (("--lora", "gone.safetensors"), "no LoRA at gone.safetensors"),
+        (("--lora", "gone.safetensors"), "no such LoRA: gone.safetensors"),
         (("--lora", "gone.safetensors:x"), "wanted FILE or FILE:SCALE"),
         (("--lora", tmp_path / "x.safetensors"), "1 of 1 tensors are not: other.lora_down.weight"),
         (("--switch", "references.latents"), "is not NAME=VALUE"),

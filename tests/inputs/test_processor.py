@@ -228,7 +228,7 @@ def test_text_to_image_checkpoints_have_no_processor(tmp_path):
 def test_a_processor_folder_without_its_config_is_refused(tmp_path):
     tiny_tokenizer.write(tmp_path / "tokenizer")
     (tmp_path / "processor").mkdir()
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json is missing"):
+    with pytest.raises(ValueError, match=r"no such file: .*preprocessor_config\.json"):
         Processor.from_folder(tmp_path)
 
 

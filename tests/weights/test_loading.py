@@ -149,7 +149,7 @@ def test_tensors_that_do_not_fit_are_one_error_that_names_them(folder, change, m
         (b"", "0 bytes long: too short"),
         (b"1234", "4 bytes long: too short"),
         (struct.pack("<Q", 10**15) + b"{}", "truncated or no safetensors file"),
-        (struct.pack("<Q", 2) + b"no", "header is not JSON"),
+        (struct.pack("<Q", 2) + b"no", "header cannot be read as JSON"),
         (struct.pack("<Q", 8) + b'{"a": 1}', "entry for a cannot be read"),
         (b"<html>Not found</html>" * 9, "truncated or no safetensors file"),
     ],
@@ -316,7 +316,7 @@ def test_broken_configs_name_their_file(folder):
     with pytest.raises(ValueError, match=r"transformer/config\.json lacks num_layers"):
         qwenedit.load(folder, device="cpu")
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(ValueError, match=r"scheduler_config\.json is missing"):
+    with pytest.raises(ValueError, match=r"no such file: .*scheduler_config\.json"):
         qwenedit.load(folder, device="cpu")
 
 
