@@ -5,6 +5,7 @@ The one place that says how small the tests' models are.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -31,6 +32,13 @@ PIPELINES = {
     "plus": diffusers.QwenImageEditPlusPipeline,
     "layered": diffusers.QwenImageLayeredPipeline,
 }
+
+
+def _temporary() -> Path:
+    """A folder that is removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="qwenedit-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 class ReferenceProcessor:
@@ -63,7 +71,7 @@ def _expanded(part, counts):
 @functools.cache
 def embedded_plus() -> Path:
     """The embedded model's weights as a multi-picture checkpoint."""
-    folder = shutil.copytree(mini.CHECKPOINT, Path(tempfile.mkdtemp(prefix="qwenedit-plus-")) / "checkpoint")
+    folder = shutil.copytree(mini.CHECKPOINT, _temporary() / "checkpoint")
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "QwenImageEditPlusPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -84,7 +92,7 @@ def checkpoint(
 
     `zero_cond_t`, `layers`, `heads` and `axes` are the transformer's.
     """
-    folder = Path(tempfile.mkdtemp(prefix="qwenedit-tiny-"))
+    folder = _temporary()
     ids = vocabulary.write(folder / "tokenizer")
     if kind != "generate":
         vocabulary.write(folder / "processor")
