@@ -123,9 +123,9 @@ class System:
         """
         frames, rows, columns = grid
         batch, tokens = len(pictures), rows * columns
-        whole_number("num_inference_steps", steps)
+        steps = whole_number("num_inference_steps", steps)
         if self.micro_batch is not None:
-            whole_number("micro_batch", self.micro_batch)
+            self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         config, device, dtype = self.mmdit.config, self.device, self.dtype
