@@ -44,7 +44,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
             f"not a picture that Pillow can read: {shown(path)}, wanted one of {', '.join(formats)}"
         ) from None
     except Exception as error:  # a broken file makes Pillow's readers raise errors of many kinds
-        raise ValueError(f"cannot read picture {shown(path)}: {error}") from error
+        raise ValueError(f"picture {shown(path)} cannot be read: {error}") from error
     with picture:
         return as_picture(picture, f"picture {shown(path)}")
 

@@ -129,7 +129,7 @@ def test_bad_pictures(tmp_path, picture, capsys):
     (tmp_path / "empty.png").touch()
     assert "not a picture that Pillow can read" in edit(tmp_path / "empty.png")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-200])
-    assert "cannot read picture" in edit(tmp_path / "cut.png")
+    assert "cut.png cannot be read: " in edit(tmp_path / "cut.png")
     Image.new("RGB", (2010, 10)).save(tmp_path / "long.png")
     assert "ratio" in edit(tmp_path / "long.png")
     assert "takes one a prompt" in fails(capsys, "edit", picture, picture, "x", "-o", "out.png", *QUICK)
