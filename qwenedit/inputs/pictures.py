@@ -44,9 +44,9 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
             f"not a picture that Pillow can read: {shown(path)}, wanted one of {', '.join(formats)}"
         ) from None
     except Exception as error:  # a broken file makes Pillow's readers raise errors of many kinds
-        raise ValueError(f"picture {shown(path)} cannot be read: {error}") from error
+        raise ValueError(f"picture {shown(path)} cannot be read: {shown(error)}") from error
     with picture:
-        return as_picture(picture, f"picture {shown(path)}")
+        return as_picture(picture, f"picture {shown(path)}").copy()  # without ties to the file
 
 
 def as_picture(value: Any, what: str = "the picture") -> Image.Image:
@@ -70,12 +70,12 @@ def as_picture(value: Any, what: str = "the picture") -> Image.Image:
     try:
         value.load()
     except Exception as error:  # as in open_picture
-        raise ValueError(f"{what} cannot be read: {error}") from error
+        raise ValueError(f"{what} cannot be read: {shown(error)}") from error
     try:
         turned = value.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         upright = ImageOps.exif_transpose(value) if turned else value
     except Exception as error:
-        raise ValueError(f"{what} has EXIF data that cannot be read: {error}") from error
+        raise ValueError(f"{what} has EXIF data that cannot be read: {shown(error)}") from error
     if value.mode.startswith("I;16") or (value.mode == "I" and value.format in _DEEP_GREY):
         return _in_8_bits(upright)
     if value.mode in ("I", "F"):

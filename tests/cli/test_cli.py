@@ -185,7 +185,7 @@ def test_prompts_that_cannot_be_run_are_refused_before_loading(picture, capsys, 
 
 @pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
-    "pipeline, size", [("QwenImageEditPipeline", (2010, 10)), ("QwenImageEditPlusPipeline", (2500, 10))]
+    "pipeline, size", [("QwenImageEditPipeline", (2010, 10)), ("QwenImageEditPlusPipeline", (3000, 10))]
 )
 def test_a_too_long_picture_is_refused_at_the_official_areas(tmp_path, capsys, pipeline, size):
     folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "official")
@@ -194,7 +194,8 @@ def test_a_too_long_picture_is_refused_at_the_official_areas(tmp_path, capsys, p
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
     Image.new("RGB", size).save(tmp_path / "long.png")
     line = fails(capsys, "edit", tmp_path / "long.png", "x", "-o", "out.png", "--model", folder, *QUICK)
-    assert f"the picture is {size[0]}x{size[1]}, wanted a ratio of its sides of at most 200" in line
+    assert f"the picture is {size[0]}x{size[1]}, which the language model would see at" in line
+    assert "wanted a ratio of its sides of at most 200" in line
 
 
 @pytest.mark.usefixtures("no_loading")

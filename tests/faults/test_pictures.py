@@ -146,13 +146,17 @@ def test_a8_one_object_given_twice_is_encoded_once(edit, monkeypatch):
     assert len(seen) == 1
 
 
-def test_a8_the_same_pixels_turned_otherwise_are_another_picture():
-    """A sweep runs equal settings once."""
-    flat = [
-        Switches(references=References(latents="other", picture=stored(picture(64, 64), how))).flat()
-        for how in (3, 6)
-    ]
-    assert flat[0] != flat[1]
+def test_a8_a_sweep_tells_pictures_apart_by_what_is_seen():
+    """A sweep runs equal settings once, so that different pictures need different values."""
+
+    def flat(image):
+        return Switches(references=References(latents="other", picture=image)).flat()["references.picture"]
+
+    lying, turned = stored(picture(64, 64), 6), stored(picture(64, 64), 6)
+    turned.getexif()[ORIENTATION] = 8
+    assert flat(lying) != flat(turned) and flat(lying) == flat(stored(picture(64, 64), 6))
+    assert flat(deep([256, 257])) != flat(deep([30000, 65535]))
+    assert flat(picture(64, 64)) == flat(picture(64, 64).copy())
 
 
 def test_a8_exif_that_cannot_be_read_is_named(edit):
