@@ -49,7 +49,7 @@ def assemble(
     variant = read_variant(folder)
     scheduler, areas = load_scheduler(folder), read_areas(folder, variant)
     tokens_and_patches = Processor.from_folder(folder)
-    check_together(folder, tokens_and_patches, pictures=variant.max_pictures > 0)
+    check_together(folder, tokens_and_patches, pictures=variant.takes_pictures)
     if dtype is not None:
         warn_of_float16(dtype)
 

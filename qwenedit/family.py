@@ -95,15 +95,24 @@ class Variant:
     """A member of the family: how its pipeline uses pictures."""
 
     name: str
-    max_pictures: int  # 0 for text-to-image
+    max_pictures: int | None  # of a prompt: 0 for text-to-image, None for any number
     template: Template
     layered: bool = False  # it takes a picture apart into RGBA layers
+
+    @property
+    def takes_pictures(self) -> bool:
+        return self.max_pictures != 0
+
+    @property
+    def takes_several(self) -> bool:
+        """True if a list of pictures is that of one prompt."""
+        return self.max_pictures is None
 
 
 VARIANTS = {
     "QwenImagePipeline": Variant(name="Qwen-Image", max_pictures=0, template=TEXT_TO_IMAGE),
     "QwenImageEditPipeline": Variant(name="Qwen-Image-Edit", max_pictures=1, template=EDIT),
-    "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=3, template=EDIT_PLUS),
+    "QwenImageEditPlusPipeline": Variant(name="Qwen-Image-Edit-Plus", max_pictures=None, template=EDIT_PLUS),
     "QwenImageLayeredPipeline": Variant(
         name="Qwen-Image-Layered", max_pictures=1, template=TEXT_TO_IMAGE, layered=True
     ),
@@ -137,6 +146,7 @@ class Preset:
         num_inference_steps, true_cfg_scale, negative_prompt: of `edit` and `generate`.
         sizes: (width, height) that the model card names for text-to-image; an edit's size follows from its
             picture.
+        pictures: the most pictures of a prompt that the model card names; more run, too.
         switches: the defaults of a run's switches.
         layering: of `decompose`; None for other checkpoints.
     """
@@ -146,6 +156,7 @@ class Preset:
     true_cfg_scale: float = 4.0
     negative_prompt: str = " "
     sizes: tuple[tuple[int, int], ...] = ()
+    pictures: int | None = None
     switches: Switches = field(default_factory=Switches)
     layering: Layering | None = None
 
@@ -165,13 +176,14 @@ class Preset:
     def __str__(self) -> str:
         """The line of `qwenedit info`."""
         sizes = f"; sizes {', '.join(f'{w}x{h}' for w, h in self.sizes)}" if self.sizes else ""
+        pictures = f"; made for 1 to {self.pictures} pictures, takes more" if self.pictures else ""
         layers = ""
         if self.layering is not None:
             of = self.layering
             layers = f"; {of.layers} layers, resolution {of.resolution}, cfg_normalize {of.cfg_normalize}"
         return (
             f"preset {self.name}: {self.num_inference_steps} steps, true_cfg_scale {self.true_cfg_scale}, "
-            f"negative prompt {self.negative_prompt!r}{sizes}{layers}"
+            f"negative prompt {self.negative_prompt!r}{sizes}{pictures}{layers}"
         )
 
 
@@ -199,8 +211,8 @@ PRESETS = {
             sizes=_SIZES,
         ),
         Preset(name="Qwen-Image-Edit"),
-        Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40),
-        Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40),
+        Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40, pictures=3),
+        Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40, pictures=3),
         Preset(name="Qwen-Image-Layered", layering=LAYERING),
         _lightning(4),
         _lightning(8),

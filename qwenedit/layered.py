@@ -70,8 +70,8 @@ class Layers(System):
             max_sequence_length: prompts are cut to this many tokens, at most 1024.
 
         Raises:
-            ValueError: another variant's checkpoint, or bad input, before any network runs. An empty prompt
-                is bad input: the reference captions the picture then, we do not.
+            ValueError: another variant's checkpoint, or bad input, before any network runs. The
+                prompts None, "" and " " are bad input: the reference captions the picture then, we do not.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
         Source: `QwenImageLayeredPipeline.__call__` of diffusers 0.39.0. We differ in batches (the reference
             gives too many layers to all outputs but the last), in the negative prompt's default (None
@@ -80,16 +80,17 @@ class Layers(System):
         check_run(output_type, num_images_per_prompt, max_sequence_length)
         rows = layer_rows(image, prompt, negative_prompt, self.variant, layers, resolution)
         switches = Switches(seen=Seen(picture="unseen"))
-        grid: Grid = (layers + 1, *rows[0].geometry.grid[1:])
-        pictures = [1] * len(rows) * num_images_per_prompt
+        frames = 1 + int(layers)
+        grid: Grid = (frames, *rows[0].geometry.grid[1:])
+        pictures = [1] * len(rows) * int(num_images_per_prompt)
         run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
         guidance = guidance_of(true_cfg_scale, negative_prompt)
         if guidance is not None and not cfg_normalize:
             guidance = TrueCFG(true_cfg_scale, Guidance(norm="none"))
         conditioning = self._encode(
-            rows, switches, guided=guidance is not None, max_tokens=max_sequence_length, frames=layers + 1
+            rows, switches, guided=guidance is not None, max_tokens=max_sequence_length, frames=frames
         )
-        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
+        steps = self._steps(conditioning.repeat(int(num_images_per_prompt)), run, guidance, switches)
         return self._finish(steps, num_inference_steps, grid, output_type)
 
     @torch.no_grad()
@@ -130,11 +131,10 @@ def layer_rows(
     if not variant.layered:
         raise ValueError(f"{variant.name} makes no layers: decompose wants a Qwen-Image-Layered checkpoint")
     whole_number("layers", layers)
-    whole_number("resolution", resolution)
+    resolution = whole_number("resolution", resolution)
     if image is None:
         raise ValueError("image is None, wanted a PIL picture, or a list with one for each prompt")
-    prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-    if any(one is None or (isinstance(one, str) and not one.strip()) for one in prompts):
+    if prompt is None or prompt in ("", " "):  # what the reference replaces; any other text it takes as it is
         raise ValueError(
             "the prompt is empty, wanted a description of the picture: nothing captions it here, unlike in "
             "the reference"

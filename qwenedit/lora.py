@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qwenedit.checks import real_number
 from qwenedit.files import read_tensors
 from qwenedit.memory.residency import home, require_staying
 from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
@@ -191,7 +192,7 @@ class Loras:
             ValueError: a name that is taken, a scale that is not a finite number, or as `read_lora`. Nothing
                 has changed then.
         """
-        _check_scale(scale)
+        scale = real_number("a LoRA's scale", scale)
         if not isinstance(source, Mapping):
             source = _file(source, weight_name)
         taken = self.loras
@@ -225,8 +226,8 @@ class Loras:
         )
         if len(scales) != len(names):
             raise ValueError(f"got {len(scales)} adapter_weights for {len(names)} adapter_names")
-        for name, scale in zip(names, scales, strict=True):
-            _check_scale(scale)
+        scales = [real_number("a LoRA's scale", scale) for scale in scales]
+        for name in names:
             self._require_loaded(name)
         wanted = dict(zip(names, scales, strict=True))
         for layer in _changed(self.mmdit):
@@ -283,11 +284,6 @@ def _places(mmdit: MMDiT) -> Iterator[tuple[nn.Module, str, LowRankLinear]]:
 
 def _changed(mmdit: MMDiT) -> list[LowRankLinear]:
     return [layer for _, _, layer in _places(mmdit)]
-
-
-def _check_scale(scale: float) -> None:
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"a LoRA's scale is {scale!r}, wanted a finite number")
 
 
 def _file(source: str | os.PathLike[str], weight_name: str | None) -> Path:

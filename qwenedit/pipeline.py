@@ -135,6 +135,7 @@ class QwenImageEdit(Loras, Layers):
             image: one picture, used for every prompt. For the multi-picture variants a list of pictures is
                 the references of every prompt; for the single-picture variant it is one picture per prompt.
                 A list of lists gives each prompt its own references, which may differ in number and size.
+                Pictures are turned upright by EXIF, and 16 bits of grey are scaled to 8 (`as_picture`).
             prompt: one prompt, or a list for a batch.
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
@@ -153,9 +154,10 @@ class QwenImageEdit(Loras, Layers):
             ValueError: bad input, before any network runs.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
         Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
-            differ in batches (the reference pairs prompts with other prompts' masks and pictures, refuses
-            batches for the multi-picture variants, and shows Edit's language model the pictures of a list at
-            their original sizes) and in refusing sizes that it would round.
+            differ in turning pictures upright and scaling their levels, in batches (the reference pairs
+            prompts with other prompts' masks and pictures, refuses batches for the multi-picture variants,
+            and shows Edit's language model the pictures of a list at their original sizes) and in refusing
+            sizes that it would round.
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
@@ -291,11 +293,12 @@ class QwenImageEdit(Loras, Layers):
         check_run(output_type, num_images_per_prompt, max_tokens)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
         switches = switches or Switches()
-        grid, pictures = rows[0].geometry.grid, [len(row.pictures) for row in rows] * num_images_per_prompt
+        grid, count = rows[0].geometry.grid, int(num_images_per_prompt)
+        pictures = [len(row.pictures) for row in rows] * count
         run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
         guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
         conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
-        steps = self._steps(conditioning.repeat(num_images_per_prompt), run, guidance, switches)
+        steps = self._steps(conditioning.repeat(count), run, guidance, switches)
         return self._finish(steps, num_inference_steps, grid, output_type)
 
 

@@ -13,16 +13,20 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Generator
+
+from qwenedit.checks import real_number, whole_number
+from qwenedit.foreign import shown
 
 __all__ = [
     "NORMS", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator",
@@ -331,8 +335,12 @@ NAMES = [f"{group}.{one.name}" for group, kind in GROUPS.items() for one in data
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, Image.Image):
-        pixels = value.convert("RGBA")
-        return f"sha256 of {pixels.size}: {hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}"
+        deep = value.mode[0] in "IF"  # levels that RGBA would clip
+        digest = hashlib.sha256((value if deep else value.convert("RGBA")).tobytes())
+        turned = value.getexif().get(ExifTags.Base.Orientation, 1)
+        if deep or turned != 1:
+            digest.update(f"{value.mode} {turned}".encode())
+        return f"sha256 of {value.size}: {digest.hexdigest()[:16]}"
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
@@ -341,22 +349,23 @@ def _as_json(value: Any) -> Any:
 def _check_types(options: object, group: str) -> None:
     """Every field holds what its annotation says; a wrong word is answered with the right ones.
 
-    A list, from JSON or TOML, becomes a tuple.
+    A list, from JSON or TOML, becomes a tuple, and a number of NumPy or torch one of Python.
     """
     kind: Any = type(options)
     for name, annotation in _annotations(kind).items():
         value = getattr(options, name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(options, name, value)
         is_union = get_origin(annotation) in (Union, types.UnionType)
         alternatives = get_args(annotation) if is_union else (annotation,)
-        if not any(_fits(value, one) for one in alternatives):
+        for one in alternatives:
+            with suppress(ValueError):
+                object.__setattr__(options, name, _converted(value, one))
+                break
+        else:
             words = [word for one in alternatives if get_origin(one) is Literal for word in get_args(one)]
             close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             wanted = " or ".join(dict.fromkeys(map(_named, alternatives)))
-            raise ValueError(f"{group}.{name} is {value!r}, wanted {wanted}{hint}")
+            raise ValueError(f"{group}.{name} is {shown(repr(value))}, wanted {wanted}{hint}")
 
 
 @functools.cache  # every run makes switches, and reading annotations takes milliseconds
@@ -364,21 +373,24 @@ def _annotations(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _fits(value: Any, wanted: Any) -> bool:
+def _converted(value: Any, wanted: Any) -> Any:
+    """The value as the type `wanted`.
+
+    Raises:
+        ValueError: it is of another.
+    """
     origin, kinds = get_origin(wanted), get_args(wanted)
-    if origin is Literal:
-        return isinstance(value, str) and value in kinds
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if kinds[-1] is Ellipsis:
-            return len(value) > 0 and all(_fits(one, kinds[0]) for one in value)
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
     if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return real_number("", value)
     if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, wanted)
+        return whole_number("", value, least=-sys.maxsize)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * max(1, len(value))
+        return tuple(_converted(one, kind) for one, kind in zip(value, kinds, strict=True))
+    if (isinstance(value, str) and value in kinds) if origin else isinstance(value, wanted):
+        return value
+    raise ValueError(f"{value!r} is no {wanted}")
 
 
 def _named(wanted: Any) -> str:

@@ -98,7 +98,8 @@ class System:
             raise ValueError(f"the grid {grid} has {grid[0]} frames, wanted 1: decode_layers takes several")
         raw = unpack(latents, grid).to(next(self.vae.parameters()).dtype)
         config = self.vae.config
-        parts = denormalise(raw, config.latents_mean, config.latents_std).split(self.micro_batch or len(raw))
+        at_once = int(self.micro_batch or len(raw))
+        parts = denormalise(raw, config.latents_mean, config.latents_std).split(at_once)
         with present(self.vae):
             pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
         require_finite(pixels, "VAE decoder: the picture")
@@ -123,9 +124,9 @@ class System:
         """
         frames, rows, columns = grid
         batch, tokens = len(pictures), rows * columns
-        whole_number("num_inference_steps", steps)
+        steps = whole_number("num_inference_steps", steps)
         if self.micro_batch is not None:
-            whole_number("micro_batch", self.micro_batch)
+            self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         config, device, dtype = self.mmdit.config, self.device, self.dtype

@@ -26,7 +26,7 @@ from qwenedit.ablation.metrics import CHANGED
 from qwenedit.ablation.results import Record, Sweep
 from qwenedit.ablation.spec import CALL, Cell
 from qwenedit.files import replacing_file
-from qwenedit.inputs.pictures import to_pil
+from qwenedit.inputs.pictures import open_picture, to_pil
 
 __all__ = ["picture_grid", "write_report"]
 
@@ -192,9 +192,7 @@ def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
     record, prompt = sweep.records[index], sweep.spec.cases[index[0]].prompt
     if record["status"] == "failed":
         return f'<div class="failed" title="{escape(record["error"])}">failed</div>'
-    file = sweep.folder / record["file"]
-    with Image.open(file) as picture:
-        picture.load()
+    picture = open_picture(sweep.folder / record["file"])
     measured, verdict = record["metrics"], ""
     if "success" in measured:
         reason = escape(measured["reason"] or "as asked")
@@ -389,8 +387,7 @@ def picture_grid(sweep: Sweep) -> Image.Image:
             if record["status"] == "failed":
                 write(x, y, "failed", room=side, fill="#b3261e")
                 continue
-            with Image.open(sweep.folder / record["file"]) as picture:
-                show(x, y, picture)
+            show(x, y, open_picture(sweep.folder / record["file"]))
             text = _distance(record, k)
             if "success" in record["metrics"]:
                 text += ", success" if record["metrics"]["success"] else ", fails"

@@ -40,8 +40,9 @@ from typing import Any
 
 from PIL import Image
 
+from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import read_toml
-from qwenedit.inputs.pictures import open_picture
+from qwenedit.inputs.pictures import as_picture, open_picture
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
 from qwenedit.switches import NAMES, Guidance, Switches
@@ -160,8 +161,7 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
         model = str(base / model) if (base / model).is_dir() else model
     sizes: dict[str, Any] = {}
     for name in ("height", "width"):
-        sizes[name] = raw.get(name)
-        _require(sizes[name] is None or type(sizes[name]) is int, name, sizes[name], "a whole number")
+        sizes[name] = None if raw.get(name) is None else whole_number(name, raw[name])
     flags: dict[str, Any] = {name: raw.get(name, False) for name in FLAGS}
     for name, value in flags.items():
         _require(isinstance(value, bool), name, value, "true or false")
@@ -236,7 +236,7 @@ def _mini(name: str) -> Case:
     return Case(name, (draw(scene),), instruction(rng, request), scene, request)
 
 
-def _picture(name: str, base: Path) -> Image.Image:
+def _picture(name: str | Path, base: Path) -> Image.Image:
     path = base / name
     if not path.exists():
         known = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -245,10 +245,8 @@ def _picture(name: str, base: Path) -> Image.Image:
 
 
 def _seeds(value: Any) -> list[int]:
-    seeds = _listed("seeds", value, "a list of whole numbers")
-    for seed in seeds:
-        fits = type(seed) is int and 0 <= seed < 2**64
-        _require(fits, "a seed", seed, "a whole number from 0 to 2**64 - 1")
+    given = _listed("seeds", value, "a list of whole numbers")
+    seeds = [whole_number("a seed", seed, least=0, most=2**64 - 1) for seed in given]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {seeds}, wanted each once")
     return seeds
@@ -273,21 +271,29 @@ def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, An
 def _values(name: str, values: Any) -> list[Any]:
     """The values of one of the grid's names."""
     given = _listed(f"grid: {name}", values, "a list of values")
-    checked = [_call_value(name, value) if name in CALL else value for value in given]
+    checked = [_call_value(name, value) if name in CALL else _plain(name, value) for value in given]
     if len({json.dumps(value, sort_keys=True) for value in checked}) < len(checked):
         raise ValueError(f"grid: {name} is {given}, wanted each value once")
     return checked
 
 
+def _plain(name: str, value: Any) -> Any:
+    """A value of the grid in JSON's types; a run's key and its line in the results are made of them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, one) for one in value]
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
+        return value.item()
+    wanted = "a file's name" if name in OTHERS else "numbers, texts, true, false, or lists of them"
+    _require(value is None or isinstance(value, (bool, int, float, str)), f"grid: {name}", value, wanted)
+    return value
+
+
 def _call_value(name: str, value: Any) -> Any:
     if name == "true_cfg_scale":
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _require(number and math.isfinite(value), name, value, "a finite number")
-        return float(value)
+        return real_number(name, value)
     if name == "steps":
-        _require(type(value) is int and value > 0, name, value, "a whole number of at least 1")
-    else:
-        _require(_is_text(value), name, value, "a text")
+        return whole_number(name, value)
+    _require(_is_text(value), name, value, "a text")
     return value
 
 
@@ -330,8 +336,9 @@ def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], b
     for name, needs in OTHERS.items():
         if flat.get(needs) != "other":
             flat.pop(name, None)
-        elif isinstance(flat.get(name), str):  # as pictures, so that a run's key depends on their pixels
-            flat[name] = _picture(flat[name], base)
+        elif name in flat:  # as pictures, so that a run's key depends on their pixels
+            given = flat[name]
+            flat[name] = _picture(given, base) if isinstance(given, (str, Path)) else as_picture(given, name)
     switches = Switches.from_flat(flat)
     if called["true_cfg_scale"] <= 1:
         seen = dataclasses.replace(switches.seen, negative=True)

@@ -41,7 +41,7 @@ from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import append_line, replacing_file, write_lines
-from qwenedit.inputs.pictures import to_pil
+from qwenedit.inputs.pictures import open_picture, to_pil
 from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic, environment
 from qwenedit.layered import require_flat
@@ -178,9 +178,8 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 def _is_whole(picture: Path) -> bool:
     try:
-        with Image.open(picture) as file:
-            file.load()
-    except (OSError, SyntaxError, ValueError):
+        open_picture(picture)
+    except ValueError:
         return False
     return True
 
@@ -311,8 +310,8 @@ def _compare(folder: Path, record: Record, plain: Record) -> None:
         record["metrics"] |= {"psnr": None, "ssim": None, "changed": None}
         record["baseline"] = None
         return
-    with Image.open(folder / record["file"]) as picture, Image.open(folder / plain["file"]) as other:
-        record["metrics"] |= distances(picture, other)
+    picture, other = (open_picture(folder / one["file"]) for one in (record, plain))
+    record["metrics"] |= distances(picture, other)
     record["baseline"] = plain["key"]
 
 

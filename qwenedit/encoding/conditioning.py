@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qwenedit.checks import whole_number
 from qwenedit.files import read_tensors, replacing_file
 from qwenedit.latents import Grid
 
@@ -148,9 +149,9 @@ class Conditioning:
         The reference pipelines interleave embeddings like this, but tile masks and reference latents (p0, p1,
         p0, p1), which pairs a prompt with another prompt's mask and picture.
         """
-        if count == 1:
+        if whole_number("count", count) == 1:
             return self
-        index = torch.arange(self.batch).repeat_interleave(count)
+        index = torch.arange(self.batch).repeat_interleave(int(count))
         rows = index.tolist()
         return dataclasses.replace(
             self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
-from qwenedit.inputs.pictures import open_picture
+from qwenedit.inputs.pictures import as_picture, open_picture
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.switches import AnyPicture, References, Seen
 
@@ -26,7 +27,7 @@ def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
         return [dataclasses.replace(row, pictures=[]) for row in rows]
     if seen.picture == "other":
         assert seen.other is not None
-        rows = _replaced(rows, _opened(seen.other))
+        rows = _replaced(rows, _opened("seen.other", seen.other))
     elif seen.picture == "blank":
         blanks = [[Image.new("RGB", picture.size, GREY) for picture in row.pictures] for row in rows]
         rows = [dataclasses.replace(row, pictures=of_row) for row, of_row in zip(rows, blanks, strict=True)]
@@ -48,7 +49,7 @@ def reference_rows(rows: Sequence[BatchRow], references: References) -> list[Bat
     if references.latents != "other":
         return list(rows)
     assert references.picture is not None
-    return _replaced(rows, _opened(references.picture))
+    return _replaced(rows, _opened("references.picture", references.picture))
 
 
 def _replaced(rows: Sequence[BatchRow], picture: Image.Image) -> list[BatchRow]:
@@ -56,5 +57,5 @@ def _replaced(rows: Sequence[BatchRow], picture: Image.Image) -> list[BatchRow]:
     return [dataclasses.replace(row, pictures=[picture] * len(row.pictures)) for row in rows]
 
 
-def _opened(picture: AnyPicture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else open_picture(picture)
+def _opened(name: str, picture: AnyPicture) -> Image.Image:
+    return open_picture(picture) if isinstance(picture, (str, Path)) else as_picture(picture, name)

@@ -11,11 +11,13 @@ becomes 1376x768, 0.8 % too wide. `Resize` measures the stretch and maps coordin
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "fit_area", "plan", "smart_resize",
+    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "fit_area", "plan", "require_visible",
+    "smart_resize",
 ]  # fmt: skip
 
 Size = tuple[int, int]  # width, height in pixels
@@ -184,8 +186,8 @@ def plan(
 
     Raises:
         ValueError: a height or width that is not a positive multiple of a token's side (the message names the
-            next one), a picture with a ratio of sides over 200, several pictures for a single-picture
-            checkpoint.
+            next one), a picture so long that a side is 0 in multiples of 32, several pictures for a
+            single-picture checkpoint.
     Source: diffusers 0.39.0, `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__`,
         `QwenImagePipeline.__call__`. They round a given size down; we refuse it.
     """
@@ -204,6 +206,24 @@ def plan(
         pictures=planned,
         follows=follows,
     )
+
+
+def require_visible(geometry: Geometry) -> None:
+    """Check that the language model can be shown the pictures: it takes a ratio of sides of at most 200.
+
+    What counts is the size that it would be given. Rounding to multiples of 32 makes a long picture longer in
+    Edit, and shorter in Edit-Plus, which at the official area shows pictures of up to about 279 to 1.
+
+    Raises:
+        ValueError: a picture is longer.
+    """
+    for picture in geometry.pictures:
+        if max(picture.vl) > _LONGEST * min(picture.vl):
+            own, seen = (f"{width}x{height}" for width, height in (picture.size, picture.vl))
+            raise ValueError(
+                f"the picture is {own}, which the language model would see at {seen}, wanted a ratio of its "
+                f"sides of at most {_LONGEST}"
+            )
 
 
 def fit_area(area: int, ratio: float, multiple: int = _MULTIPLE) -> Size:
@@ -242,7 +262,11 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         ValueError: a side that is not positive, or a ratio of sides over 200.
     Source: transformers 4.57.6, models/qwen2_vl/image_processing_qwen2_vl.py, `smart_resize`.
     """
-    _require_picture(width, height)
+    _require_pixels(width, height)
+    if max(width, height) > _LONGEST * min(width, height):
+        raise ValueError(
+            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
+        )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)
@@ -262,36 +286,29 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 def _picture(size: Size, areas: Areas) -> Picture:
     width, height = size
-    _require_picture(width, height)
+    _require_pixels(width, height)
     ratio = width / height
     vae = fit_area(areas.vae, ratio)
     vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
-    if max(vl) > _LONGEST * min(vl):  # rounding to multiples made it longer
-        raise ValueError(
-            f"the picture is {width}x{height}, which the language model would see at {vl[0]}x{vl[1]}, wanted "
-            f"a ratio of its sides of at most {_LONGEST}"
-        )
     return Picture(size=(width, height), vae=vae, vl=vl)
 
 
-def _require_picture(width: int, height: int) -> None:
+def _require_pixels(width: int, height: int) -> None:
     if min(width, height) < 1:
         raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
-    if max(width, height) > _LONGEST * min(width, height):
-        raise ValueError(
-            f"the picture is {width}x{height}, wanted a ratio of its sides of at most {_LONGEST}"
-        )
 
 
 def _side(name: str, value: int) -> int:
-    if not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels")
-    if value < 1 or value % _TOKEN:
-        following = max(1, math.ceil(value / _TOKEN)) * _TOKEN
+    try:  # not `checks.whole_number`, which would import torch
+        side = operator.index(value)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels") from None
+    if side < 1 or side % _TOKEN:
+        following = max(1, math.ceil(side / _TOKEN)) * _TOKEN
         raise ValueError(
-            f"{name} is {value}, wanted a positive multiple of {_TOKEN}: the next one is {following}"
+            f"{name} is {side}, wanted a positive multiple of {_TOKEN}: the next one is {following}"
         )
-    return value
+    return side
 
 
 def _grid(size: Size) -> Grid:

@@ -3,41 +3,137 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from qwenedit.foreign import plain_file
+from qwenedit.foreign import plain_file, shown
 
 __all__ = [
-    "byte_tensor", "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pixels", "to_pil", "vae_pixels",
+    "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pixels",
+    "to_pil", "vae_pixels",
 ]  # fmt: skip
+
+# The formats of Pillow that hold pixels. Left out are those that Pillow hands to another program (EPS, WMF),
+# those of other data (FITS, GRIB, HDF5), and rare ones whose readers see little use.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "ICO", "ICNS", "QOI", "PSD",
+    "DDS", "SGI", "PCX", "TGA",
+)  # fmt: skip
+_PROGRAMS = ("EPS", "WMF")
+_DEEP_GREY = ("PNG", "PPM")  # formats whose 16 bits of grey Pillow may hold in 32
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a whole picture, upright.
+    """Read a whole picture from a file, of an animation the first frame, as `as_picture` makes it.
 
     Raises:
-        ValueError: no such file, or not a picture that Pillow can read.
+        ValueError: no such file, none of `FORMATS`, or as `as_picture`.
     """
     path = plain_file(path, "picture")
+    Image.init()  # registers the formats of this Pillow, which may lack some
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(_in_8_bits(picture))
+        picture = Image.open(path, formats=formats)
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture that Pillow can read: {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read picture {path}: {error}") from error
+        raise ValueError(
+            f"not a picture that Pillow can read: {shown(path)}, wanted one of {', '.join(formats)}"
+        ) from None
+    except Exception as error:  # a broken file makes Pillow's readers raise errors of many kinds
+        raise ValueError(f"picture {shown(path)} cannot be read: {shown(error)}") from error
+    with picture:
+        return as_picture(picture, f"picture {shown(path)}").copy()  # without ties to the file
+
+
+def as_picture(value: Any, what: str = "the picture") -> Image.Image:
+    """A picture from a caller as all code behind takes it: upright, and with 8 bits a channel.
+
+    Every picture passes through here; a second time changes nothing. Orientation is that of EXIF, 16 bits of
+    grey are scaled to 8, and an animation shows the frame where it stands. `value` itself is not changed;
+    where there is nothing to do, it is returned. `what` names it in messages.
+
+    Raises:
+        ValueError: no PIL picture (for a tensor or an array the message has the line that makes one), a
+            broken one, one that another program would have to draw, or one whose levels have no agreed range:
+            floats and 32-bit integers.
+    Source: `load_image` of diffusers' utils/loading_utils.py turns what it reads; its pipelines turn nothing,
+        and PIL's conversion to RGB clips 16 bits of grey at 255.
+    """
+    if not isinstance(value, Image.Image):
+        raise ValueError(f"{what} is {_described(value)}")
+    if value.format in _PROGRAMS:
+        raise ValueError(f"{what} is {value.format}, which another program draws: convert it to RGB first")
+    try:
+        value.load()
+    except Exception as error:  # as in open_picture
+        raise ValueError(f"{what} cannot be read: {shown(error)}") from error
+    try:
+        turned = value.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        upright = ImageOps.exif_transpose(value) if turned else value
+    except Exception as error:
+        raise ValueError(f"{what} has EXIF data that cannot be read: {shown(error)}") from error
+    if value.mode.startswith("I;16") or (value.mode == "I" and value.format in _DEEP_GREY):
+        return _in_8_bits(upright)
+    if value.mode in ("I", "F"):
+        levels = "floats" if value.mode == "F" else "32-bit integers"
+        raise ValueError(
+            f"{what} has {levels}, whose black and white are not agreed: scale them to 0-255, then "
+            'convert it to "L"'
+        )
+    if value.mode in ("LAB", "La"):
+        raise ValueError(
+            f"{what} has mode {value.mode}, which Pillow does not convert to RGB: wanted another"
+        )
+    return upright
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, which Pillow would clip at 255; other modes unchanged."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        return picture.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
-    return picture
+    """16 bits of grey scaled to 8; the level that a file declares transparent becomes an alpha channel."""
+    levels = picture.convert("I")
+    grey = levels.point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    clear = grey.info.pop("transparency", None)
+    if clear is not None:
+        opaque = torch.frombuffer(bytearray(levels.tobytes()), dtype=torch.int32) != clear
+        grey.putalpha(Image.frombytes("L", grey.size, bytes((255 * opaque).tolist())))
+    return grey
+
+
+def _described(value: Any) -> str:
+    """What a caller gave in place of a picture, and how it becomes one."""
+    kind = type(value).__name__
+    if isinstance(value, Sequence) and len(value) == 0:
+        return f"an empty {kind}, wanted a PIL picture"
+    if isinstance(value, (str, os.PathLike)):
+        return f"{kind} {shown(repr(os.fspath(value)))}, wanted a PIL picture: open it first"
+    if not isinstance(value, Tensor) and not (hasattr(value, "__array_interface__") and value.shape):
+        return f"{'None' if value is None else kind}, wanted a PIL picture"
+    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    return f"{kind} of shape {shape} and {dtype}, wanted {_remedy(value, shape, dtype)}"
+
+
+def _remedy(value: Any, shape: tuple[int, ...], dtype: str) -> str:
+    """The line that makes pictures of a tensor or an array x; the ranges are those of the reference.
+
+    Source: `VaeImageProcessor.preprocess` takes numbers within [0, 1], or within [-1, 1] if one is negative,
+        and does not divide whole ones. The edit pipelines fail before, at the size of what is no PIL picture.
+    """
+    x, channels = ("x", -3) if isinstance(value, Tensor) else ("torch.as_tensor(x).movedim(-1, -3)", -1)
+    if len(shape) not in (3, 4) or 0 in shape or shape[channels] not in (3, 4):
+        return "a PIL picture; a tensor of one has (3, H, W), an array (H, W, 3)"
+    if dtype == "uint8":
+        scaled = f"{x} / 255"
+    elif not dtype.startswith(("float", "bfloat")):
+        return "a PIL picture; its levels would be uint8, or floats within [0, 1]"
+    elif not (float(value.min()) >= -1 and float(value.max()) <= 1):
+        return "a PIL picture; its levels would be within [0, 1], or within [-1, 1]"
+    else:
+        scaled = f"{x} / 2 + 0.5" if float(value.min()) < 0 else x
+    made = f"to_pil({scaled})" if len(shape) == 4 else f"to_pil(({scaled})[None])[0]"
+    return f"a PIL picture: from qwenedit.inputs.pictures import to_pil; {made} makes one in 8 bits"
 
 
 def resize_rgb(picture: Image.Image, width: int, height: int) -> Image.Image:

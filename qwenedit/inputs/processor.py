@@ -5,8 +5,8 @@ transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (
 pixels are bitwise equal to theirs, but every picture is converted to RGB first, and pictures of 1 or 3 pixels
 in height are accepted (the reference takes their rows for channels).
 
-EXIF orientation is not applied here: apply it when you open a file. Alpha is dropped, not composited; PIL
-clips modes of more than 8 bits at 255.
+Pictures are turned upright and brought to 8 bits (`as_picture`), which the reference leaves to its callers.
+Alpha is dropped, not composited.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
 from qwenedit.foreign import read_json
 from qwenedit.inputs.geometry import smart_resize
-from qwenedit.inputs.pictures import byte_tensor
+from qwenedit.inputs.pictures import as_picture, byte_tensor
 from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer
 from qwenedit.latents import Grid
 
@@ -260,7 +260,7 @@ def check_prompt(prompt: object, *, illustrated: bool) -> None:
 
 
 def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple[Tensor, Grid]:
-    """A picture of any size and mode as the vision tower's patches, with their grid.
+    """A picture of any size, in any mode of 8 bits, as the vision tower's patches, with their grid.
 
     Shapes: (rows * columns, C * frames * P * P) float32 and (1, rows, columns). Patches are in merging order:
         the merge_size squared patches of one token of the language model are neighbours.
@@ -285,7 +285,7 @@ def picture_patches(picture: Image.Image, config: ImageProcessorConfig) -> tuple
 
 def _paired(
     prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]] | None
-) -> list[tuple[str, Sequence[Image.Image]]]:
+) -> list[tuple[str, list[Image.Image]]]:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts are {prompts!r}, wanted a list of at least one text")
     if pictures is None:
@@ -294,11 +294,11 @@ def _paired(
         check_prompt(prompt, illustrated=any(pictures))
     if len(pictures) != len(prompts):
         raise ValueError(f"got pictures for {len(pictures)} prompts, wanted {len(prompts)}, a list for each")
+    checked = []
     for row, of_prompt in enumerate(pictures):
         if not isinstance(of_prompt, Sequence):
             raise ValueError(
                 f"prompt {row} has a {type(of_prompt).__name__} for pictures, wanted a list of PIL pictures"
             )
-        if others := [type(one).__name__ for one in of_prompt if not isinstance(one, Image.Image)]:
-            raise ValueError(f"prompt {row} has {', '.join(others)} for pictures, wanted PIL pictures")
-    return list(zip(prompts, pictures, strict=True))
+        checked.append([as_picture(one, f"pictures[{row}][{k}]") for k, one in enumerate(of_prompt)])
+    return list(zip(prompts, checked, strict=True))

@@ -11,7 +11,8 @@ from PIL import Image
 from qwenedit.checks import warn
 from qwenedit.family import Variant
 from qwenedit.inputs import geometry
-from qwenedit.inputs.geometry import Areas, Geometry, Picture
+from qwenedit.inputs.geometry import Areas, Geometry, Picture, require_visible
+from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
 
 __all__ = ["BatchRow", "rows_of"]
@@ -58,6 +59,8 @@ def rows_of(
     for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         plan = geometry.plan(sizes, areas=areas, height=height, width=width)
+        if not variant.layered:  # there the language model sees no picture
+            require_visible(plan)
         rows.append(BatchRow(text, negative, of_row, plan))
     for row in rows:
         plan = row.geometry
@@ -97,35 +100,45 @@ def _negatives(value: str | Sequence[str], batch: int, *, illustrated: bool) -> 
 
 def _pictures(image: Any, batch: int, variant: Variant) -> list[list[Image.Image]]:
     """The references of each prompt; `QwenImageEdit.edit` describes the forms of `image`."""
-    if variant.max_pictures == 0:
+    if not variant.takes_pictures:
         raise ValueError(f"{variant.name} makes pictures from text only: it cannot edit one; use generate")
-    if isinstance(image, Image.Image):
-        pictures = [[image]] * batch
-    elif not isinstance(image, Sequence) or isinstance(image, str) or not image:
-        raise ValueError(f"image is {_describe(image)}, wanted a PIL picture or a list of them")
-    elif all(isinstance(one, Image.Image) for one in image):
-        if variant.max_pictures > 1:
-            pictures = [list(image)] * batch
-        elif len(image) in (1, batch):
-            pictures = [[image[row % len(image)]] for row in range(batch)]
-        else:
-            raise ValueError(
-                f"got {len(image)} pictures for {batch} prompt(s), but {variant.name} takes one a prompt"
-            )
+    if not isinstance(image, Sequence) or isinstance(image, str) or not image:
+        return [[as_picture(image, "image")]] * batch
+    rows = _checked(image)
+    if any(isinstance(one, (list, tuple)) for one in image):
+        if len(rows) != batch:
+            raise ValueError(f"got {len(rows)} lists of pictures, wanted {batch}, one for each prompt")
+    elif variant.takes_several:
+        rows = [[picture for (picture,) in rows]] * batch
+    elif len(rows) in (1, batch):
+        rows = [rows[row % len(rows)] for row in range(batch)]
     else:
-        pictures = [list(one) if isinstance(one, (list, tuple)) else [one] for one in image]
-        if len(pictures) != batch:
-            raise ValueError(f"got {len(pictures)} lists of pictures, wanted {batch}, one for each prompt")
-    for of_row in pictures:
-        if not 1 <= len(of_row) <= variant.max_pictures:
-            raise ValueError(
-                f"got {len(of_row)} pictures for a prompt, but {variant.name} takes 1"
-                + (f" to {variant.max_pictures}" if variant.max_pictures > 1 else "")
-            )
-        for picture in of_row:
-            if not isinstance(picture, Image.Image):
-                raise ValueError(f"a picture is {_describe(picture)}, wanted a PIL picture")
-    return pictures
+        raise ValueError(
+            f"got {len(rows)} pictures for {batch} prompt(s), but {variant.name} takes one a prompt"
+        )
+    for of_row in rows:
+        if not of_row or (len(of_row) > 1 and not variant.takes_several):
+            wanted = "1 or more" if variant.takes_several else "1"
+            raise ValueError(f"got {len(of_row)} pictures for a prompt, but {variant.name} takes {wanted}")
+    return rows
+
+
+def _checked(image: Sequence[Any]) -> list[list[Image.Image]]:
+    """Each element as a list of pictures; an object that is there twice stays one object."""
+    rows = [list(one) if isinstance(one, (list, tuple)) else one for one in image]
+    known: dict[int, Image.Image] = {}
+
+    def checked(one: Any, place: str) -> Image.Image:
+        if id(one) not in known:
+            known[id(one)] = as_picture(one, place)
+        return known[id(one)]
+
+    return [
+        [checked(one, f"image[{i}][{k}]") for k, one in enumerate(row)]
+        if isinstance(row, list)
+        else [checked(row, f"image[{i}]")]
+        for i, row in enumerate(rows)
+    ]
 
 
 def _describe(value: Any) -> str:

@@ -26,9 +26,11 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 from torch import Tensor
 
+from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.inputs import geometry
+from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid
 from qwenedit.memory.residency import while_present
@@ -51,8 +53,7 @@ def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, 
         ValueError: no picture, or one of extreme shape.
         NonFiniteError: NaN or infinity from the encoder.
     """
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"picture is {type(picture).__name__}, wanted a PIL picture")
+    picture = as_picture(picture, "picture")
     plan = geometry.plan([picture.size], areas=pipe.areas)
     ((latents,),) = encode_pictures([BatchRow("", None, [picture], plan)], pipe.vae)
     return latents[None].to(pipe.device, pipe.dtype), plan.pictures[0].grid
@@ -159,8 +160,7 @@ def inverse_euler(
 
 
 def _require_invertible(guidance: TrueCFG | None, iterations: int, steps: int) -> None:
-    if type(iterations) is not int or iterations < 0:
-        raise ValueError(f"iterations is {iterations!r}, wanted a whole number of at least 0")
+    whole_number("iterations", iterations, least=0)
     if guidance is not None and guidance.rule.on_x0:
         raise ValueError(f"{guidance.rule} works on clean latents, wanted guidance on velocities to invert")
     require_interval(guidance, steps)

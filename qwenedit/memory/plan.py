@@ -181,8 +181,9 @@ def plan(
     Raises:
         ValueError: bad arguments, no such checkpoint, files that do not fit, or a hub that refuses.
     """
-    whole_number("layers", layers)
-    whole_number("steps", steps)
+    layers, steps = whole_number("layers", layers), whole_number("steps", steps)
+    height = None if height is None else whole_number("height", height)
+    width = None if width is None else whole_number("width", width)
     given = None if device_memory is None else parse_bytes("device_memory", device_memory)
     host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
     place = torch.device("cuda" if given is not None else "cpu")  # "cuda" stands for any accelerator
@@ -211,11 +212,8 @@ def plan(
     folder = find_local(source, revision)
     variant = read_variant(folder)
     least, most = int(variant.layered), variant.max_pictures
-    pictures = min(1, most) if pictures is None else pictures
-    if isinstance(pictures, bool) or not isinstance(pictures, int) or not least <= pictures <= most:
-        raise ValueError(
-            f"pictures is {pictures!r}, wanted a number from {least} to {most} for {variant.name}"
-        )
+    pictures = int(variant.takes_pictures) if pictures is None else pictures
+    pictures = whole_number(f"pictures for {variant.name}", pictures, least=least, most=most)
     sketch = _sketch(folder, variant, pictures, height, width)
     names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]
     found = {one.report.component: one.found for one in compare_networks(folder, names, files)}
@@ -254,7 +252,7 @@ def choose(
     if sum(network.all for network in sizes.values()) <= _SMALL:
         return candidates[0]
     variant = read_variant(folder)
-    sketch = _sketch(folder, variant, min(1, variant.max_pictures))
+    sketch = _sketch(folder, variant, int(variant.takes_pictures))
     peaks = _peaks(candidates, sizes, activations(folder, sketch, dtype), _table(folder, dtype, _STEPS))
     memory = host_free() if device.type == "cpu" else device_free(device)
     fitting = (mode for mode in candidates if max(peaks[mode].values()) <= SPARE * memory)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwenedit import mini
 from qwenedit.files import replacing_file
+from qwenedit.inputs.pictures import open_picture
 from qwenedit.mini.sheet import sheet
 from qwenedit.pipeline import load
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     pipe = load(device="cpu", progress=False)
-    source = Image.open(options.picture).convert("RGB")
+    source = open_picture(options.picture).convert("RGB")
     start = time.perf_counter()
     result = pipe.edit(
         source, options.prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(0)

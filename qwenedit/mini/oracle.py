@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.inputs.pictures import vae_pixels
+from qwenedit.inputs.pictures import as_picture, vae_pixels
 from qwenedit.mini.scenes import (
     COLOURS,
     KINDS,
@@ -91,7 +91,7 @@ def judge(scene: Scene, request: Request, picture: Image.Image | Tensor) -> Verd
         picture: a PIL image, resized to 64x64, or (3, 64, 64) in [0, 1].
     """
     if isinstance(picture, Image.Image):
-        picture = vae_pixels(picture, SIDE, SIDE)[0] / 2 + 0.5
+        picture = vae_pixels(as_picture(picture), SIDE, SIDE)[0] / 2 + 0.5
     expected = scene if request.is_open else outcome(Random(0), scene, request)
     if request.action == "recolour any":
         expected = dataclasses.replace(

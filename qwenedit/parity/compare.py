@@ -27,6 +27,7 @@ from tqdm import tqdm
 from qwenedit.checks import device_of
 from qwenedit.files import replacing_file
 from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
 from qwenedit.parity.reference import (
     VERSIONS,
@@ -85,12 +86,13 @@ def parity(
     _check_output(output)
     folder = find_local(source, revision)
     variant = read_variant(folder)
-    if picture is not None and variant.max_pictures == 0:
+    if picture is not None and not variant.takes_pictures:
         raise ValueError(f"{variant.name} makes pictures from text only: it takes no picture")
-    check_prompt(prompt, illustrated=variant.max_pictures > 0)
+    check_prompt(prompt, illustrated=variant.takes_pictures)
     areas = read_areas(folder, variant)
     areas = Areas(vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
-    shown = (picture or _drawn()).convert("RGBA" if variant.layered else "RGB")
+    picture = _drawn() if picture is None else as_picture(picture, "picture")
+    shown = picture.convert("RGBA" if variant.layered else "RGB")
     about = {
         "checkpoint": str(source or "the embedded model"),
         "variant": variant.name,

@@ -87,7 +87,7 @@ def prepare(
 
     In text-to-image and Layered only the VAE is given the picture; the target has the picture's size.
     """
-    edits = variant.max_pictures > 0 and not variant.layered
+    edits = variant.takes_pictures and not variant.layered
     config: VisionLanguageConfig = network_config(folder, "text_encoder")
     vae_config: VAEConfig = network_config(folder, "vae")
     size = seen_size = fit_area(areas.vae, picture.width / picture.height)
@@ -141,7 +141,7 @@ def prepare(
         positions=positions.to(device),
         drop_index=drop_index,
         seen=seen,
-        grids=(target, grid) if variant.max_pictures > 0 else (target,),
+        grids=(target, grid) if variant.takes_pictures else (target,),
         streams={name: x.to(device) for name, x in streams.items()},
     )
     return case, exact

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from qwenedit.checks import warn
+from qwenedit.checks import real_number, warn
 from qwenedit.switches import Guidance
 
 __all__ = ["TrueCFG", "guidance_of"]
@@ -41,8 +41,7 @@ class TrueCFG:
     rule: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ValueError(f"true_cfg_scale is {self.scale!r}, wanted a finite number")
+        object.__setattr__(self, "scale", real_number("true_cfg_scale", self.scale))
         if not isinstance(self.rule, Guidance):
             raise ValueError(f"the rule of guidance is {type(self.rule).__name__}, wanted a Guidance")
 
@@ -201,6 +200,7 @@ def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = N
         ValueError: the scale is no finite number.
     """
     guidance = TrueCFG(scale, rule or Guidance())
+    scale = guidance.scale
     if scale > 1 and negative_prompt is not None:
         return guidance
     if guidance.rule != Guidance():

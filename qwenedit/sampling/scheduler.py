@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qwenedit.checks import whole_number
 from qwenedit.foreign import read_json
 from qwenedit.weights.configs import config_from
 
@@ -92,8 +93,7 @@ class FlowMatchScheduler:
             ValueError: no steps, custom sigmas that do not fall within (0, 1] or are not `steps` many, or
                 sigmas so close that float32 or the shift makes them equal.
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"num_inference_steps is {steps!r}, wanted a whole number of at least 1")
+        steps = whole_number("num_inference_steps", steps)
         plain = _even(steps) if custom is None else _checked(custom, steps)
         t = self._shifted(torch.tensor(plain, dtype=torch.float32), tokens)
         if self.shift_terminal:

@@ -261,7 +261,7 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
                 f"{folder}/model_index.json: {key} is {value!r}, wanted a whole number of pixels"
             )
     default = Areas()
-    vl = own.get("vl_area", default.vl) if variant.max_pictures > 1 else None
+    vl = own.get("vl_area", default.vl) if variant.takes_several else None
     return Areas(vae=own.get("vae_area", default.vae), vl=vl)
 
 

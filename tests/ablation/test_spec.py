@@ -185,7 +185,7 @@ FAULTS = [
     ({"pictures": ["mini:1", "mini:1"]}, "the picture 'mini:1' with the prompt .* is there twice"),
     ({**ONE, "seeds": []}, r"seeds is \[\], wanted a list"),
     ({**ONE, "seeds": [1, 1]}, r"seeds are \[1, 1\], wanted each once"),
-    ({**ONE, "seeds": [-1]}, "a seed is -1, wanted a whole number from 0"),
+    ({**ONE, "seeds": [-1]}, "a seed is -1, wanted a whole number of at least 0"),
     ({**ONE, "seeds": [True]}, "a seed is True, wanted a whole number"),
     ({**ONE, "model": 3}, "model is 3, wanted a hub id or a folder"),
     ({**ONE, "height": 1.5}, "height is 1.5, wanted a whole number"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwenedit.inputs import geometry
-from qwenedit.inputs.geometry import Areas, Resize, fit_area, plan, smart_resize
+from qwenedit.inputs.geometry import Areas, Resize, fit_area, plan, require_visible, smart_resize
 
 EDIT = Areas(vl=None)
 EDIT_PLUS = Areas()
@@ -122,21 +122,23 @@ def test_a_picture_too_long_for_its_area_is_refused(ratio):
         plan([size], areas=MINI)
 
 
-@pytest.mark.parametrize("areas", [EDIT, EDIT_PLUS], ids=["Edit", "Edit-Plus"])
-@pytest.mark.parametrize("size", [(2010, 10), (10, 2010), (2500, 10), (201, 1)])
-def test_a_picture_over_200_times_as_long_as_wide_is_refused_by_its_own_size(areas, size):
-    message = f"the picture is {size[0]}x{size[1]}, wanted a ratio of its sides of at most 200"
-    with pytest.raises(ValueError, match=message):
-        plan([size], areas=areas)
-
-
-def test_a_picture_that_rounding_makes_too_long_is_refused_by_both_sizes():
+@pytest.mark.parametrize(
+    ("areas", "size", "seen"),
+    [(EDIT, (1950, 10), "14304x64"), (EDIT, (10, 2010), "64x14528"), (EDIT_PLUS, (3000, 10), "6656x32")],
+)
+def test_a_picture_that_the_language_model_cannot_see_is_refused_by_both_sizes(areas, size, seen):
     """195 is fine; 14304 / 64 is not, and it is what the language model would be given."""
-    message = "the picture is 1950x10, which the language model would see at 14304x64, wanted a ratio"
+    own = f"{size[0]}x{size[1]}"
+    message = f"the picture is {own}, which the language model would see at {seen}, wanted a ratio"
     with pytest.raises(ValueError, match=message):
-        plan([(1950, 10)], areas=EDIT)
-    assert plan([(1950, 10)], areas=EDIT_PLUS).pictures[0].vl == (5376, 32)
-    assert plan([(2000, 10)], areas=EDIT_PLUS).pictures[0].vl == (5440, 32)
+        require_visible(plan([size], areas=areas))
+
+
+@pytest.mark.parametrize(("size", "seen"), [((1950, 10), 5376), ((2000, 10), 5440), ((2500, 10), 6080)])
+def test_rounding_makes_long_pictures_shorter_in_edit_plus(size, seen):
+    geometry = plan([size], areas=EDIT_PLUS)
+    require_visible(geometry)
+    assert geometry.pictures[0].vl == (seen, 32)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])

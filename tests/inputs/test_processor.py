@@ -129,8 +129,8 @@ def test_prompts_that_are_no_texts_are_refused(processor, prompts, message):
         ([], "got pictures for 0 prompts, wanted 1"),
         ([[picture()], [picture()]], "got pictures for 2 prompts, wanted 1"),
         ([picture()], "prompt 0 has a Image for pictures, wanted a list of PIL pictures"),
-        ([[torch.zeros(3, 8, 8)]], "prompt 0 has Tensor for pictures, wanted PIL pictures"),
-        ([[picture(), "a.png"]], "prompt 0 has str for pictures, wanted PIL pictures"),
+        ([[torch.zeros(3, 8, 8)]], r"pictures\[0\]\[0\] is Tensor of shape \(3, 8, 8\)"),
+        ([[picture(), "a.png"]], r"pictures\[0\]\[1\] is str 'a.png', wanted a PIL picture"),
     ],
 )
 def test_pictures_that_are_none_are_refused(processor, pictures, message):

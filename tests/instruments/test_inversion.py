@@ -226,5 +226,5 @@ def test_bad_input_is_refused_before_any_network_runs(pipe, described, change, m
             invert(pipe, described, **options)
     finally:
         hook.remove()
-    with pytest.raises(ValueError, match="picture is str, wanted a PIL picture"):
+    with pytest.raises(ValueError, match=r"picture is str 'a\.png', wanted a PIL picture"):
         picture_latents(pipe, "a.png")

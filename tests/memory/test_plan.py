@@ -200,7 +200,7 @@ def test_layered_has_a_frame_for_each_layer_and_one_more():
     assert made.peaks[Modes("stage")]["text encoding"] == text  # it sees no picture
     assert "3 layers of 64x64 from 1 picture" in str(made)
     assert "4 layers of 640x640 from 1 picture" in str(plan(folder, device="cpu"))
-    for options, message in (({"pictures": 0}, "pictures is 0, wanted a number from 1 to 1"),
+    for options, message in (({"pictures": 0}, "pictures for Qwen-Image-Layered is 0, wanted"),
                              ({"layers": 0}, "layers is 0"), ({"height": 100}, "height is 100")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             plan(folder, **options)
@@ -241,8 +241,8 @@ def test_the_memory_of_the_machine(monkeypatch, tmp_path):
 
 def test_bad_arguments(tmp_path):
     for options, message in (
-        ({"pictures": 2}, "pictures is 2, wanted a number from 0 to 1 for Qwen-Image-Edit"),
-        ({"pictures": True}, "pictures is True"),
+        ({"pictures": 2}, "pictures for Qwen-Image-Edit is 2, wanted at most 1"),
+        ({"pictures": True}, "pictures for Qwen-Image-Edit is True, wanted a whole number"),
         ({"height": 100}, "height is 100, wanted a positive multiple of 16"),
         ({"steps": 0}, "steps is 0"),
         ({"device_memory": "lots"}, "device_memory is 'lots'"),
