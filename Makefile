@@ -1,9 +1,10 @@
-# Everything runs inside .venv, which these rules make; nothing but Python 3.10+ and make is needed.
+# Everything runs inside .venv and .venv-run, which these rules make; only Python 3.10+ and make are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PLAIN := .venv-run
 
-.PHONY: edit test check format notebooks clean
+.PHONY: edit test smoke check format notebooks clean
 
 # pip gets every requirement of a rule in one call, with -c, so that each rule installs the same known set.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -20,16 +21,28 @@ $(VENV)/.dev: $(VENV)/.test
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	touch $@
 
+# Made anew, so that it never has more than the runtime requirements.
+$(PLAIN)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(PLAIN)
+	$(PLAIN)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt .
+	touch $@
+
 edit: $(VENV)/.run  ## edit the example picture with the embedded model
 	$(BIN)/python -m qwenedit.mini.demo examples/scene.png "make the circle red"
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-check: $(VENV)/.dev  ## what CI runs: format, lint, types, tests
+smoke: $(PLAIN)/.run  ## every public name and command, after a plain install
+	rm -rf build
+	$(PLAIN)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
+	$(PLAIN)/bin/python -I tests/smoke.py
+
+check: $(VENV)/.dev  ## what CI runs: format, lint, types, smoke test, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) smoke
 	$(MAKE) test
 
 format: $(VENV)/.dev
@@ -40,4 +53,4 @@ notebooks: $(VENV)/.test  ## execute the notebooks in place, as they are committ
 	$(BIN)/python -m notebooks.build
 
 clean:
-	rm -rf $(VENV) edited.png before-after.png concat_and_cfg
+	rm -rf $(VENV) $(PLAIN) build edited.png before-after.png concat_and_cfg

@@ -7,12 +7,11 @@ result = pipe.edit(picture, "make the circle red")
 result.images[0].save("out.png")
 """
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-with warnings.catch_warnings():
-    # torch warns if numpy is not installed; nothing here needs numpy
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+from qwenedit.cli.process import ended_by_interrupts
+
+with ended_by_interrupts():  # torch takes seconds
     from qwenedit.encoding.conditioning import Conditioning
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
     from qwenedit.instruments.determinism import deterministic

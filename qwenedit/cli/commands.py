@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from qwenedit.assembly import modes_of, other_files
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
+from qwenedit.cli.process import say
 from qwenedit.family import PRESETS, preset_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
@@ -100,18 +100,18 @@ def decompose(options: argparse.Namespace) -> None:
 
 def _save(images: Iterable[Any], outputs: list[Path]) -> None:
     save_pictures(images, outputs)
-    print(*outputs, sep="\n")
+    say(*outputs)
 
 
 def info(options: argparse.Namespace) -> None:
-    print(describe(options.model, revision=options.revision, files=_files(options)))
+    say(describe(options.model, revision=options.revision, files=_files(options)))
     if preset := find_preset(options.model, revision=options.revision):
-        print(f"  {preset}")
+        say(f"  {preset}")
 
 
 def verify(options: argparse.Namespace) -> None:
     report = verify_checkpoint(options.model, revision=options.revision, files=_files(options))
-    print(report)
+    say(report)
     if not report.ok:
         raise ValueError(
             f"{options.model or 'the embedded model'} does not fit the model: see the lines above"
@@ -122,27 +122,24 @@ def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
     names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
-    print(plan(options.model, **_chosen(options, *names, "revision"), files=_files(options)))
+    say(plan(options.model, **_chosen(options, *names, "revision"), files=_files(options)))
 
 
 def parity(options: argparse.Namespace) -> int:
     from qwenedit.parity.compare import PROMPT, parity
     from qwenedit.parity.report import DTYPES
 
-    try:
-        result = parity(
-            options.model,
-            options.output,
-            revision=options.revision,
-            picture=None if options.picture is None else open_picture(options.picture),
-            prompt=PROMPT if options.prompt is None else options.prompt,
-            dtypes=DTYPES if options.dtype is None else [options.dtype],
-            device=options.device,
-            progress=not options.quiet,
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("rows that are done are kept: run it again to go on") from None
-    print(result, options.output, sep="\n")
+    result = parity(
+        options.model,
+        options.output,
+        revision=options.revision,
+        picture=None if options.picture is None else open_picture(options.picture),
+        prompt=PROMPT if options.prompt is None else options.prompt,
+        dtypes=DTYPES if options.dtype is None else [options.dtype],
+        device=options.device,
+        progress=not options.quiet,
+    )
+    say(result, options.output)
     return 0 if result.ok else 1
 
 
@@ -151,11 +148,8 @@ def ablate(options: argparse.Namespace) -> None:
 
     folder = options.output or Path(options.spec.stem)
     chosen = _chosen(options, "device", "dtype", "yes")
-    try:
-        sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("edits that are done are kept: run it again to go on") from None
-    print(folder / "report.html")
+    sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
+    say(folder / "report.html")
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
@@ -194,7 +188,7 @@ def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
     for path, scale in loras:
         pipe.load_lora_weights(path, scale=scale)
     if options.model is None:
-        print("qwenedit: the embedded model knows drawn shapes only, not photographs", file=sys.stderr)
+        say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
 
 

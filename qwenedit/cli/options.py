@@ -16,47 +16,60 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwenedit.cli import commands
+from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.family import LIGHTNING
 from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
+from qwenedit.sampling.scheduler import MAX_STEPS
 from qwenedit.version import __version__
 
 __all__ = ["main"]
 
 _LINE = 3000  # characters of a message, which may list names
+_LEFT = "no file is half written"  # by a command that was interrupted
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage that argparse prints first."""
-        self.exit(2, f"qwenedit: {message} (see {self.prog} --help)\n")
+        say(f"qwenedit: {shown(message, _LINE)} (see {self.prog} --help)", error=True)
+        sys.exit(2)
+
+    def _print_message(self, message: str, _file: Any = None) -> None:
+        """Of --help and --version."""
+        try:
+            say(message.rstrip("\n"))
+        except ValueError as error:
+            self.error(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be printable here
+    options, interrupts = None, Interrupts()
     try:
-        with warnings.catch_warnings():
+        with interrupts, warnings.catch_warnings():
+            options = _parser().parse_args(arguments)
             warnings.showwarning = _warn
             return options.run(options) or 0  # `parity` returns its own status
-    except KeyboardInterrupt as stop:
-        print(f"qwenedit: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if options.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupts.came or isinstance(error, KeyboardInterrupt):
+            say(f"qwenedit: interrupted; {options.left if options else _LEFT}", error=True)
+            return INTERRUPTED
+        if options is None or options.debug:
             raise
-        print(f"qwenedit: {_one_line(error)}", file=sys.stderr)
+        say(f"qwenedit: {_one_line(error)}", error=True)
         return 2
 
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
     """A warning in one line, without its place in the code."""
-    print(f"qwenedit: warning: {shown(' '.join(str(message).split()), _LINE)}", file=sys.stderr)
+    say(f"qwenedit: warning: {shown(' '.join(str(message).split()), _LINE)}", error=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = shown(" ".join(str(error).split()), _LINE) or type(error).__name__
     expected = isinstance(error, (ValueError, ArithmeticError, OSError))
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
@@ -67,10 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwenedit {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+    def command(
+        run: Callable[[argparse.Namespace], int | None], help: str, left: str = _LEFT
+    ) -> argparse.ArgumentParser:
         added = subparsers.add_parser(run.__name__, help=help)
         added.add_argument("--debug", action="store_true", help="show tracebacks")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, left=left)
         return added
 
     edit = command(commands.edit, "change a picture as a prompt says")
@@ -92,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="what the picture shows")
     _run_options(decompose)
     add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
-    add("--resolution", type=_positive, metavar="R", help="640 (default) or 1024: layers of R x R in area")
+    add("--resolution", type=_side, metavar="R", help="640 (default) or 1024: layers of R x R in area")
 
     _checkpoint_options(command(commands.info, "what a checkpoint holds, or what would be downloaded"))
     _checkpoint_options(
@@ -105,14 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
         plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
     for option in ("--height", "--width"):
-        plan.add_argument(option, type=_positive, metavar="N", help="of the output (default: the model's)")
+        plan.add_argument(option, type=_side, metavar="N", help="of the output (default: the model's)")
     plan.add_argument("--pictures", type=_whole, metavar="N", help="how many are given (default: 1)")
-    plan.add_argument("--layers", type=_positive, default=4, metavar="N", help="of Layered (default: 4)")
+    plan.add_argument("--layers", type=_batch, default=4, metavar="N", help="of Layered (default: 4)")
     _device_options(plan)
 
     parity = command(
         commands.parity,
         "a checkpoint through our modules and the reference's, one by one; nothing is downloaded",
+        "rows that are done are kept: run it again to go on",
     )
     _model_options(parity)
     add = parity.add_argument
@@ -132,7 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     _device_options(parity, dtype=False)
     _quiet_option(parity)
 
-    ablate = command(commands.ablate, "run a grid of settings over pictures and seeds, and report")
+    ablate = command(
+        commands.ablate,
+        "run a grid of settings over pictures and seeds, and report",
+        "edits that are done are kept: run it again to go on",
+    )
     ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
     ablate.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
@@ -150,7 +170,7 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--steps", type=_positive, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--steps", type=_steps, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
@@ -190,7 +210,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     for option, letter in (("--height", "H"), ("--width", "W")):
         help = "of the output, a multiple of 16 (default: as the picture)"
-        add(option, type=_whole, metavar=letter, help=help)
+        add(option, type=_side, metavar=letter, help=help)
     add(
         "--num-images",
         type=_batch,
@@ -261,18 +281,25 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-def _positive(text: str) -> int:
+def _count(text: str, most: int) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{value} is more than {most}")
     return value
+
+
+def _steps(text: str) -> int:
+    return _count(text, MAX_STEPS)
 
 
 def _batch(text: str) -> int:
-    value = _positive(text)
-    if value > 1000:  # all run in one batch
-        raise argparse.ArgumentTypeError(f"{value} is more than 1000")
-    return value
+    return _count(text, 1000)  # all run in one batch
+
+
+def _side(text: str) -> int:
+    return _count(text, 16384)  # more pixels than any memory is enough for
 
 
 def _seed(text: str) -> int:

@@ -19,7 +19,9 @@ from qwenedit.checks import whole_number
 from qwenedit.foreign import read_json
 from qwenedit.weights.configs import config_from
 
-__all__ = ["FlowMatchScheduler", "given_sigmas", "load_scheduler"]
+__all__ = ["MAX_STEPS", "FlowMatchScheduler", "given_sigmas", "load_scheduler"]
+
+MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +92,10 @@ class FlowMatchScheduler:
         reference's stretch is 0/0 and its sigma NaN; ours stays 1.
 
         Raises:
-            ValueError: no steps, custom sigmas that do not fall within (0, 1] or are not `steps` many, or
-                sigmas so close that float32 or the shift makes them equal.
+            ValueError: no steps, or more than `MAX_STEPS`; custom sigmas that do not fall within (0, 1] or
+                are not `steps` many; or sigmas so close that float32 or the shift makes them equal.
         """
-        steps = whole_number("num_inference_steps", steps)
+        steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
         plain = _even(steps) if custom is None else _checked(custom, steps)
         t = self._shifted(torch.tensor(plain, dtype=torch.float32), tokens)
         if self.shift_terminal:

@@ -140,7 +140,7 @@ def test_bad_options(picture, capsys):
         return fails(capsys, "edit", picture, "x", "-o", "out.png", *QUICK, *options)
 
     assert "height is 50, wanted a positive multiple of 16: the next one is 64" in edit("--height", 50)
-    assert "width is -16" in edit("--width", -16)
+    assert "--width: -16 is not a positive number" in edit("--width", -16)
     assert "--steps: 0 is not a positive number" in edit("--steps", 0)
     assert "--num-images: 0 is not a positive number" in edit("--num-images", 0)
     assert "device is 'bogus'" in edit("--device", "bogus")
@@ -170,7 +170,7 @@ def test_numbers_that_are_none_or_too_large(picture, capsys):
     assert "--num-images: 1000000000 is more than 1000" in edit("--num-images", 10**9)
     for seed in (10**30, -1):
         assert f"--seed: {seed} is not from 0 to 2**64 - 1" in edit("--seed", seed)
-    assert "250000000 tokens are too many for the schedule" in edit("--height", 10**9)
+    assert "--height: 1000000000 is more than 16384" in edit("--height", 10**9)
     for scale in ("nan", "inf"):
         assert f"true_cfg_scale is {scale}, wanted a finite number" in edit("--true-cfg-scale", scale)
 
