@@ -1,6 +1,7 @@
 """Conversions between raw latents, normalised latents and tokens, and the layout of the token sequence.
 
-Tokens are 2x2 latent pixels: at 8 pixels a latent pixel, a token is 16x16 pixels of the picture.
+A token is 2x2 latent pixels. How many pixels that is follows from the VAE: 16x16 at 8 pixels a latent pixel,
+as in the official checkpoints.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-__all__ = ["Grid", "Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
+__all__ = ["PATCH", "Grid", "Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
+
+PATCH = 2  # latent pixels along a token's side, as the reference's pipelines pack, whatever a config says
 
 Grid = tuple[int, int, int]  # frames (1 for a picture), rows, columns of tokens
 
@@ -51,13 +54,15 @@ def pack(latents: Tensor) -> Tensor:
 
     Source: `QwenImageEditPipeline._pack_latents`; within a token the order is channel, row, column.
     """
-    return rearrange(latents, "b c f (y p) (x q) -> b (f y x) (c p q)", p=2, q=2)
+    return rearrange(latents, "b c f (y p) (x q) -> b (f y x) (c p q)", p=PATCH, q=PATCH)
 
 
 def unpack(tokens: Tensor, grid: Grid) -> Tensor:
     """(B, S, 4 C) tokens of one grid (frames, rows, columns) -> (B, C, F, 2 rows, 2 columns) latents."""
     frames, rows, columns = grid
-    return rearrange(tokens, "b (f y x) (c p q) -> b c f (y p) (x q)", f=frames, y=rows, x=columns, p=2, q=2)
+    return rearrange(
+        tokens, "b (f y x) (c p q) -> b c f (y p) (x q)", f=frames, y=rows, x=columns, p=PATCH, q=PATCH
+    )
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def initial_noise(
     Source: `prepare_latents` of the pipelines with diffusers' `randn_tensor`.
     """
     frames, rows, columns = grid
-    shape = (frames, channels, 2 * rows, 2 * columns)
+    shape = (frames, channels, PATCH * rows, PATCH * columns)
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     if isinstance(generator, Sequence) and len(generators) != batch:
         raise ValueError(

@@ -10,6 +10,7 @@ VAE has four channels and decodes each layer separately.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class Layers(System):
             there), in adding an alpha channel to pictures without one, and in accepting other resolutions.
         """
         check_run(output_type, num_images_per_prompt, max_sequence_length)
-        rows = layer_rows(image, prompt, negative_prompt, self.variant, layers, resolution)
+        rows = layer_rows(image, prompt, negative_prompt, self.variant, self.areas, layers, resolution)
         switches = Switches(seen=Seen(picture="unseen"))
         frames = 1 + int(layers)
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
@@ -120,6 +121,7 @@ def layer_rows(
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None,
     variant: Variant,
+    areas: Areas,
     layers: int,
     resolution: int,
 ) -> list[BatchRow]:
@@ -139,7 +141,7 @@ def layer_rows(
             "the prompt is empty, wanted a description of the picture: nothing captions it here, unlike in "
             "the reference"
         )
-    areas = Areas(vae=resolution * resolution, vl=None)
+    areas = dataclasses.replace(areas, vae=resolution * resolution, vl=None)
     return rows_of(prompt, negative_prompt, image, variant, areas, None, None)
 
 

@@ -142,8 +142,9 @@ class QwenImageEdit(Loras, Layers):
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
             num_inference_steps: Euler steps.
             sigmas: unshifted sigmas in place of the evenly spaced ones, one per step.
-            height, width: of the output, multiples of 16; by default they follow from the picture (the last
-                one, for the multi-picture variants) at the checkpoint's area.
+            height, width: of the output, multiples of a token's side, 16 in the official checkpoints; by
+                default they follow from the picture (the last one, for the multi-picture variants) at the
+                checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
@@ -186,8 +187,9 @@ class QwenImageEdit(Loras, Layers):
     ) -> Result:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
-        The arguments are those of `edit`; height and width default to a square of the checkpoint's area.
-        Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
+        The arguments are those of `edit`; height and width default to 128 latent pixels, 1024 in the official
+        checkpoints, or to a square of the area that the checkpoint's model_index.json names. Prompts
+        are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """

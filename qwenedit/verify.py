@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwenedit.family import Variant
 from qwenedit.inputs.processor import Processor
+from qwenedit.latents import PATCH
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.weights.checkpoints import COMPONENTS, download_plan, find_local, is_local, read_variant
 from qwenedit.weights.configs import network_config
@@ -32,14 +33,13 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
     agree = [
         ("transformer's joint_attention_dim", transformer.joint_attention_dim,
          "text_encoder's hidden_size", text.hidden_size),
+        ("transformer's patch_size", transformer.patch_size, "pipeline's", PATCH),
         ("transformer's out_channels", transformer.out_channels, "vae's z_dim", vae_config.z_dim),
         ("text_encoder's image_token_id", text_encoder.image_token_id,
          "tokenizer's", processor.image_token_id),
         ("transformer's use_additional_t_cond", transformer.use_additional_t_cond, "pipeline's", layered),
         ("transformer's use_layer3d_rope", transformer.use_layer3d_rope, "pipeline's", layered),
         ("vae's input_channels", vae_config.input_channels, "pipeline's", 4 if layered else 3),
-        ("scheduler's time_shift_type", load_scheduler(folder).time_shift_type,
-         "pipeline's", "linear" if layered else "exponential"),
     ]  # fmt: skip
     if pictures:
         config = processor.config

@@ -115,9 +115,9 @@ def edited(tmp_path, kind, file, **changes):
         ("edit", "vae/config.json", {"input_channels": 4}, "vae's input_channels is 4, wanted .* 3"),
         (
             "layered",
-            "scheduler/scheduler_config.json",
-            {"time_shift_type": "exponential"},
-            "time_shift_type is exponential, wanted the pipeline's, linear",
+            "transformer/config.json",
+            {"patch_size": 1, "in_channels": 16},
+            "patch_size is 1, wanted the pipeline's, 2",
         ),
         (
             "edit",

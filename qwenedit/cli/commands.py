@@ -92,7 +92,8 @@ def decompose(options: argparse.Namespace) -> None:
     _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
     folder = _folder(options)
     variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
-    (row,) = layer_rows(picture, *prompts, variant, layering.layers, layering.resolution)
+    areas = read_areas(folder, variant)
+    (row,) = layer_rows(picture, *prompts, variant, areas, layering.layers, layering.resolution)
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
     settings = {**vars(run), **vars(layering), "generator": _generator(options)}
     _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)

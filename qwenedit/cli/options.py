@@ -209,7 +209,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
     for option, letter in (("--height", "H"), ("--width", "W")):
-        help = "of the output, a multiple of 16 (default: as the picture)"
+        help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
         add(option, type=_side, metavar=letter, help=help)
     add(
         "--num-images",

@@ -74,8 +74,8 @@ class Conditioning:
 
     Attributes:
         prompt, negative: embeddings of B prompts and of their negative prompts (None: no guidance possible).
-        target_grid: (1, rows, columns) of the picture to make; a token is 16x16 pixels. For Layered the
-            frames are the whole picture and its layers.
+        target_grid: (1, rows, columns) of tokens of the picture to make. For Layered the frames are the whole
+            picture and its layers.
         reference_latents: for each row, for each of its pictures, normalised packed latents (S_k, C).
         reference_grids: likewise, the grid of each.
         provenance: prompts, variant, version and switches as text. It is saved too; a run only compares the

@@ -1,5 +1,7 @@
 """Every size of a run: for the VAE, for the language model, in tokens, and the maps between them.
 
+A token is a square of pixels whose side follows from the checkpoint (`Areas.token`): 16 in the official ones.
+
 Sizes are (width, height) as in PIL, except in `smart_resize`. Coordinates are continuous and start at the top
 left corner: pixel i covers [i, i + 1), so a resize maps x to x * new width / old width. Coordinates are never
 rounded here; round last if you want pixels.
@@ -24,29 +26,34 @@ Size = tuple[int, int]  # width, height in pixels
 Grid = tuple[int, int, int]  # frames (1), rows and columns of tokens; `latents.Grid` without importing torch
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-_TOKEN = 16  # the side of a token: 2 latent pixels of 8 pixels each
-_MULTIPLE = 32  # sides that follow from an area are rounded to this, as in the official pipelines
+_MULTIPLE = 32  # sides that follow from an area are rounded to this in the pipelines, whatever a token's side
 _LONGEST = 200  # the largest ratio of sides that `smart_resize` accepts, here as in the reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Areas:
-    """The areas in pixels that pictures are resized to.
+    """The areas in pixels that pictures are resized to, and the side of a token.
 
     Attributes:
-        vae: for the VAE, and for an output without a given size; 1024 squared in the official checkpoints.
+        token: the side of a token in pixels: 2 latent pixels of the VAE. Output sizes are multiples of it.
+        vae: for the VAE, and for the output of an edit without a given size.
         vl: for the language model; 384 squared in Edit-Plus. None if it sees the VAE's picture, as in Edit,
             which takes one picture.
+        text_only: of an output that follows from text alone, without a given size.
 
     Raises:
-        ValueError: an area that is not positive.
+        ValueError: an area or a side that is not positive.
     """
 
+    token: int
     vae: int = 1024 * 1024
     vl: int | None = 384 * 384
+    text_only: int = 1024 * 1024
 
     def __post_init__(self) -> None:
-        for name, area in (("vae", self.vae), ("vl", self.vl)):
+        if self.token < 1:
+            raise ValueError(f"the side of a token is {self.token}, wanted a positive number of pixels")
+        for name, area in (("vae", self.vae), ("vl", self.vl), ("text_only", self.text_only)):
             if area is not None and area < 1:
                 raise ValueError(f"the {name} area is {area}, wanted a positive number of pixels")
 
@@ -92,15 +99,17 @@ class Picture:
         size: of the picture as given.
         vae: size that the VAE encodes; its tokens are the transformer's reference tokens.
         vl: size that the processor gets for the language model, before `smart_resize`.
+        token: the side of a token in pixels of the VAE's size.
     """
 
     size: Size
     vae: Size
     vl: Size
+    token: int
 
     @property
     def grid(self) -> Grid:
-        return _grid(self.vae)
+        return _grid(self.vae, self.token)
 
     @property
     def to_vae(self) -> Resize:
@@ -112,7 +121,7 @@ class Picture:
         Raises:
             ValueError: there is no such token.
         """
-        return self.to_vae.back_box(_token_box(self.grid, row, column))
+        return self.to_vae.back_box(_token_box(self.grid, self.token, row, column))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +132,18 @@ class Geometry:
         size: of the picture to make.
         pictures: the input pictures in order; none in text-to-image.
         follows: index of the picture whose size the output follows; None without pictures.
+        token: the side of a token in pixels.
     """
 
     size: Size
     pictures: tuple[Picture, ...]
     follows: int | None
+    token: int
 
     @property
     def grid(self) -> Grid:
         """Tokens of the picture to make."""
-        return _grid(self.size)
+        return _grid(self.size, self.token)
 
     @property
     def to_output(self) -> Resize:
@@ -160,7 +171,7 @@ class Geometry:
         Raises:
             ValueError: there is no such token.
         """
-        return _token_box(self.grid, row, column)
+        return _token_box(self.grid, self.token, row, column)
 
 
 def plan(
@@ -175,12 +186,12 @@ def plan(
 
     Args:
         pictures: (width, height) of each; none for text-to-image, which defaults to a square.
-        areas: the checkpoint's areas; `areas.vl` tells Edit from Edit-Plus.
+        areas: the checkpoint's areas and a token's side; `areas.vl` tells Edit from Edit-Plus.
         height, width: of the output; if one is omitted, it follows from a picture at the VAE's area,
             independently of the other, as in the reference.
         follow: index of the picture that the output's size follows; the reference takes the last.
 
-    >>> edit = plan([(1920, 1080)], areas=Areas(vl=None))
+    >>> edit = plan([(1920, 1080)], areas=Areas(token=16, vl=None))
     >>> edit.size, edit.grid, edit.pictures[0].vl
     ((1376, 768), (1, 48, 86), (1376, 768))
 
@@ -197,14 +208,15 @@ def plan(
         raise ValueError(f"the output follows picture {follow}, but there are {len(pictures)}")
     planned = tuple(_picture(size, areas) for size in pictures)
     follows = follow % len(pictures) if pictures else None
-    default = fit_area(areas.vae, 1.0, _TOKEN) if follows is None else planned[follows].vae
+    default = fit_area(areas.text_only, 1.0, areas.token) if follows is None else planned[follows].vae
     return Geometry(
         size=(
-            default[0] if width is None else _side("width", width),
-            default[1] if height is None else _side("height", height),
+            default[0] if width is None else _side("width", width, areas.token),
+            default[1] if height is None else _side("height", height, areas.token),
         ),
         pictures=planned,
         follows=follows,
+        token=areas.token,
     )
 
 
@@ -290,7 +302,12 @@ def _picture(size: Size, areas: Areas) -> Picture:
     ratio = width / height
     vae = fit_area(areas.vae, ratio)
     vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
-    return Picture(size=(width, height), vae=vae, vl=vl)
+    if vae[0] % areas.token or vae[1] % areas.token:
+        raise ValueError(
+            f"the VAE would see the picture at {vae[0]}x{vae[1]}, wanted sides that are multiples of "
+            f"{areas.token}, a token's"
+        )
+    return Picture(size=(width, height), vae=vae, vl=vl, token=areas.token)
 
 
 def _require_pixels(width: int, height: int) -> None:
@@ -298,27 +315,27 @@ def _require_pixels(width: int, height: int) -> None:
         raise ValueError(f"the picture is {width}x{height} pixels, wanted at least 1x1")
 
 
-def _side(name: str, value: int) -> int:
+def _side(name: str, value: int, token: int) -> int:
     try:  # not `checks.whole_number`, which would import torch
         side = operator.index(value)
     except (TypeError, RuntimeError):
         raise ValueError(f"{name} is {value!r}, wanted a whole number of pixels") from None
-    if side < 1 or side % _TOKEN:
-        following = max(1, math.ceil(side / _TOKEN)) * _TOKEN
+    if side < 1 or side % token:
+        following = max(1, math.ceil(side / token)) * token
         raise ValueError(
-            f"{name} is {side}, wanted a positive multiple of {_TOKEN}: the next one is {following}"
+            f"{name} is {side}, wanted a positive multiple of {token}: the next one is {following}"
         )
     return side
 
 
-def _grid(size: Size) -> Grid:
-    return 1, size[1] // _TOKEN, size[0] // _TOKEN
+def _grid(size: Size, token: int) -> Grid:
+    return 1, size[1] // token, size[0] // token
 
 
-def _token_box(grid: Grid, row: int, column: int) -> Box:
+def _token_box(grid: Grid, token: int, row: int, column: int) -> Box:
     _, rows, columns = grid
     if not (0 <= row < rows and 0 <= column < columns):
         raise ValueError(
             f"no token at row {row}, column {column}: the grid has {rows} rows, {columns} columns"
         )
-    return column * _TOKEN, row * _TOKEN, (column + 1) * _TOKEN, (row + 1) * _TOKEN
+    return column * token, row * token, (column + 1) * token, (row + 1) * token

@@ -267,7 +267,7 @@ def _sketch(
     side = round(areas.vae**0.5)
     if variant.layered:  # the picture is encoded at the size of the layers
         side = LAYERING.resolution
-        areas = geometry.Areas(vae=(width or side) * (height or side), vl=None)
+        areas = replace(areas, vae=(width or side) * (height or side), vl=None)
     sizes = [(width or side, height or side)] * pictures
     return geometry.plan(sizes, areas=areas, height=height, width=width)
 

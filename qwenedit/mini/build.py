@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from qwenedit.files import replacing_file
 from qwenedit.foreign import read_json
+from qwenedit.latents import PATCH
 from qwenedit.mini import vocabulary
 from qwenedit.mini.vocabulary import write_json
 from qwenedit.networks import mmdit, vae
@@ -63,6 +64,7 @@ AUTOENCODER = vae.VAEConfig(
     latents_mean=(0.0,) * 16,
     latents_std=(1.0,) * 16,
 )
+TOKEN = PATCH * AUTOENCODER.spatial_factor  # the side of a token in pixels
 PREPROCESSOR = {
     "do_convert_rgb": True,
     "do_normalize": True,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qwenedit.family import EDIT
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
-from qwenedit.latents import normalise, pack
+from qwenedit.latents import PATCH, normalise, pack
+from qwenedit.mini.build import TOKEN
 from qwenedit.mini.scenes import (
     ACTIONS,
     COLOURS,
@@ -49,7 +50,7 @@ DRAWS = 2  # noises for each encoded prompt
 SHIFT = 2.5  # of the training's sigmas towards noise
 NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # how often each is dropped
 CHANGED_WEIGHT = 3.0  # of the loss on tokens that a determined edit changes
-CELLS = SIDE // 16  # cells (tokens) per side of a picture
+CELLS = SIDE // TOKEN  # cells (tokens) per side of a picture
 GREY = 128  # the language model sees a picture of this value when its picture is dropped
 
 # Relative frequency of each action. Replacing takes longest to learn, then the background.
@@ -116,8 +117,8 @@ def _cells(shape: Shape) -> list[int]:
     cells = []
     for row in range(CELLS):
         for column in range(CELLS):
-            dx = shape.x - min(max(shape.x, column * 16), column * 16 + 16)
-            dy = shape.y - min(max(shape.y, row * 16), row * 16 + 16)
+            dx = shape.x - min(max(shape.x, column * TOKEN), (column + 1) * TOKEN)
+            dy = shape.y - min(max(shape.y, row * TOKEN), (row + 1) * TOKEN)
             if math.hypot(dx, dy) < 0.8 * shape.radius:
                 cells.append(row * CELLS + column)
     return cells
@@ -155,7 +156,7 @@ class World:
             before.append(paint(scene))
             after.append(paint(target))
             change = (before[-1] - after[-1]).abs().amax(dim=0)
-            changed = F.max_pool2d(change[None], 16)[0].flatten() > 0.02
+            changed = F.max_pool2d(change[None], TOKEN)[0].flatten() > 0.02
             labels[-1]["changed"] = changed.float().tolist()
             weights.append(torch.ones(CELLS**2) if request.is_open else 1 + changed * (CHANGED_WEIGHT - 1))
         pictures = torch.stack(before + after).clamp(0, 1)
@@ -217,7 +218,7 @@ class Pool:
         # Stratified: one sigma falls into each of `draws` equal parts.
         uniform = torch.randperm(draws, generator=generator) + torch.rand(draws, generator=generator)
         uniform = uniform / draws
-        noise = torch.randn((draws, CELLS**2, world.vae.config.z_dim * 4), generator=generator)
+        noise = torch.randn((draws, CELLS**2, world.vae.config.z_dim * PATCH**2), generator=generator)
         no_prompt, no_picture = torch.rand((2, size), generator=generator) < torch.tensor(
             [[NO_PROMPT], [NO_PICTURE]]
         )

@@ -19,7 +19,7 @@ from qwenedit.family import EDIT, VARIANTS
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import Processor
 from qwenedit.latents import Grid
-from qwenedit.mini.build import AREA, SCHEDULER, TRANSFORMER, text_encoder_config
+from qwenedit.mini.build import AREA, SCHEDULER, TOKEN, TRANSFORMER, text_encoder_config
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
@@ -180,7 +180,7 @@ def averaged(
         scheduler=config_from(FlowMatchScheduler, SCHEDULER, "scheduler"),
         processor=tokens,
         variant=VARIANTS["QwenImageEditPipeline"],
-        areas=Areas(vae=AREA, vl=None),
+        areas=Areas(token=TOKEN, vae=AREA, vl=None, text_only=AREA),
     )
     pipe.progress = False
     return pipe

@@ -133,8 +133,8 @@ class VAE(Tapped):
     def encode(self, pixels: Tensor) -> Posterior:
         """The distribution of the raw latents of pictures or videos.
 
-        Shapes: `pixels` (B, C, F, Y, X) with F = 1 + 4 k, Y and X multiples of the spatial factor (8); mean
-            and logvar (B, Z, 1 + 4 k / temporal factor, Y / 8, X / 8).
+        Shapes: `pixels` (B, C, F, Y, X) with F = 1 + 4 k, Y and X multiples of the spatial factor s; mean
+            and logvar (B, Z, 1 + 4 k / temporal factor, Y / s, X / s).
         Units: pixels in [-1, 1]; logvar is clamped to [-30, 20].
         Raises: ValueError for other shapes. The reference silently drops the frames beyond 1 + 4 k.
         Source: `AutoencoderKLQwenImage._encode`.
@@ -155,7 +155,7 @@ class VAE(Tapped):
     def decode(self, latents: Tensor) -> Tensor:
         """The pictures or videos of raw latents, one latent frame at a time.
 
-        Shapes: `latents` (B, Z, f, y, x); returns (B, C, 1 + (f - 1) * temporal factor, 8 y, 8 x).
+        Shapes: `latents` (B, Z, f, y, x); returns (B, C, 1 + (f - 1) * temporal factor, s y, s x).
         Units: latents as `encode` gives them, not normalised; pixels are clamped to [-1, 1], after their tap.
         Raises: ValueError for other shapes.
         Source: `AutoencoderKLQwenImage._decode`.

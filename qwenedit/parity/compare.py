@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from qwenedit.checks import device_of
 from qwenedit.files import replacing_file
-from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
 from qwenedit.parity.reference import (
@@ -90,7 +89,7 @@ def parity(
         raise ValueError(f"{variant.name} makes pictures from text only: it takes no picture")
     check_prompt(prompt, illustrated=variant.takes_pictures)
     areas = read_areas(folder, variant)
-    areas = Areas(vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
+    areas = replace(areas, vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
     picture = _drawn() if picture is None else as_picture(picture, "picture")
     shown = picture.convert("RGBA" if variant.layered else "RGB")
     about = {

@@ -6,8 +6,10 @@ rest of the package runs without them.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +93,7 @@ def prepare(
     config: VisionLanguageConfig = network_config(folder, "text_encoder")
     vae_config: VAEConfig = network_config(folder, "vae")
     size = seen_size = fit_area(areas.vae, picture.width / picture.height)
+    pipeline = _pipeline(folder, vae_config, sees=edits)
     exact: list[Exact] = []
     if edits:
         planned = plan([picture.size], areas=areas).pictures[0]
@@ -99,14 +102,14 @@ def prepare(
         for name, got, area in (("vae size", size, areas.vae), ("vl size", seen_size, areas.vl or areas.vae)):
             wanted = official.calculate_dimensions(area, picture.width / picture.height)
             exact.append((name, got, tuple(wanted[:2])))
-    images = import_module("diffusers.image_processor").VaeImageProcessor(vae_scale_factor=16)
+    images = pipeline.image_processor
     picture = picture.convert("RGBA" if variant.layered else "RGB")
     pixels = images.preprocess(images.resize(picture, size[1], size[0]), size[1], size[0])
     exact.append(("pixels", (rgba_pixels if variant.layered else vae_pixels)(picture, *size), pixels))
 
     processor = Processor.from_folder(folder)
     ours = processor([prompt], [[resize_rgb(picture, *seen_size)]] if edits else None, variant.template)
-    fed, drop_index = _fed(folder, prompt, images.resize(picture, *seen_size[::-1]) if edits else None)
+    fed, drop_index = _fed(pipeline, prompt, images.resize(picture, *seen_size[::-1]) if edits else None)
     ids, patches, thw = fed["input_ids"], fed.get("pixel_values"), fed.get("image_grid_thw")
     seen = [] if thw is None else [tuple(grid) for grid in thw.tolist()]
     exact += [
@@ -129,10 +132,15 @@ def prepare(
             ("windows", (order, lengths), (index.tolist(), official_lengths)),
         ]
 
-    grid = (1, size[1] // 16, size[0] // 16)
+    factor = pipeline.vae_scale_factor
+    grid = (1, size[1] // factor // 2, size[0] // factor // 2)
+    own_grid = plan([], areas=areas, width=size[0], height=size[1]).grid
     target = (FRAMES if variant.layered else 1, *grid[1:])
-    sigmas, noise, equal = _start(folder, vae_config.z_dim, target)
-    exact += equal
+    sigmas = _official_sigmas(pipeline, picture if variant.takes_pictures else None, target)
+    own_sigmas = torch.tensor(load_scheduler(folder).sigmas(STEPS, math.prod(grid)))
+    exact += [("token grid", own_grid, grid), ("sigmas", own_sigmas, sigmas)]
+    noise, own_noise = _noises(vae_config.z_dim, target)
+    exact.append(("noise", own_noise, noise))
     streams = {"pixels": pixels[:, :, None], "noise": noise, "timestep": sigmas[1:2].clone()}
     if patches is not None:
         streams["patches"] = patches
@@ -147,36 +155,71 @@ def prepare(
     return case, exact
 
 
-def _start(folder: Path, channels: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, list[Exact]]:
-    """The reference's schedule and initial noise, and the comparison of both with ours."""
-    official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
-    schedulers = import_module("diffusers").FlowMatchEulerDiscreteScheduler
-    scheduler = schedulers.from_pretrained(folder / "scheduler")
-    frames, rows, columns = grid
-    if scheduler.config["time_shift_type"] == "linear":  # as Layered's pipeline has it
-        even, mu = official.np.linspace(1.0, 0, STEPS + 1)[:-1], (rows * columns / 256) ** 0.5
-    else:
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        even = official.np.linspace(1.0, 1 / STEPS, STEPS)
-        mu = official.calculate_shift(rows * columns, *(scheduler.config[key] for key in keys))
-    scheduler.set_timesteps(sigmas=even, mu=mu)
-    drawn: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
-    shape, seed = (1, frames, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
-    drawn_frames = official.randn_tensor(shape, seed, **drawn).split(1, dim=1)
-    noise = torch.cat([official_pack(frame) for frame in drawn_frames], dim=1)
-    own_noise = initial_noise(1, channels, grid, generator=torch.Generator().manual_seed(SEED), **drawn)
-    own_sigmas = torch.tensor(load_scheduler(folder).sigmas(STEPS, rows * columns))
-    both: list[Exact] = [("sigmas", own_sigmas, scheduler.sigmas), ("noise", own_noise, noise)]
-    return scheduler.sigmas, noise, both
-
-
-def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], int]:
-    """The inputs that the reference's pipeline gives its text encoder, and how many tokens it then drops."""
-    transformers = import_module("transformers")
+def _pipeline(folder: Path, config: VAEConfig, *, sees: bool) -> Any:
+    """The reference's pipeline without its networks; with a processor if the text encoder `sees` pictures."""
+    index = read_json(folder / "model_index.json")
+    diffusers, transformers = import_module("diffusers"), import_module("transformers")
     holders = [folder / "tokenizer", folder / "processor"]
     tokenizer = transformers.Qwen2TokenizerFast.from_pretrained(
         next((one for one in holders if has_tokenizer(one)), holders[0])
     )
+    parts: dict[str, Any] = {}
+    if "processor" in index:
+        parts["processor"] = _processor(folder, tokenizer) if sees else None
+    pipeline = getattr(diffusers, index["_class_name"])(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=SimpleNamespace(config=config, temperal_downsample=config.temperal_downsample),
+        text_encoder=SimpleNamespace(dtype=torch.float32),
+        tokenizer=tokenizer,
+        transformer=SimpleNamespace(config=network_config(folder, "transformer")),
+        **parts,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _official_sigmas(pipeline: Any, picture: Image.Image | None, grid: tuple[int, int, int]) -> Tensor:
+    """The sigmas of a run of the reference's own pipeline, which decides how the schedule shifts.
+
+    The run ends when the schedule is set. Layered's pipeline has constant sizes, and the shift there follows
+    from the picture's latents: what stands for the VAE makes them as large as the grid.
+    """
+    frames, rows, columns = grid
+    shape = (1, pipeline.vae.config.z_dim, 1, 2 * rows, 2 * columns)
+    pipeline.vae.encode = lambda _pixels: SimpleNamespace(latents=torch.zeros(shape))
+    pipeline.encode_prompt = lambda **_: (torch.zeros(1, 1, 1), None)
+    scheduler, side = pipeline.scheduler, 2 * pipeline.vae_scale_factor
+    official = scheduler.set_timesteps
+
+    @wraps(official)
+    def set_timesteps(*args: Any, **options: Any) -> None:
+        official(*args, **options)
+        pipeline._interrupt = True  # no step runs
+
+    scheduler.set_timesteps = set_timesteps
+    options: dict[str, Any] = {"height": rows * side, "width": columns * side}
+    if frames > 1:
+        options = {"layers": frames - 1}
+    if picture is not None:
+        options["image"] = picture
+    pipeline(prompt="x", true_cfg_scale=1.0, num_inference_steps=STEPS, output_type="latent", **options)
+    sigmas: Tensor = scheduler.sigmas
+    return sigmas
+
+
+def _noises(channels: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The initial noise that the reference's functions draw, and ours."""
+    official = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage")
+    frames, rows, columns = grid
+    drawn: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    shape, seed = (1, frames, channels, 2 * rows, 2 * columns), torch.Generator().manual_seed(SEED)
+    drawn_frames = official.randn_tensor(shape, seed, **drawn).split(1, dim=1)
+    noise = torch.cat([official_pack(frame) for frame in drawn_frames], dim=1)
+    return noise, initial_noise(1, channels, grid, generator=torch.Generator().manual_seed(SEED), **drawn)
+
+
+def _fed(pipeline: Any, prompt: str, picture: Image.Image | None) -> tuple[dict[str, Tensor], int]:
+    """The inputs that the reference's pipeline gives its text encoder, and how many tokens it then drops."""
     fed: dict[str, Tensor] = {}
 
     def text_encoder(**inputs: Any) -> SimpleNamespace:
@@ -184,14 +227,7 @@ def _fed(folder: Path, prompt: str, picture: Image.Image | None) -> tuple[dict[s
         return SimpleNamespace(hidden_states=[inputs["input_ids"].float()[..., None]])
 
     text_encoder.dtype = torch.float32  # type: ignore[attr-defined]
-    index = read_json(folder / "model_index.json")
-    parts: dict[str, Any] = {}
-    if "processor" in index:
-        parts["processor"] = None if picture is None else _processor(folder, tokenizer)
-    official = getattr(import_module("diffusers"), index["_class_name"])
-    pipeline = official(
-        scheduler=None, vae=None, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None, **parts
-    )
+    pipeline.text_encoder = text_encoder
     image = {} if picture is None else {"image": [picture]}
     kept = pipeline._get_qwen_prompt_embeds([prompt], device=torch.device("cpu"), **image)[0]
     return fed, fed["input_ids"].shape[1] - kept.shape[1]

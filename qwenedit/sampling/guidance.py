@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from qwenedit.checks import real_number, warn
+from qwenedit.latents import PATCH
 from qwenedit.switches import Guidance
 
 __all__ = ["TrueCFG", "guidance_of"]
@@ -188,7 +189,7 @@ def _normed(norm: str, cond: Tensor, combined: Tensor, latents: Tensor | None, s
 
 def _latent_pixels(tokens: Tensor) -> Tensor:
     """(B, S, 4 C) packed tokens -> (B, S, C, 4): a token's channels, and its 2x2 latent pixels."""
-    return tokens.unflatten(-1, (-1, 4))
+    return tokens.unflatten(-1, (-1, PATCH * PATCH))
 
 
 def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = None) -> TrueCFG | None:

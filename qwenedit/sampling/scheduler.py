@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qwenedit.checks import whole_number
 from qwenedit.foreign import read_json
+from qwenedit.weights.checkpoints import read_variant
 from qwenedit.weights.configs import config_from
 
-__all__ = ["MAX_STEPS", "FlowMatchScheduler", "given_sigmas", "load_scheduler"]
+__all__ = ["MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "given_sigmas", "load_scheduler"]
 
 MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
 
@@ -28,8 +29,8 @@ MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
 class FlowMatchScheduler:
     """Sigmas from a number of steps and a number of tokens; its fields are scheduler_config.json's.
 
-    `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` is "linear" in
-    Layered only, whose pipeline computes `mu` differently.
+    `shift_terminal` is None (or False, as Layered writes it) for no stretch. `time_shift_type` says how `mu`
+    shifts; how `mu` follows from the tokens is the pipeline's rule, not the file's (see `LayeredScheduler`).
 
     Raises:
         ValueError: a value that this schedule cannot use.
@@ -69,13 +70,10 @@ class FlowMatchScheduler:
 
     def mu(self, tokens: int) -> float:
         """The shift for a resolution: linear in the number of target tokens, through the config's base and
-        max points. Layered's is the square root of (a layer's tokens / 256).
+        max points.
 
-        Source: `calculate_shift` in diffusers' pipelines, which does not count reference tokens;
-        `QwenImageLayeredPipeline.__call__`, which counts the tokens of the picture, as many as a layer's.
+        Source: `calculate_shift` in diffusers' pipelines, which does not count reference tokens.
         """
-        if self.time_shift_type == "linear":
-            return (tokens / 256) ** 0.5
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
 
@@ -121,6 +119,17 @@ class FlowMatchScheduler:
         return factor / (factor + (one / t - 1))
 
 
+class LayeredScheduler(FlowMatchScheduler):
+    """The schedule of Layered, whose pipeline has a `mu` of its own, whatever the file says.
+
+    Source: `QwenImageLayeredPipeline.__call__`, which counts the tokens of the picture, as many as a layer's.
+    """
+
+    def mu(self, tokens: int) -> float:
+        """The square root of (a layer's tokens / 256)."""
+        return (tokens / 256) ** 0.5
+
+
 def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     """The given sigmas, unshifted and noise first, with the final 0: `steps` + 1 float32 numbers.
 
@@ -160,10 +169,11 @@ def _stretched(t: Tensor, terminal: float) -> Tensor:
 
 
 def load_scheduler(folder: Path) -> FlowMatchScheduler:
-    """The noise schedule of a checkpoint folder.
+    """The noise schedule of a checkpoint folder: its scheduler_config.json, by its variant's rule for `mu`.
 
     Raises:
-        ValueError: see `config_from`.
+        ValueError: see `read_variant` and `config_from`.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    return config_from(FlowMatchScheduler, read_json(path), str(path))
+    kind = LayeredScheduler if read_variant(folder).layered else FlowMatchScheduler
+    return config_from(kind, read_json(path), str(path))

@@ -13,6 +13,8 @@ from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
 from qwenedit.files import component_headers
 from qwenedit.foreign import read_json
 from qwenedit.inputs.geometry import Areas
+from qwenedit.latents import PATCH
+from qwenedit.weights.configs import network_config
 from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
 
 __all__ = [
@@ -34,6 +36,7 @@ _CLASSES = {
     "tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast"),
     "processor": ("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
 }
+_SAMPLE = 128  # latent pixels along a side of a picture from text alone
 _PIECES, _PIECE = 1024, 16384  # pieces of a large file that are hashed: number and bytes
 _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",
@@ -248,9 +251,13 @@ def _require_class(folder: Path, component: str, got: object, wanted: tuple[str,
 
 
 def read_areas(folder: Path, variant: Variant) -> Areas:
-    """The areas that pictures are resized to: the family's, unless model_index.json has its own.
+    """The areas that pictures are resized to, and the side of a token.
 
-    They are in our key `_qwenedit`: {"vae_area": pixels, "vl_area": pixels}. The reference ignores this key.
+    The areas are the family's, unless model_index.json has its own in our key `_qwenedit`: {"vae_area":
+    pixels, "vl_area": pixels}. The reference ignores this key. A token's side follows from the VAE's config,
+    and so does a picture from text alone, of 128 latent pixels a side.
+
+    Source: `vae_scale_factor` and `default_sample_size` of the pipelines.
     """
     own = read_json(folder / "model_index.json").get("_qwenedit", {})
     if not isinstance(own, Mapping) or set(own) - {"vae_area", "vl_area"}:
@@ -260,9 +267,11 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
             raise ValueError(
                 f"{folder}/model_index.json: {key} is {value!r}, wanted a whole number of pixels"
             )
-    default = Areas()
+    factor = network_config(folder, "vae").spatial_factor
+    default = Areas(token=PATCH * factor, text_only=(_SAMPLE * factor) ** 2)
     vl = own.get("vl_area", default.vl) if variant.takes_several else None
-    return Areas(vae=own.get("vae_area", default.vae), vl=vl)
+    vae, text_only = (own.get("vae_area", area) for area in (default.vae, default.text_only))
+    return Areas(token=default.token, vae=vae, vl=vl, text_only=text_only)
 
 
 def find_preset(

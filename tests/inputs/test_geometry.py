@@ -10,9 +10,9 @@ import pytest
 from qwenedit.inputs import geometry
 from qwenedit.inputs.geometry import Areas, Resize, fit_area, plan, require_visible, smart_resize
 
-EDIT = Areas(vl=None)
-EDIT_PLUS = Areas()
-MINI = Areas(vae=64 * 64, vl=64 * 64)
+EDIT = Areas(token=16, vl=None)
+EDIT_PLUS = Areas(token=16)
+MINI = Areas(token=16, vae=64 * 64, vl=64 * 64, text_only=64 * 64)
 
 
 def test_the_examples_in_the_docstrings_hold():
@@ -62,7 +62,7 @@ def test_text_to_image_defaults_to_a_square_and_takes_multiples_of_16():
     assert plan([], areas=EDIT_PLUS, width=1664, height=928).grid == (1, 58, 104)
     assert plan([], areas=EDIT, height=528).size == (1024, 528)
     assert plan([], areas=MINI).size == (64, 64)
-    assert plan([], areas=Areas(vae=100 * 100)).size == (96, 96)
+    assert plan([], areas=Areas(token=16, text_only=100 * 100)).size == (96, 96)
 
 
 def test_a_side_that_is_left_out_follows_the_picture_whatever_the_other_is():
@@ -99,7 +99,7 @@ def test_a_size_that_is_no_whole_number_is_refused(value):
 @pytest.mark.parametrize("areas", [{"vae": 0}, {"vl": 0}, {"vae": -1}])
 def test_areas_are_positive(areas):
     with pytest.raises(ValueError, match=r"area is .*, wanted a positive"):
-        Areas(**areas)
+        Areas(token=16, **areas)
 
 
 def test_edit_takes_one_picture():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwenedit.latents import denormalise, initial_noise, normalise, pack, unpack
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import euler
-from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.sampling.scheduler import FlowMatchScheduler, LayeredScheduler
 
 OFFICIAL = dict(
     num_train_timesteps=1000,
@@ -32,37 +32,42 @@ LIGHTNING = {**OFFICIAL, "base_shift": math.log(3), "max_shift": math.log(3), "s
 CONFIGS = [
     OFFICIAL,
     LIGHTNING,
-    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": None},  # Layered's, with its pipeline's rules
-    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": False},
+    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": None},
+    {**OFFICIAL, "time_shift_type": "linear", "shift_terminal": False},  # Layered's
     {**OFFICIAL, "time_shift_type": "linear"},
     {**OFFICIAL, "use_dynamic_shifting": False, "shift": 3.0},
     {**OFFICIAL, "use_dynamic_shifting": False, "shift": 1.7, "shift_terminal": None},
 ]
 
 
-def reference_sigmas(config, steps, tokens, custom=None):
+KINDS = [FlowMatchScheduler, LayeredScheduler]
+
+
+def reference_sigmas(config, steps, tokens, custom=None, kind=FlowMatchScheduler):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
     keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu, even = calculate_shift(tokens, *(config[key] for key in keys)), np.linspace(1.0, 1 / steps, steps)
-    if config["time_shift_type"] == "linear":
+    if kind is LayeredScheduler:  # as its pipeline has it
         mu, even = (tokens / (256 * 256 / 16 / 16)) ** 0.5, np.linspace(1.0, 0, steps + 1)[:-1]
     scheduler.set_timesteps(sigmas=even if custom is None else custom, mu=mu)
     return scheduler
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", CONFIGS)
 @given(steps=st.integers(2, 120), tokens=st.integers(1, 20000))
-def test_sigmas_equal_the_reference_bit_by_bit(config, steps, tokens):
-    ours = FlowMatchScheduler(**config).sigmas(steps, tokens)
-    assert torch.equal(torch.tensor(ours), reference_sigmas(config, steps, tokens).sigmas)
+def test_sigmas_equal_the_reference_bit_by_bit(kind, config, steps, tokens):
+    ours = kind(**config).sigmas(steps, tokens)
+    assert torch.equal(torch.tensor(ours), reference_sigmas(config, steps, tokens, kind=kind).sigmas)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", CONFIGS)
 @given(custom=st.lists(st.floats(0.01, 0.99), min_size=2, max_size=20, unique=True))
-def test_custom_sigmas_equal_the_reference_bit_by_bit(config, custom):
+def test_custom_sigmas_equal_the_reference_bit_by_bit(kind, config, custom):
     custom = sorted(custom, reverse=True)
-    ours = FlowMatchScheduler(**config).sigmas(len(custom), 777, custom)
-    assert torch.equal(torch.tensor(ours), reference_sigmas(config, len(custom), 777, custom).sigmas)
+    ours = kind(**config).sigmas(len(custom), 777, custom)
+    assert torch.equal(torch.tensor(ours), reference_sigmas(config, len(custom), 777, custom, kind).sigmas)
 
 
 @given(

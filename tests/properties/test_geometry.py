@@ -13,7 +13,7 @@ from qwenedit.inputs.geometry import Areas, Resize, fit_area, plan, smart_resize
 SIDES = st.integers(1, 5000)
 SIZES = st.tuples(SIDES, SIDES)
 PICTURES = SIZES.filter(lambda size: 1 / 50 < size[0] / size[1] < 50)
-PLUS = st.builds(Areas, vae=st.integers(64**2, 1500**2), vl=st.integers(64**2, 500**2))
+PLUS = st.builds(Areas, token=st.just(16), vae=st.integers(64**2, 1500**2), vl=st.integers(64**2, 500**2))
 MANY = settings(max_examples=200)
 
 
@@ -79,7 +79,9 @@ def test_stretch_is_how_much_wider_a_square_becomes(x, y, source, result, length
 @settings(max_examples=30)
 @given(size=PICTURES, height=st.integers(1, 12), width=st.integers(1, 12))
 def test_token_boxes_tile_the_picture_exactly(size, height, width):
-    geometry = plan([size], areas=Areas(vae=200 * 200, vl=None), height=16 * height, width=16 * width)
+    geometry = plan(
+        [size], areas=Areas(token=16, vae=200 * 200, vl=None), height=16 * height, width=16 * width
+    )
     (picture,) = geometry.pictures
     for holder, (full_width, full_height) in ((picture, size), (geometry, geometry.size)):
         _, rows, columns = holder.grid
@@ -94,7 +96,7 @@ def test_token_boxes_tile_the_picture_exactly(size, height, width):
 
 @given(size=PICTURES, row=st.integers(0, 2), column=st.integers(0, 2))
 def test_a_token_of_an_aligned_output_covers_what_the_reference_token_covers(size, row, column):
-    geometry = plan([size], areas=Areas(vl=None))
+    geometry = plan([size], areas=Areas(token=16, vl=None))
     _, rows, columns = geometry.grid
     place = min(row, rows - 1), min(column, columns - 1)
     assert geometry.to_output.back_box(geometry.token_box(*place)) == geometry.pictures[0].token_box(*place)
@@ -104,7 +106,7 @@ def test_a_token_of_an_aligned_output_covers_what_the_reference_token_covers(siz
 def test_a_transposed_picture_has_transposed_sizes_where_nothing_is_halfway(size):
     flipped = size[::-1]
     assume(all(abs(Fraction(s, 32) % 1 - Fraction(1, 2)) > 0.01 for s in _exact(size)))
-    ours, theirs = (plan([one], areas=Areas(vl=None)) for one in (size, flipped))
+    ours, theirs = (plan([one], areas=Areas(token=16, vl=None)) for one in (size, flipped))
     assert ours.size == theirs.size[::-1]
 
 
