@@ -87,7 +87,10 @@ def real_number(name: str, value: Any) -> float:
         ValueError: something else, NaN or infinity.
     """
     is_number = isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.ndim == 0)
-    number = float(value) if is_number and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if is_number and not isinstance(value, bool) else math.nan
+    except (OverflowError, RuntimeError):  # a whole number beyond floats; a tensor on the meta device
+        number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} is {shown(repr(value))}, wanted a finite number")
     return number

@@ -23,11 +23,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from qwenedit.checks import real_number, whole_number
 from qwenedit.family import EDIT, EDIT_PLUS, IMAGE_PAD, TEXT_TO_IMAGE, Template
-from qwenedit.foreign import read_json
+from qwenedit.foreign import read_json, shown
 from qwenedit.inputs.geometry import smart_resize
 from qwenedit.inputs.pictures import as_picture, byte_tensor
-from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer
+from qwenedit.inputs.tokenizer import has_tokenizer, load_tokenizer, token_ids
 from qwenedit.latents import Grid
 
 __all__ = [
@@ -69,13 +70,14 @@ class ImageProcessorConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("min_pixels", "patch_size", "merge_size", "temporal_patch_size"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, wanted a whole number of at least 1")
-        if not isinstance(self.max_pixels, int) or self.max_pixels < self.min_pixels:
-            raise ValueError(
-                f"max_pixels is {self.max_pixels!r}, wanted at least min_pixels {self.min_pixels}"
-            )
+        for name, most in (("patch_size", 1000), ("merge_size", 100), ("temporal_patch_size", 100)):
+            whole_number(name, getattr(self, name), most=most)
+        whole_number("min_pixels", self.min_pixels, most=10**12)
+        whole_number("max_pixels", self.max_pixels, least=self.min_pixels, most=10**12)
+        for name in ("image_mean", "image_std"):
+            for value in getattr(self, name):
+                real_number(name, value)
+        real_number("rescale_factor", self.rescale_factor)
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or not all(self.image_std):
             raise ValueError(
                 f"image_mean is {self.image_mean} and image_std {self.image_std}, wanted three numbers each, "
@@ -100,16 +102,18 @@ class ImageProcessorConfig:
                     values.setdefault(name, size[edge])
         for key, wanted in cls.FIXED.items():
             if values.get(key, wanted) != wanted:
-                raise ValueError(f"{key} is {values[key]!r}, wanted {wanted!r}: nothing else is supported")
+                raise ValueError(
+                    f"{key} is {shown(repr(values[key]))}, wanted {wanted!r}: nothing else is supported"
+                )
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in values]:
             raise ValueError(f"preprocessor_config.json lacks {', '.join(missing)}")
         known = {*names, *cls.FIXED, *cls.IGNORED}
         if unknown := [key for key, value in values.items() if value and key not in known and key[0] != "_"]:
-            raise ValueError(f"preprocessor_config.json has unknown keys: {', '.join(unknown)}")
+            raise ValueError(f"preprocessor_config.json has unknown keys: {shown(', '.join(unknown))}")
         for name in ("image_mean", "image_std"):
             if not isinstance(values[name], list):
-                raise ValueError(f"{name} is {values[name]!r}, wanted three numbers")
+                raise ValueError(f"{name} is {shown(repr(values[name]))}, wanted three numbers")
             values[name] = tuple(values[name])
         return cls(**{name: values[name] for name in names})
 
@@ -179,7 +183,11 @@ class Processor:
         config = QWEN2_5_VL
         if holders[1].is_dir():
             config = ImageProcessorConfig.from_json(read_json(holders[1] / "preprocessor_config.json"))
-        return cls(load_tokenizer(holder), config)
+        tokenizer = load_tokenizer(holder)
+        try:
+            return cls(tokenizer, config)
+        except ValueError as error:
+            raise ValueError(f"{holder}: {error}") from error
 
     def drop_index(self, template: Template) -> int:
         """The number of tokens of the template's prefix, compared with the official number.
@@ -187,7 +195,7 @@ class Processor:
         Raises:
             ValueError: the numbers differ.
         """
-        got = len(self.tokenizer.encode(template.prefix).ids)
+        got = len(token_ids(self.tokenizer, template.prefix))
         if got != template.drop_index:
             raise ValueError(
                 f"the template's prefix has {got} tokens, wanted {template.drop_index}: the tokenizer is not "
@@ -239,7 +247,7 @@ class Processor:
         )
 
     def _ids(self, text: str, template: Template) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text).ids
+        ids = token_ids(self.tokenizer, text)
         return ids if template.max_tokens is None else ids[: template.drop_index + template.max_tokens]
 
 

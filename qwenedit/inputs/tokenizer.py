@@ -6,7 +6,8 @@ Source: transformers 4.57.6, `Qwen2TokenizerFast` with `Qwen2Converter` (convert
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from tokenizers import (
     processors,
 )
 
-from qwenedit.foreign import read_json
+from qwenedit.foreign import read_json, read_text, shown
 
-__all__ = ["has_tokenizer", "load_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer", "token_ids"]
 
 # Qwen2 splits a text before merging: contractions, words with the character before them, single digits, runs
 # of punctuation, line breaks, other spaces.
@@ -48,11 +49,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """
     folder = Path(folder)
     file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"{file} is no tokenizer: {error}") from error
+    if os.path.lexists(file):
+        with _told(f"{shown(file)} is no tokenizer"):
+            tokenizer = Tokenizer.from_str(read_text(file, "tokenizer"))
     else:
         tokenizer = _from_vocab_and_merges(folder)
     tokenizer.no_truncation()
@@ -65,16 +64,21 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     try:
         if "added_tokens_decoder" in config:
             added = _added_tokens(config["added_tokens_decoder"])
-        elif not file.is_file():
+        elif not os.path.lexists(file):
             added = _added_tokens_from_list(listed, {**config, **special_map})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: the added tokens are not listed as they should be: {error!r}") from error
-    for _, token in added:
-        tokenizer.add_tokens([token])  # one by one: each gets the next free id
-    for content, wanted in [*((token.content, index) for index, token in added), *listed.items()]:
-        if (got := tokenizer.token_to_id(content)) != wanted:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        why = shown(repr(error))
+        raise ValueError(f"{folder}: the added tokens are not listed as they should be: {why}") from error
+    with _told(f"{folder}: the tokens that are to be added cannot be used"):
+        for _, token in added:
+            tokenizer.add_tokens([token])  # one by one: each gets the next free id
+        got_ids = [tokenizer.token_to_id(token.content) for _, token in added]
+        got_ids += map(tokenizer.token_to_id, listed)
+    contents = [*((token.content, index) for index, token in added), *listed.items()]
+    for (content, wanted), got in zip(contents, got_ids, strict=True):
+        if got != wanted:
             raise ValueError(
-                f"{folder}: the added token {content} has id {wanted} in one file, the others make it {got}: "
+                f"{folder}: the added token {shown(content)} has id {shown(wanted)} in one file, the others make it {got}: "
                 "the ids clash or have gaps"
             )
     return tokenizer
@@ -82,22 +86,46 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 def has_tokenizer(folder: Path) -> bool:
     """True if the folder has the files of either form."""
-    return (folder / "tokenizer.json").is_file() or (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    )
+    there = os.path.lexists
+    return there(folder / "tokenizer.json") or (there(folder / "vocab.json") and there(folder / "merges.txt"))
+
+
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        ValueError: the tokenizer's own parts contradict each other, which shows on use only.
+    """
+    with _told("the tokenizer does not work"):
+        return list(tokenizer.encode(text).ids)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Make a ValueError that begins with `what` of an error of the library, or of a panic in it.
+
+    The library raises nothing more precise than Exception. A panic of its Rust code is a BaseException, like
+    the user's interrupt, of a class that cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {shown(error)}") from error
+        raise
 
 
 def _from_vocab_and_merges(folder: Path) -> Tokenizer:
-    if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]:
+    if missing := [name for name in ("vocab.json", "merges.txt") if not os.path.lexists(folder / name)]:
         raise ValueError(f"{folder} lacks {' and '.join(missing)}, wanted both or tokenizer.json")
     vocab = read_json(folder / "vocab.json")
-    if set(map(str, vocab.values())) != set(map(str, range(len(vocab)))):
+    if not all(type(index) is int for index in vocab.values()) or set(vocab.values()) != set(
+        range(len(vocab))
+    ):
         raise ValueError(f"{folder / 'vocab.json'}: the ids clash or have gaps, wanted 0 to {len(vocab) - 1}")
     merges = _merges(folder / "merges.txt")
-    try:
+    with _told(f"{folder}: vocab.json and merges.txt do not fit"):
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -111,17 +139,13 @@ def _from_vocab_and_merges(folder: Path) -> Tokenizer:
 
 
 def _merges(file: Path) -> list[tuple[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
     merges = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line or (number == 1 and line.startswith("#version:")):  # elsewhere # is an ordinary symbol
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise ValueError(f"{file}, line {number}: {line!r} is no merge, wanted two symbols")
+            raise ValueError(f"{file}, line {number}: {shown(repr(line))} is no merge, wanted two symbols")
         merges.append((left, right))
     return merges
 

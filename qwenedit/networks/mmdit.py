@@ -38,6 +38,7 @@ from qwenedit.networks.mmdit_layers import (
     modulated,
     rotate,
 )
+from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
 from qwenedit.taps import Fingerprint, Tapped, by_heads, fingerprint
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
@@ -67,6 +68,11 @@ class MMDiTConfig:
     IGNORED: ClassVar[frozenset[str]] = frozenset({"pooled_projection_dim"})
 
     def __post_init__(self) -> None:
+        require_ranges(
+            self, patch_size=64, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=LAYERS,
+            attention_head_dim=CHANNELS, num_attention_heads=CHANNELS, joint_attention_dim=CHANNELS,
+            axes_dims_rope=CHANNELS, width=CHANNELS,
+        )  # fmt: skip
         if self.guidance_embeds:
             raise ValueError("guidance_embeds is True, wanted False: no released checkpoint has it")
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):

@@ -12,12 +12,14 @@ the layers and explains the letters of the shapes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from qwenedit.networks.ranges import CHANNELS, require_ranges
 from qwenedit.networks.vae_layers import (
     CausalConv3d,
     Downsample,
@@ -57,12 +59,11 @@ class VAEConfig:
     def __post_init__(self) -> None:
         for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
-        sizes = (self.base_dim, self.z_dim, self.num_res_blocks, self.input_channels, *self.dim_mult)
-        if min(sizes) < 1:
-            raise ValueError(
-                f"base_dim, z_dim, num_res_blocks, input_channels, dim_mult are {sizes}, wanted >= 1"
-            )
-        halvings = len(self.dim_mult) - 1
+        require_ranges(
+            self, base_dim=CHANNELS, z_dim=CHANNELS, dim_mult=1000, num_res_blocks=100,
+            input_channels=CHANNELS, levels=10, widths=CHANNELS,
+        )  # fmt: skip
+        halvings = self.levels - 1
         if len(self.temperal_downsample) != halvings or sum(self.temperal_downsample) > 2:
             raise ValueError(
                 f"temperal_downsample is {self.temperal_downsample}, wanted {halvings} entries, one less "
@@ -71,12 +72,21 @@ class VAEConfig:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, wanted z_dim {self.z_dim}")
-        if min(self.latents_std) <= 0:
+        if not all(0 < one < math.inf for one in self.latents_std):
             raise ValueError(f"latents_std is {self.latents_std}, wanted positive numbers")
         if self.attn_scales:  # the reference's encoder has it, its decoder ignores it
             raise ValueError(f"attn_scales is {self.attn_scales}, wanted (): no released checkpoint has any")
         if self.dropout != 0:
             raise ValueError(f"dropout is {self.dropout}, wanted 0: no released checkpoint has any")
+
+    @property
+    def levels(self) -> int:
+        return len(self.dim_mult)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.base_dim * mult for mult in self.dim_mult)
 
     @property
     def spatial_factor(self) -> int:

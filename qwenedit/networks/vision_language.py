@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
 from qwenedit.networks.vision_tower import (
     WITHOUT_EFFECT,
     Grid,
@@ -63,6 +64,16 @@ class TextConfig:
     IGNORED: ClassVar[frozenset[str]] = WITHOUT_EFFECT | {"model_type", "image_token_id"}
 
     def __post_init__(self) -> None:
+        require_ranges(
+            self, vocab_size=100_000_000, hidden_size=CHANNELS, intermediate_size=CHANNELS,
+            num_hidden_layers=LAYERS, num_attention_heads=CHANNELS, num_key_value_heads=CHANNELS,
+            mrope_section=CHANNELS,
+        )  # fmt: skip
+        if not 0 <= self.rms_norm_eps <= 1 or not 1 <= self.rope_theta <= 1e15:
+            raise ValueError(
+                f"rms_norm_eps is {self.rms_norm_eps}, wanted 0 to 1, and rope_theta {self.rope_theta}, "
+                "wanted 1 to 1e15"
+            )
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups or self.hidden_size % (2 * heads):
             raise ValueError(
@@ -96,6 +107,11 @@ class VisionLanguageConfig:
     IGNORED: ClassVar[frozenset[str]] = WITHOUT_EFFECT
 
     def __post_init__(self) -> None:
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id}, wanted 0 to vocab_size - 1, "
+                f"{self.text_config.vocab_size - 1}"
+            )
         if self.vision_config.out_hidden_size != self.text_config.hidden_size:
             raise ValueError(
                 f"out_hidden_size of the vision tower is {self.vision_config.out_hidden_size}, "

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
 from qwenedit.taps import Tapped
 
 __all__ = ["Grid", "VisionConfig", "VisionTower"]
@@ -63,6 +64,11 @@ class VisionConfig:
     IGNORED: ClassVar[frozenset[str]] = WITHOUT_EFFECT | {"model_type"}
 
     def __post_init__(self) -> None:
+        require_ranges(
+            self, depth=LAYERS, hidden_size=CHANNELS, intermediate_size=CHANNELS, num_heads=CHANNELS,
+            patch_size=1000, temporal_patch_size=100, spatial_merge_size=100, window_size=CHANNELS,
+            out_hidden_size=CHANNELS, in_channels=1000,
+        )  # fmt: skip
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}, wanted a multiple of 4 * num_heads = "

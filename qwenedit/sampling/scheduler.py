@@ -65,6 +65,11 @@ class FlowMatchScheduler:
         if self.base_image_seq_len == self.max_image_seq_len:
             got = self.base_image_seq_len
             raise ValueError(f"base_image_seq_len and max_image_seq_len are both {got}, wanted two numbers")
+        for name in ("base_image_seq_len", "max_image_seq_len"):
+            whole_number(name, getattr(self, name), most=10**9)
+        for name, least in (("shift", 1e-6), ("base_shift", -100), ("max_shift", -100)):
+            if not least <= (value := getattr(self, name)) <= 100:
+                raise ValueError(f"{name} is {value}, wanted {least} to 100")
         if self.shift_terminal and not 0 < self.shift_terminal < 1:
             raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
 

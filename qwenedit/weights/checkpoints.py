@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from qwenedit.checks import whole_number
 from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
 from qwenedit.files import component_headers
-from qwenedit.foreign import read_json
+from qwenedit.foreign import read_json, shown
 from qwenedit.inputs.geometry import Areas
 from qwenedit.latents import PATCH
 from qwenedit.weights.configs import network_config
@@ -228,7 +229,9 @@ def read_variant(folder: Path) -> Variant:
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in VARIANTS:
-        raise ValueError(f"{folder} is a {name}: {_what_it_is(name)}; supported are {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"{folder} is a {shown(name)}: {_what_it_is(name)}; supported are {', '.join(VARIANTS)}"
+        )
     for component, wanted in _CLASSES.items():
         if component == "processor" and component not in index:
             continue
@@ -237,7 +240,8 @@ def read_variant(folder: Path) -> Variant:
         _require_class(folder, component, got, wanted)
     for component in COMPONENTS:
         config = read_json(folder / component / "config.json")
-        got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+        named = config.get("architectures") or [None]
+        got = config.get("_class_name") or (named[0] if isinstance(named, list) else named)
         if got is not None:
             _require_class(folder, component, got, _CLASSES[component])
     return VARIANTS[name]
@@ -246,7 +250,7 @@ def read_variant(folder: Path) -> Variant:
 def _require_class(folder: Path, component: str, got: object, wanted: tuple[str, ...]) -> None:
     if got not in wanted:
         raise ValueError(
-            f"{folder}: its {component} is a {got}, wanted {wanted[0]}; others are not supported"
+            f"{folder}: its {component} is a {shown(got)}, wanted {wanted[0]}; others are not supported"
         )
 
 
@@ -261,12 +265,11 @@ def read_areas(folder: Path, variant: Variant) -> Areas:
     """
     own = read_json(folder / "model_index.json").get("_qwenedit", {})
     if not isinstance(own, Mapping) or set(own) - {"vae_area", "vl_area"}:
-        raise ValueError(f"{folder}/model_index.json: _qwenedit is {own!r}, wanted vae_area and vl_area")
+        raise ValueError(
+            f"{folder}/model_index.json: _qwenedit is {shown(repr(own))}, wanted vae_area and vl_area"
+        )
     for key, value in own.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(
-                f"{folder}/model_index.json: {key} is {value!r}, wanted a whole number of pixels"
-            )
+        whole_number(f"{folder}/model_index.json: {key}", value, most=10**9)  # pixels
     factor = network_config(folder, "vae").spatial_factor
     default = Areas(token=PATCH * factor, text_only=(_SAMPLE * factor) ** 2)
     vl = own.get("vl_area", default.vl) if variant.takes_several else None

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwenedit.foreign import read_json
+from qwenedit.checks import real_number
+from qwenedit.foreign import read_json, shown
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import TextConfig, VisionLanguageConfig
@@ -35,10 +36,11 @@ def config_from(cls: type[Config], raw: Mapping[str, Any], what: str) -> Config:
     values = {key: value for key, value in raw.items() if not key.startswith("_") and key not in ignored}
     for key, wanted in fixed.items():
         if key in values and values.pop(key) != wanted:
-            raise ValueError(f"{what}: {key} is {raw[key]!r}, wanted {wanted!r}: nothing else is supported")
+            got = shown(repr(raw[key]))
+            raise ValueError(f"{what}: {key} is {got}, wanted {wanted!r}: nothing else is supported")
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}")
+        raise ValueError(f"{what} has unknown keys: {shown(', '.join(unknown))}")
     missing = [
         name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
     ]
@@ -59,12 +61,12 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
         return None if value is None or value is False else _typed(value, parts[0], what)
     if origin is tuple and isinstance(value, (list, tuple)):
         if parts[-1] is not Ellipsis and len(parts) != len(value):
-            raise ValueError(f"{what} is {value!r}, wanted {len(parts)} values")
+            raise ValueError(f"{what} is {shown(repr(value))}, wanted {len(parts)} values")
         return tuple(_typed(one, parts[0], what) for one in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float:
+        return real_number(what, value)
     if type(value) is not hint:
-        raise ValueError(f"{what} is {value!r}, wanted {getattr(hint, '__name__', hint)}")
+        raise ValueError(f"{what} is {shown(repr(value))}, wanted {getattr(hint, '__name__', hint)}")
     return value
 
 
@@ -86,13 +88,13 @@ def vision_language_config(raw: Mapping[str, Any], what: str) -> VisionLanguageC
     for old, key, default in (("in_chans", "in_channels", 3), ("spatial_patch_size", "patch_size", None)):
         wanted = vision.get(key, default)  # the old name has no effect in the reference
         if (got := vision.pop(old, wanted)) != wanted:
-            raise ValueError(f"{what}: vision_config: {old} is {got}, wanted {key}, {wanted}")
+            raise ValueError(f"{what}: vision_config: {old} is {shown(repr(got))}, wanted {key}, {wanted}")
 
     text_keys = {field.name for field in dataclasses.fields(TextConfig)} | set(TextConfig.FIXED)
     flat = {key: top.pop(key) for key in list(top) if key in text_keys | {"rope_scaling", "layer_types"}}
     within = top.pop("text_config", None) or {}
     if not isinstance(within, dict):
-        raise ValueError(f"{what}: text_config is {within!r}, wanted an object")
+        raise ValueError(f"{what}: text_config is {shown(repr(within))}, wanted an object")
     flat, nested = (_plain_text(keys, what) for keys in (flat, within))
     if clash := sorted(key for key in flat.keys() & nested.keys() if flat[key] != nested[key]):
         raise ValueError(f"{what}: {', '.join(clash)} differ from those in text_config")
@@ -106,7 +108,7 @@ def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
     text = {key: value for key, value in raw.items() if key not in ("rope_scaling", "layer_types")}
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"{what}: layer_types is {kinds!r}, wanted full_attention everywhere")
+        raise ValueError(f"{what}: layer_types is {shown(repr(kinds))}, wanted full_attention everywhere")
     if "rope_scaling" in raw:
         rope = raw["rope_scaling"] or {}
         named = rope.keys() - {"type", "rope_type"} if isinstance(rope, dict) else None
@@ -114,7 +116,7 @@ def _plain_text(raw: Mapping[str, Any], what: str) -> dict[str, Any]:
             rope.get(key, "mrope") not in ("mrope", "default") for key in ("type", "rope_type")
         ):
             raise ValueError(
-                f"{what}: rope_scaling is {rope!r}, wanted mrope_section, of type mrope or default"
+                f"{what}: rope_scaling is {shown(repr(rope))}, wanted mrope_section, of type mrope or default"
             )
         text["mrope_section"] = rope["mrope_section"]
     return text

@@ -2,7 +2,8 @@
 
 huggingface_hub does the transfer; it resumes interrupted files, also in the next run. Added here are a check
 of the disk space before the first byte, a check of size and hash (a wrong file is fetched once more), and
-errors that say in one line why it failed and what helps.
+errors that say in one line why it failed and what helps. Names and hashes from a hub or mirror are checked
+before a path is made of them. A file that the user has linked into the cache is neither removed nor replaced.
 
 `fetch_headers` fetches headers without data, a hundred-thousandth of the bytes, and leaves the cache alone.
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,13 +27,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwenedit.checks import warn, whole_number
 from qwenedit.files import MAX_HEADER
+from qwenedit.foreign import MAX_TEXT, inner_name, read_text, shown
 
 __all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "fetch_headers", "list_files"]
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _HOLE = 1 << 24  # bytes of the hole that tests the file system
 _AT_ONCE = 8  # headers fetched at a time
+_MAX_BYTES = 1 << 50  # of a file
 
 
 class HubError(ValueError):
@@ -62,8 +68,16 @@ class HubFile:
     pointer: Path
     blob: Path | None
 
+    def is_users(self) -> bool:
+        """True if a link of the user's leads out of the repository's folder in the cache."""
+        root = next(path.parent for path in self.pointer.parents if path.name == "snapshots")
+        inside = (root.resolve(), (root / "blobs").resolve())
+        return not any(os.path.realpath(self.pointer).startswith(f"{folder}{os.sep}") for folder in inside)
+
     def cached(self) -> bool:
-        """True if the cache has the file in its full size."""
+        """True if the cache has the file in its full size, or the user's own file in its place."""
+        if self.is_users():
+            return self.pointer.exists()
         found = self.pointer if self.pointer.exists() or self.blob is None else self.blob
         return found.exists() and self.size in (None, found.stat().st_size)
 
@@ -74,6 +88,11 @@ class HubFile:
         return max(0, (self.size or 0) - arrived)
 
     def remove(self) -> None:
+        if self.is_users():
+            raise ValueError(
+                f"{shown(self.pointer)} leads to {shown(os.path.realpath(self.pointer))}, outside of the "
+                "hub's cache, where nothing is removed or written: remove the link, or put the file there"
+            )
         for path in (self.pointer.resolve(), self.pointer, self.blob):
             if path is not None:
                 path.unlink(missing_ok=True)
@@ -126,16 +145,38 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
     except Exception as error:
         raise _explained(repo, revision, error) from error
     root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-    folder = root / "snapshots" / str(info.sha)
-    files = []
-    for one in info.siblings or []:
-        if any(fnmatch(one.rfilename, pattern) for pattern in patterns):
-            sha256 = None if one.lfs is None else one.lfs.sha256
-            git_sha1 = one.blob_id if one.lfs is None else None
-            etag = sha256 or git_sha1
-            blob = None if etag is None else root / "blobs" / etag
-            files.append(HubFile(one.rfilename, one.size, sha256, git_sha1, folder / one.rfilename, blob))
+    try:
+        folder = root / "snapshots" / _single(info.sha, "the commit")
+        named = [(one, str(one.rfilename)) for one in info.siblings or []]
+        wanted = [one for one, name in named if any(fnmatch(name, pattern) for pattern in patterns)]
+        files = [_hub_file(one, root, folder) for one in wanted]
+    except ValueError as error:
+        raise HubError(
+            f"{_at(repo, revision)}: the hub's list of its files cannot be used: {error}"
+        ) from error
     return Listing(repo, revision, files, folder)
+
+
+def _hub_file(listed: Any, root: Path, folder: Path) -> HubFile:
+    """A file of the hub's list. Raises a ValueError for what cannot be a name, a hash or a size."""
+    name = inner_name(listed.rfilename, "a file")
+    sha256 = None if listed.lfs is None else _single(listed.lfs.sha256, f"the hash of {name}")
+    etag = sha256
+    if listed.lfs is None and listed.blob_id is not None:
+        etag = _single(listed.blob_id, f"the hash of {name}")
+    most = _MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT
+    size = (
+        None if listed.size is None else whole_number(f"the size of {name}", listed.size, least=0, most=most)
+    )
+    blob = None if etag is None else root / "blobs" / etag
+    return HubFile(name, size, sha256, None if sha256 else etag, folder / name, blob)
+
+
+def _single(name: object, what: str) -> str:
+    """The name, if it is that of a file inside of any folder, and not of one in a folder of that folder."""
+    if "/" in inner_name(name, what):
+        raise ValueError(f"{what} is {shown(name)!r}, wanted a name without slashes")
+    return str(name)
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
@@ -158,6 +199,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
     """
     with _hub_bars(progress):
         listing = list_files(repo, revision, patterns)
+        _warn_of_users(listing)
         missing = [file for file in listing.files if not file.cached()]
         _require_room(listing, missing)
         try:
@@ -166,8 +208,8 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
             unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
             names = {file.name for file in missing}
             if unchecked.exists():  # an earlier run was killed before it had checked them
-                names |= set(unchecked.read_text(encoding="utf-8").splitlines())
-            fresh = [file for file in listing.files if file.name in names]
+                names |= set(read_text(unchecked).splitlines())
+            fresh = [file for file in listing.files if file.name in names and not file.is_users()]
             if fresh:
                 _note(unchecked, names)
             _fetch(listing, listing.files)
@@ -184,6 +226,16 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], *, progre
             f"{'; '.join(faults.values())}; check the disk and the network, then run it again"
         )
     return listing.folder
+
+
+def _warn_of_users(listing: Listing) -> None:
+    """Warn of the user's own files in place of the hub's whose sizes differ."""
+    for file in listing.files:
+        if file.is_users() and file.cached() and file.size not in (None, size := file.pointer.stat().st_size):
+            warn(
+                f"{listing.at}: {file.name} is a link to your {os.path.realpath(file.pointer)}, of {size:,} "
+                f"bytes; the hub's has {file.size:,}. Yours is used"
+            )
 
 
 def _note(path: Path, names: Collection[str]) -> None:
@@ -208,8 +260,14 @@ def _require_room(listing: Listing, missing: Sequence[HubFile]) -> None:
 
 def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
     """Download the files that are not cached, resuming partial ones."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 
+    for file in files:
+        if not file.cached():  # huggingface_hub makes paths of what this answer holds
+            found = get_hf_file_metadata(hf_hub_url(listing.repo, file.name, revision=listing.folder.name))
+            for value, what in ((found.etag, "the ETag"), (found.commit_hash, "the commit")):
+                if value is not None:
+                    _single(value, f"{what} of {file.name}")
     names = [glob.escape(file.name) for file in files]
     snapshot_download(listing.repo, revision=listing.revision, allow_patterns=names)
 
@@ -354,13 +412,23 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _of_the_network(error: Exception) -> bool:
-    """True for connection errors: huggingface_hub's, of requests (until 0.36) and of httpx (from 1.0)."""
+    """True for connection errors: huggingface_hub's, and of the libraries that its versions use.
+
+    They are requests (until 0.36), httpx (from 1.0) and httpx2 (from 2.0); base classes tell.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    own = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
-    library = type(error).__module__.split(".")[0]
+    own = (ConnectionError, TimeoutError, socket.gaierror, HfHubHTTPError, LocalEntryNotFoundError)
+    libraries = ("requests", "urllib3", "httpx", "httpcore")
     cut = isinstance(error, OSError) and "Consistency check failed" in str(error)  # too few bytes came
-    return isinstance(error, own) or library in ("requests", "urllib3", "httpx", "httpcore") or cut
+    return (
+        isinstance(error, own)
+        or cut
+        or any(
+            base.__module__.startswith(libraries) or base.__name__ in ("HTTPError", "RequestException")
+            for base in type(error).__mro__
+        )
+    )
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""The ranges of sizes in configs, far above those of any checkpoint, checked before a network is built."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import SupportsIndex
+
+__all__ = ["CHANNELS", "LAYERS", "require_ranges"]
+
+LAYERS = 1000  # at most
+CHANNELS = 1_000_000  # at most, of any tensor
+
+
+def require_ranges(config: object, **most: int) -> None:
+    """Check that the fields named hold whole numbers, or tuples of them, from 1 to the number given for each.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name, limit in most.items():
+        value = getattr(config, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            whole = isinstance(one, SupportsIndex) and not isinstance(one, bool)
+            if not whole or not 1 <= one <= limit:
+                raise ValueError(f"{name} is {reprlib.repr(value)}, wanted whole numbers from 1 to {limit:,}")
