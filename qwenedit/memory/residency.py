@@ -289,6 +289,15 @@ class _Managed:
         if self.base.depth == 0:
             self._let_go()
 
+    def __getstate__(self) -> dict[str, Any]:
+        parts = self.blocks if self.stays else (self.base, *self.blocks)
+        if any(part.depth for part in parts):
+            raise ValueError(
+                f"the {self.component} is in use, and some of its weights are read from files only while it "
+                "is: copy or pickle the pipeline before or after the run"
+            )
+        return self.__dict__
+
     def _let_go(self) -> None:
         for streamed in self.lists:
             streamed.stop()
