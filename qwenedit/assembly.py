@@ -12,7 +12,7 @@ import torch
 from qwenedit.checks import warn_of_float16
 from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
-from qwenedit.memory.residency import Modes
+from qwenedit.memory.residency import Modes, remember
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -58,6 +58,8 @@ def assemble(
         found = {one.report.component: one.found for one in compared}
         modes = choose(modes, folder, found, device=device, dtype=dtype)
     loaded = read_networks(compared, device=device, dtype=dtype, progress=progress, manage=modes.manage)
+    for one, network in zip(compared, loaded, strict=True):
+        remember(network, one.report.component, one.found)
     networks: Any = dict(zip(names, loaded, strict=True))
     system = kind(
         vision_language=networks.get("text_encoder"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import numbers
 import operator
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -15,28 +19,100 @@ from qwenedit.files import FLOATS
 from qwenedit.foreign import shown
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_output_type", "check_run", "device_of", "dtype_of",
-    "real_number", "warn", "warn_of_float16", "whole_number", "without_reference_options",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "REMEDIES", "check_output_type", "check_run", "device_of",
+    "dtype_of", "hinting", "real_number", "require_known", "warn", "warn_of_float16", "whole_number",
+    "without_reference_options",
 ]  # fmt: skip
 
-OUTPUT_TYPES = ("pil", "pt", "latent")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # Options of the reference pipelines: the values that are accepted because they change nothing, and the
 # alternative to other values. Without values, any value is accepted and has no effect.
-_SAMPLE = ((None,), "make a `Conditioning` and `sample` from it")
+_FOLDER = "they are read from the checkpoint's folder"
 LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "low_cpu_mem_usage": ((), ""),
+    **dict.fromkeys(
+        ("low_cpu_mem_usage", "resume_download", "offload_state_dict", "offload_folder"), ((), "")
+    ),
     "use_safetensors": ((None, True), "there is no other format"),
     "variant": ((None,), "give the folder that holds the files"),
-    "device_map": ((None,), "pass device"),
+    "cache_dir": ((None,), "set the environment variable HF_HUB_CACHE before Python starts"),
+    "token": ((None, True), "run `hf auth login`, or set the environment variable HF_TOKEN"),
+    "force_download": ((None, False), "files that differ from the hub's are found and fetched again"),
+    "proxies": ((None,), "set the environment variable HTTPS_PROXY"),
+    "custom_pipeline": ((None,), "the pipeline is this class; change its parts after loading"),
+    "max_memory": ((None,), "pass residency='stage' or 'stream'"),
+    "quantization_config": ((None,), "pass storage='float8', or mmdit=FILE with a GGUF file"),
+    "transformer": ((None,), "pass mmdit=FILE with its weights, or change pipe.mmdit after loading"),
+    "tokenizer": ((None,), _FOLDER),
+    "processor": ((None,), _FOLDER),
 }
 CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "return_dict": ((True,), "the pictures are the result's `images`"),
-    "callback_on_step_end": ((None,), "loop over `steps`, which shows every step and takes changes"),
-    "callback_on_step_end_tensor_inputs": ((), ""),
-    "attention_kwargs": ((None,), "attach `taps`"),
-    **dict.fromkeys(("prompt_embeds", "prompt_embeds_mask"), _SAMPLE),
-    **dict.fromkeys(("negative_prompt_embeds", "negative_prompt_embeds_mask"), _SAMPLE),
+    "use_en_prompt": ((), ""),  # the language of automatic captions, which we do not make
 }
+# What arguments are called elsewhere, and what attributes of the reference pipelines are here.
+_NAMES = {
+    "seed": "generator=torch.Generator().manual_seed(SEED)",
+    **dict.fromkeys(("steps", "num_steps", "n_steps", "inference_steps"), "num_inference_steps"),
+    **dict.fromkeys(("guidance_scale", "guidance", "cfg", "cfg_scale"), "true_cfg_scale"),
+    **dict.fromkeys(("n", "num_images", "batch_size"), "num_images_per_prompt"),
+    **dict.fromkeys(("images", "picture", "pictures"), "image"),
+    **dict.fromkeys(("negative", "neg_prompt"), "negative_prompt"),
+    "size": "height and width",
+    "torch_dtype": "dtype",
+    "transformer": "mmdit=FILE",
+    "device_map": "device",
+    "quantization_config": "storage='float8'",
+    "callback": "callback_on_step_end",
+}
+_ATTENTION = "attention is torch's own, which needs little memory: leave the line out"
+_SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
+_TILING = "decoding needs little memory: leave the line out"
+_LEFT_OUT = "there is nothing to undo: leave the line out"
+REMEDIES = {
+    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
+    "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
+    "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
+    "enable_group_offload": "load(residency='stream')",
+    "enable_layerwise_casting": "load(storage='float8')",
+    "enable_vae_slicing": _SLICING,
+    "enable_vae_tiling": _TILING,
+    **dict.fromkeys(("disable_vae_slicing", "disable_vae_tiling", "maybe_free_model_hooks"), _LEFT_OUT),
+    **dict.fromkeys(("remove_all_hooks", "reset_device_map"), _LEFT_OUT),
+    **dict.fromkeys(("enable_attention_slicing", "disable_attention_slicing"), _ATTENTION),
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "disable_xformers_memory_efficient_attention": _ATTENTION,
+    "fuse_qkv_projections": "leave the line out",
+}
+
+
+def require_known(function: str, options: Iterable[str], known: Collection[str]) -> None:
+    """Check that the function takes the options.
+
+    Raises:
+        TypeError: it does not; the message names the argument that is probably meant.
+    """
+    for name in options:
+        if name in known:
+            continue
+        meant = _NAMES.get(name, name)
+        if meant.split("=")[0].split(" ")[0] not in known:
+            meant = next(iter(difflib.get_close_matches(name, known, 1)), "")
+        hint = f": did you mean {meant}?" if meant else f"; it takes {', '.join(known)}"
+        raise TypeError(f"{function}() got an unexpected keyword argument {shown(repr(name))}{hint}")
+
+
+def hinting(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose error for an unknown argument names the one that is probably meant."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        require_known(function.__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def without_reference_options(
@@ -50,7 +126,8 @@ def without_reference_options(
     for name, (harmless, instead) in known.items():
         value = options.get(name)
         if name in options and harmless and not any(value is one for one in harmless):
-            got = repr(value) if isinstance(value, (bool, str)) else type(value).__name__
+            shows = isinstance(value, (bool, str)) and name != "token"  # which is a secret
+            got = shown(repr(value)) if shows else type(value).__name__
             raise ValueError(f"{name} is {got}, wanted {' or '.join(map(str, harmless))}: {instead}")
     return {name: value for name, value in options.items() if name not in known}
 

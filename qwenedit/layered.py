@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.checks import check_run, whole_number
+from qwenedit.checks import check_run, hinting, whole_number
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import to_pil
@@ -27,14 +27,59 @@ from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.switches import Guidance, Seen, Switches
-from qwenedit.system import Result, System
+from qwenedit.system import Result, RunOptions, System, as_array
 
-__all__ = ["Layers", "layer_rows", "require_flat"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Layers", "layer_guidance", "layer_rows", "require_flat"]
+
+
+class LayerOptions(RunOptions, total=False):
+    """What `decompose` takes besides, for type checkers."""
+
+    negative_prompt: str | Sequence[str] | None
+    layers: int
+    resolution: int
+    cfg_normalize: bool
+    num_images_per_prompt: int
+    max_sequence_length: int
 
 
 class Layers(System):
     """The methods of a pipeline that take pictures apart, for checkpoints of Qwen-Image-Layered."""
 
+    @overload
+    def decompose(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pil"] = "pil",
+        **options: Unpack[LayerOptions],
+    ) -> Result[list[Any]]: ...
+
+    @overload
+    def decompose(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pt", "latent"],
+        **options: Unpack[LayerOptions],
+    ) -> Result[Tensor]: ...
+
+    @overload
+    def decompose(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        prompt: str | Sequence[str],
+        *,
+        output_type: str,
+        **options: Unpack[LayerOptions],
+    ) -> Result[Any]: ...
+
+    @hinting
     @torch.no_grad()
     def decompose(
         self,
@@ -43,7 +88,7 @@ class Layers(System):
         *,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         layers: int = 4,
         resolution: int = 640,
@@ -53,12 +98,13 @@ class Layers(System):
         latents: Tensor | None = None,
         output_type: str = "pil",
         max_sequence_length: int = 512,
-    ) -> Result:
+    ) -> Result[Any]:
         """Take a picture apart into RGBA layers.
 
         `images` of the result are the layers of the one output, RGBA pictures in the model's order. Several
-        outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1]; as "latent" packed
-        (B, S, 64), with the whole picture's frame first (`decode_layers` decodes them).
+        outputs are a list of such lists. As "pt" they are (B, layers, 4, H, W) in [0, 1], as "np" an array
+        (B, layers, H, W, 4) of them; as "latent" packed (B, S, 64), with the whole picture's frame first
+        (`decode_layers` decodes them).
 
         Args: those that are not listed here are the same as in `edit`.
             image: one picture, used for every prompt, or one per prompt; without alpha it is opaque.
@@ -85,14 +131,12 @@ class Layers(System):
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
         pictures = [1] * len(rows) * int(num_images_per_prompt)
         run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
-        guidance = guidance_of(true_cfg_scale, negative_prompt)
-        if guidance is not None and not cfg_normalize:
-            guidance = TrueCFG(true_cfg_scale, Guidance(norm="none"))
+        guidance = layer_guidance(true_cfg_scale, negative_prompt, cfg_normalize=cfg_normalize)
         conditioning = self._encode(
             rows, switches, guided=guidance is not None, max_tokens=max_sequence_length, frames=frames
         )
         steps = self._steps(conditioning.repeat(int(num_images_per_prompt)), run, guidance, switches)
-        return self._finish(steps, num_inference_steps, grid, output_type)
+        return self._finish(steps, len(run[1]) - 1, grid, output_type)
 
     @torch.no_grad()
     def decode_layers(self, latents: Tensor, grid: Grid) -> Tensor:
@@ -105,13 +149,13 @@ class Layers(System):
         pixels = self.decode(of_layers, (1, rows, columns))
         return pixels.unflatten(0, (-1, frames - 1))
 
-    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> list[Any] | Tensor:
-        """Decoded latents, as "pil" or "pt"; the forms of layers are those of `decompose`."""
+    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> Any:
+        """Decoded latents, as "pil", "pt" or "np"; the forms of layers are those of `decompose`."""
         if not self.variant.layered:
             return super()._images(latents, grid, output_type)
         pixels = self.decode_layers(latents, grid)
-        if output_type == "pt":
-            return pixels
+        if output_type != "pil":
+            return as_array(pixels, output_type)
         outputs = [to_pil(layers) for layers in pixels]
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -143,6 +187,14 @@ def layer_rows(
         )
     areas = dataclasses.replace(areas, vae=resolution * resolution, vl=None)
     return rows_of(prompt, negative_prompt, image, variant, areas, None, None)
+
+
+def layer_guidance(scale: float, negative_prompt: object, *, cfg_normalize: bool) -> TrueCFG | None:
+    """The guidance of a `decompose`, as `guidance_of`."""
+    guidance = guidance_of(scale, negative_prompt)
+    if guidance is None or cfg_normalize:
+        return guidance
+    return TrueCFG(scale, Guidance(norm="none"))
 
 
 def require_flat(variant: Variant) -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from PIL import Image
@@ -20,106 +19,125 @@ from torch import Generator, Tensor
 
 from qwenedit.assembly import assemble, modes_of, other_files
 from qwenedit.checks import (
-    CALL_OPTIONS,
     LOAD_OPTIONS,
     check_output_type,
     check_run,
     device_of,
     dtype_of,
-    warn,
+    hinting,
     without_reference_options,
 )
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
-from qwenedit.layered import Layers, require_flat
+from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
+from qwenedit.reference_scripts import MAX_TOKENS, ReferenceScripts, require_euler
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step
-from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.sampling.switched import count_steps, require_encoded, require_pictures
 from qwenedit.switches import Switches
-from qwenedit.system import Result
-from qwenedit.taps import cache_context
+from qwenedit.system import Result, RunOptions
 from qwenedit.weights.checkpoints import find_local
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["QwenImageEdit", "load"]
 
-MAX_TOKENS = 512  # of a text-to-image prompt, by default
+Pictures: TypeAlias = "Image.Image | Sequence[Any]"
 
 
-class QwenImageEdit(Loras, Layers):
+class SampleOptions(RunOptions, total=False):
+    """What `sample` takes besides its conditioning, for type checkers."""
+
+    switches: Switches | None
+
+
+class EditOptions(SampleOptions, total=False):
+    """What `edit` takes besides picture and prompt, for type checkers."""
+
+    negative_prompt: str | Sequence[str] | None
+    height: int | None
+    width: int | None
+    num_images_per_prompt: int
+
+
+class GenerateOptions(EditOptions, total=False):
+    """What `generate` takes besides the prompt, for type checkers."""
+
+    max_sequence_length: int
+
+
+class QwenImageEdit(Loras, ReferenceScripts):
     """The whole system: the components, which `System` lists, with editing, generation and LoRAs."""
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] | None = None, **options: Any) -> QwenImageEdit:
         """`load` under the name that the ecosystem expects, with that ecosystem's options where they fit.
 
-        `torch_dtype` is `dtype`; with `local_files_only=True` a hub id is only looked up in the cache.
+        `torch_dtype` is `dtype`; `device_map` is a device, or "balanced" for what `load` does anyway. A
+        `scheduler` is as for `pipe.scheduler = ...`. With `local_files_only=True` a hub id is only looked up
+        in the cache.
 
         Raises:
             ValueError: as `load`, or an option with a value that is not supported here.
         """
         options = without_reference_options(options, LOAD_OPTIONS)
+        scheduler = options.pop("scheduler", None)
+        if scheduler is not None:
+            require_euler(scheduler)  # before anything is downloaded
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
+        if (device_map := options.pop("device_map", None)) not in (None, "auto", "balanced"):
+            options.setdefault("device", device_map)
         if options.pop("local_files_only", False) and source is not None:
             source = find_local(source, options.pop("revision", None))
-        return load(source, **options)
+        pipe = load(source, **options)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        return pipe
 
-    @staticmethod
-    def cache_context(name: str) -> AbstractContextManager[None]:
-        """Name the CFG branch of networks that you run in a `with` block; `edit` and `steps` name theirs.
-
-        Hooks that keep state between steps keep it per branch (`taps.BranchState`).
-        """
-        return cache_context(name)
-
-    def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
-        """For scripts written for the reference pipelines; `disable=True` silences the progress bar."""
-        self.progress = not disable
-
-    def __call__(
+    @overload
+    def edit(
         self,
-        image: Any = None,
-        prompt: str | Sequence[str] | None = None,
+        image: Pictures,
+        prompt: str | Sequence[str],
         *,
-        guidance_scale: float | None = None,
-        max_sequence_length: int = MAX_TOKENS,
-        **options: Any,
-    ) -> Result:
-        """`edit`, `generate` without an image, or `decompose` with a Layered checkpoint: for scripts written
-        for the reference pipelines.
+        output_type: Literal["pil"] = "pil",
+        **options: Unpack[EditOptions],
+    ) -> Result[list[Image.Image]]: ...
 
-        `guidance_scale` is for distilled models and ignored with a warning. `max_sequence_length` has no
-        effect on editing, as in the reference.
+    @overload
+    def edit(
+        self,
+        image: Pictures,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pt", "latent"],
+        **options: Unpack[EditOptions],
+    ) -> Result[Tensor]: ...
 
-        Raises:
-            ValueError: as `edit`, or an option with a value that is not supported here.
-        """
-        options = without_reference_options(options, CALL_OPTIONS)
-        if guidance_scale not in (None, 1.0):
-            warn(
-                "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
-                "pass true_cfg_scale"
-            )
-        if self.variant.layered:
-            options.pop("use_en_prompt", None)  # the language of automatic captions, which we do not make
-            return self.decompose(image, prompt or "", max_sequence_length=max_sequence_length, **options)
-        if prompt is None:
-            raise ValueError("prompt is None, wanted a string or a list of strings")
-        if image is None:
-            return self.generate(prompt, max_sequence_length=max_sequence_length, **options)
-        return self.edit(image, prompt, **options)
+    @overload
+    def edit(
+        self,
+        image: Pictures,
+        prompt: str | Sequence[str],
+        *,
+        output_type: str,
+        **options: Unpack[EditOptions],
+    ) -> Result[Any]: ...
 
+    @hinting
     @torch.no_grad()
     def edit(
         self,
-        image: Image.Image | Sequence[Any],
+        image: Pictures,
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -128,7 +146,7 @@ class QwenImageEdit(Loras, Layers):
         latents: Tensor | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
-    ) -> Result:
+    ) -> Result[Any]:
         """Change pictures as the prompt says.
 
         Args:
@@ -140,15 +158,16 @@ class QwenImageEdit(Loras, Layers):
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
-            num_inference_steps: Euler steps.
-            sigmas: unshifted sigmas in place of the evenly spaced ones, one per step.
+            num_inference_steps: Euler steps; by default 50, or as many as there are given sigmas.
+            sigmas: unshifted sigmas in place of the evenly spaced ones, one per step; the last may be 0.
             height, width: of the output, multiples of a token's side, 16 in the official checkpoints; by
                 default they follow from the picture (the last one, for the multi-picture variants) at the
                 checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's.
-            output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]) or "latent" (packed, normalised).
+            output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
+                "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
 
         Raises:
@@ -167,6 +186,30 @@ class QwenImageEdit(Loras, Layers):
             generator, num_images_per_prompt, latents, output_type, switches,
         )  # fmt: skip
 
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pil"] = "pil",
+        **options: Unpack[GenerateOptions],
+    ) -> Result[list[Image.Image]]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_type: Literal["pt", "latent"],
+        **options: Unpack[GenerateOptions],
+    ) -> Result[Tensor]: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[str], *, output_type: str, **options: Unpack[GenerateOptions]
+    ) -> Result[Any]: ...
+
+    @hinting
     @torch.no_grad()
     def generate(
         self,
@@ -174,7 +217,7 @@ class QwenImageEdit(Loras, Layers):
         *,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -184,7 +227,7 @@ class QwenImageEdit(Loras, Layers):
         output_type: str = "pil",
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
-    ) -> Result:
+    ) -> Result[Any]:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
         The arguments are those of `edit`; height and width default to 128 latent pixels, 1024 in the official
@@ -198,6 +241,7 @@ class QwenImageEdit(Loras, Layers):
             generator, num_images_per_prompt, latents, output_type, switches, max_sequence_length,
         )  # fmt: skip
 
+    @hinting
     @torch.no_grad()
     def condition(
         self,
@@ -221,12 +265,13 @@ class QwenImageEdit(Loras, Layers):
         require_pictures(switches, image is not None)
         return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
+    @hinting
     def steps(
         self,
         conditioning: Conditioning,
         *,
         true_cfg_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
@@ -247,19 +292,43 @@ class QwenImageEdit(Loras, Layers):
         guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
         return self._steps(conditioning, run, guidance, switches)
 
+    @overload
+    def sample(
+        self,
+        conditioning: Conditioning,
+        *,
+        output_type: Literal["pil"] = "pil",
+        **options: Unpack[SampleOptions],
+    ) -> Result[list[Image.Image]]: ...
+
+    @overload
+    def sample(
+        self,
+        conditioning: Conditioning,
+        *,
+        output_type: Literal["pt", "latent"],
+        **options: Unpack[SampleOptions],
+    ) -> Result[Tensor]: ...
+
+    @overload
+    def sample(
+        self, conditioning: Conditioning, *, output_type: str, **options: Unpack[SampleOptions]
+    ) -> Result[Any]: ...
+
+    @hinting
     @torch.no_grad()
     def sample(
         self,
         conditioning: Conditioning,
         *,
         true_cfg_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
-    ) -> Result:
+    ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         steps = self.steps(
@@ -271,7 +340,8 @@ class QwenImageEdit(Loras, Layers):
             latents=latents,
             switches=switches,
         )
-        return self._finish(steps, num_inference_steps, conditioning.target_grid, output_type)
+        count = count_steps((switches or Switches()).time, num_inference_steps, sigmas)
+        return self._finish(steps, count, conditioning.target_grid, output_type)
 
     def _edit_or_generate(
         self,
@@ -279,7 +349,7 @@ class QwenImageEdit(Loras, Layers):
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] | None,
         true_cfg_scale: float,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         sigmas: Sequence[float] | None,
         height: int | None,
         width: int | None,
@@ -289,7 +359,7 @@ class QwenImageEdit(Loras, Layers):
         output_type: str,
         switches: Switches | None,
         max_tokens: int = MAX_TOKENS,
-    ) -> Result:
+    ) -> Result[Any]:
         """`generate` if the image is None, else `edit`."""
         require_flat(self.variant)
         check_run(output_type, num_images_per_prompt, max_tokens)
@@ -301,9 +371,10 @@ class QwenImageEdit(Loras, Layers):
         guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
         conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
         steps = self._steps(conditioning.repeat(count), run, guidance, switches)
-        return self._finish(steps, num_inference_steps, grid, output_type)
+        return self._finish(steps, len(run[1]) - 1, grid, output_type)
 
 
+@hinting
 def load(
     source: str | os.PathLike[str] | None = None,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -25,25 +25,37 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.sampler import Step, euler
+from qwenedit.sampling.sampler import Predict, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import require_fitting, schedule, switched_predictor
 from qwenedit.switches import Switches
 from qwenedit.taps import require_finite
 
-__all__ = ["Result", "System"]
+__all__ = ["Result", "RunOptions", "System", "as_array"]
 
 Own = TypeVar("Own", bound="System")
+Images = TypeVar("Images")
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """A run's output: a list of PIL pictures, (B, 3, H, W) pixels in [0, 1], or packed latents (B, S, 64).
+class Result(Generic[Images]):
+    """A run's output, in the form of its `output_type`.
 
-    `decompose` describes its own forms of these.
+    "pil" is a list of PIL pictures, "pt" (B, 3, H, W) pixels in [0, 1], "np" an array (B, H, W, 3) of them,
+    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these.
     """
 
-    images: list[Any] | Tensor
+    images: Images
+
+
+class RunOptions(TypedDict, total=False):
+    """What all kinds of run take, for type checkers; `QwenImageEdit.edit` describes it."""
+
+    true_cfg_scale: float
+    num_inference_steps: int | None
+    sigmas: Sequence[float] | None
+    generator: Generator | Sequence[Generator] | None
+    latents: Tensor | None
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -109,7 +121,7 @@ class System:
         self,
         grid: Grid,
         pictures: list[int],
-        steps: int,
+        steps: int | None,
         sigmas: Sequence[float] | None,
         generator: Generator | Sequence[Generator] | None,
         latents: Tensor | None,
@@ -124,11 +136,11 @@ class System:
         """
         frames, rows, columns = grid
         batch, tokens = len(pictures), rows * columns
-        steps = whole_number("num_inference_steps", steps)
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
-        require_fitting(switches, pictures=pictures, blocks=self.mmdit.config.num_layers, steps=steps)
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
+        blocks, count = self.mmdit.config.num_layers, len(visited) - 1
+        require_fitting(switches, pictures=pictures, blocks=blocks, steps=count)
         config, device, dtype = self.mmdit.config, self.device, self.dtype
         if latents is None:
             channels = config.out_channels
@@ -144,9 +156,13 @@ class System:
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
     ) -> Conditioning:
+        encoder = self._encoder(max_tokens)
+        return encoder(rows, switches, guided=guided, frames=frames).to(self.device, self.dtype)
+
+    def _encoder(self, max_tokens: int) -> Encoder:
         if self.vision_language is None:
             raise ValueError("this pipeline was loaded without its text encoder: it can only sample")
-        encoder = Encoder(
+        return Encoder(
             variant=self.variant,
             processor=self.processor,
             vision_language=self.vision_language,
@@ -155,7 +171,6 @@ class System:
             share_prefix=self.share_prefix,
             micro_batch=self.micro_batch,
         )
-        return encoder(rows, switches, guided=guided, frames=frames).to(self.device, self.dtype)
 
     def _steps(
         self,
@@ -165,14 +180,18 @@ class System:
         switches: Switches,
     ) -> Iterator[Step]:
         """The Euler loop from the latents and sigmas that `prepare` returned."""
-        conditioning = conditioning.to(self.device, self.dtype)
-        predict = switched_predictor(
-            self.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=self.micro_batch,
-            sigmas=run[1][:-1],
-        )  # fmt: skip
+        predict = self._predictor(conditioning, run[1], guidance, switches)
         return while_present(self.mmdit, euler(predict, *run, guidance))
 
-    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result:
+    def _predictor(
+        self, conditioning: Conditioning, sigmas: list[float], guidance: TrueCFG | None, switches: Switches
+    ) -> Predict:
+        return switched_predictor(
+            self.mmdit, conditioning.to(self.device, self.dtype), switches, guided=guidance is not None,
+            micro_batch=self.micro_batch, sigmas=sigmas[:-1],
+        )  # fmt: skip
+
+    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
         bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
         (last,) = deque(bar, maxlen=1)
@@ -181,7 +200,15 @@ class System:
             return Result(last.after)
         return Result(self._images(last.after, grid, output_type))
 
-    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> list[Any] | Tensor:
-        """Decoded latents, as "pil" or "pt"."""
+    def _images(self, latents: Tensor, grid: Grid, output_type: str) -> Any:
+        """Decoded latents, as "pil", "pt" or "np"."""
         pixels = self.decode(latents, grid)
-        return to_pil(pixels) if output_type == "pil" else pixels
+        return to_pil(pixels) if output_type == "pil" else as_array(pixels, output_type)
+
+
+def as_array(pixels: Tensor, output_type: str) -> Any:
+    """Pixels (..., C, H, W) as they are for "pt", and for "np" as an array (..., H, W, C) of float32.
+
+    Source: `VaeImageProcessor.pt_to_numpy`.
+    """
+    return pixels.movedim(-3, -1).float().cpu().numpy() if output_type == "np" else pixels

@@ -63,9 +63,7 @@ class Encoder:
             NonFiniteError: NaN or infinity, naming the encoder.
         """
         pictured = reference_rows(rows, switches.references)  # before any network runs: it may fail
-        prompt, negative = self._encode_prompts(
-            seen_rows(rows, switches.seen), guided, switches.seen.negative
-        )
+        prompt, negative = self.encode_prompts(seen_rows(rows, switches.seen), guided, switches.seen.negative)
         negatives = [row.negative for row in rows] if guided else None
         return Conditioning(
             prompt=prompt,
@@ -82,7 +80,7 @@ class Encoder:
             },
         )
 
-    def _encode_prompts(
+    def encode_prompts(
         self, rows: list[BatchRow], guided: bool, negative_sees: bool
     ) -> tuple[Prompt, Prompt | None]:
         """The prompts and, if `guided`, the negative prompts, without the template's system part.

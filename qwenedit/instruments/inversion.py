@@ -65,7 +65,7 @@ def invert(
     latents: Tensor,
     *,
     true_cfg_scale: float = 1.0,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     sigmas: Sequence[float] | None = None,
     iterations: int = 0,
     switches: Switches | None = None,
@@ -89,7 +89,7 @@ def invert(
     require_encoded(switches, conditioning)
     negative = None if conditioning.negative is None else " "
     guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
-    _require_invertible(guidance, iterations, num_inference_steps)
+    _require_invertible(guidance, iterations, len(visited) - 1)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
     predict = switched_predictor(
         pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch,

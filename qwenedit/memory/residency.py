@@ -32,7 +32,7 @@ from qwenedit.weights.loading import progress_bar
 
 __all__ = [
     "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
-    "present", "require_staying", "while_present",
+    "present", "read_when_needed", "remember", "require_staying", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
@@ -200,6 +200,51 @@ def require_staying(module: nn.Module, weights: Sequence[Tensor], what: str) -> 
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """Where the weights of a network came from, and what they were then."""
+
+    component: str
+    found: Mapping[str, Stored]
+    weights: Mapping[str, tuple[int, int, torch.dtype]]  # identity, version, dtype
+
+    @classmethod
+    def of(cls, module: nn.Module, component: str, found: Mapping[str, Stored]) -> _Origin:
+        weights = {name: (id(x), x._version, x.dtype) for name, x in module.named_parameters()}
+        return cls(component, found, weights)
+
+
+def remember(module: nn.Module, component: str, found: Mapping[str, Stored]) -> None:
+    """Note where the weights of a network that was just loaded came from, for `read_when_needed`."""
+    module.__dict__["_origin"] = _Origin.of(module, component, found)
+
+
+def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:
+    """Give networks the residency "stage" or "stream" after loading. Those that have it are left alone.
+
+    Raises:
+        ValueError: weights that differ from the files', or other memory modes. Nothing has changed then.
+    """
+    changing: list[tuple[nn.Module, _Origin]] = []
+    for module in modules:
+        managed, origin = _managed(module), module.__dict__.get("_origin")
+        if managed is not None and not managed.stays:
+            streams = residency == "stage" or not BLOCK_LISTS[managed.component]
+            if streams or any(part.places for part in managed.blocks if not part.shrunk):
+                continue
+        now = origin and _Origin.of(module, origin.component, origin.found).weights
+        if managed is not None or origin is None or now != origin.weights:
+            raise ValueError(
+                "weights that were changed, cast to another dtype or loaded in another memory mode cannot be "
+                f"read from the files again: pass residency={residency!r} to load, or call this first"
+            )
+        changing.append((module, origin))
+    for module, origin in changing:
+        dtypes = {dtype for _, _, dtype in origin.weights.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        Modes(residency).manage(origin.component, module, origin.found, home(module), dtype, progress)
+
+
 class _Managed:
     """A managed network: a context in which the weights that no list streams are in memory."""
 
@@ -243,6 +288,15 @@ class _Managed:
         self.base.drop()
         if self.base.depth == 0:
             self._let_go()
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = self.blocks if self.stays else (self.base, *self.blocks)
+        if any(part.depth for part in parts):
+            raise ValueError(
+                f"the {self.component} is in use, and some of its weights are read from files only while it "
+                "is: copy or pickle the pipeline before or after the run"
+            )
+        return self.__dict__
 
     def _let_go(self) -> None:
         for streamed in self.lists:

@@ -42,6 +42,13 @@ class Absent(nn.Parameter):
 
     component = ""  # that it belongs to
 
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _absent, (tuple(self.shape), self.dtype, self.component)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Absent:
+        copied: Absent = memo.setdefault(id(self), _absent(*self.__reduce_ex__(2)[1]))
+        return copied
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
@@ -50,6 +57,12 @@ class Absent(nn.Parameter):
             return args[0]
         # Tensor's own method runs `_without_values` with this override disabled.
         return Tensor.__torch_function__(_without_values, (), (func, args, kwargs or {}))
+
+
+def _absent(shape: tuple[int, ...], dtype: torch.dtype, component: str) -> Absent:
+    made = Absent(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    made.component = component
+    return made
 
 
 def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -89,7 +102,7 @@ class Place:
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
         dtype = dtype or getattr(torch, stored.dtype)
-        absent = Absent(torch.empty(stored.shape, dtype=dtype, device="meta"), requires_grad=False)
+        absent = _absent(stored.shape, dtype, "")
         place = cls(owner, leaf, stored, absent)
         place.put(absent)
         return place
@@ -138,6 +151,14 @@ class Part:
         self.shrunk = shrunk
         self.held: list[tuple[Tensor, Tensor]] = []
         self.depth = 0  # number of loops and `with` blocks that use it
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = [(weight.view(torch.uint8), scale) for weight, scale in self.held]  # pickle knows no fp8
+        return {**self.__dict__, "held": held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.held = [(weight.view(FP8), scale) for weight, scale in self.held]
 
     def in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
         """Read the weights as fp8 with scales. fp8 weights stay as they are; others get a scale per row."""
@@ -223,6 +244,12 @@ class Streamed(nn.ModuleList):
     def only_modulation(self) -> Iterator[Any]:
         """Loop over the blocks with nothing but their adaLN weights."""
         return self._loop([(own.modulation,) for own in self.parts])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loops": None}  # a copy has no loops
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_loops": weakref.WeakSet()})
 
     def stop(self) -> None:
         """Close all unfinished loops."""

@@ -13,7 +13,9 @@ the layers and explains the letters of the shapes.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +178,20 @@ class VAE(Tapped):
         chunks = latents.split(1, dim=2)
         pixels = torch.cat([self.decoder(self.post_quant_conv(chunk), past) for chunk in chunks], dim=2)
         return self.tap("pixels", pixels, "B C F Y X").clamp(-1.0, 1.0)
+
+    def enable_slicing(self) -> None:
+        """For scripts of the reference, with a warning: nothing changes."""
+        warnings.warn("enable_slicing has no effect: set micro_batch = 1 on the pipeline", stacklevel=2)
+
+    def enable_tiling(self, *_sizes: Any, **_named: Any) -> None:
+        """For scripts of the reference, with a warning: nothing changes, and no seams come up."""
+        warnings.warn("enable_tiling has no effect: decoding whole needs little memory", stacklevel=2)
+
+    def disable_slicing(self) -> None:
+        """For scripts of the reference: there is nothing to undo."""
+
+    def disable_tiling(self) -> None:
+        """For scripts of the reference: there is nothing to undo."""
 
 
 class Encoder(Tapped):

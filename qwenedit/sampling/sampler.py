@@ -36,7 +36,8 @@ class Step:
             or `uncond` has it computed anew. If guidance gives NaN or infinity, reading it raises
             NonFiniteError.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
-        after: the latents at `sigma_next`.
+        after: the latents at `sigma_next`; writing it replaces the result of the step, whatever else is
+            written.
         norm_ratio: (B, S), |cond| over the norm of the combined prediction for each token: the factor in the
             reference's guidance, whatever norm this run has. None without guidance.
         average: the state of guidance with momentum for the next step (see `TrueCFG.average`), or None.
@@ -63,6 +64,7 @@ class Step:
         self._at = latents, sigma  # where the predictions were made, also if `latents` is replaced
         self._average = average
         self._velocity: Tensor | None = None
+        self._after: Tensor | None = None
 
     @property
     def cond(self) -> Tensor:
@@ -108,9 +110,15 @@ class Step:
 
     @property
     def after(self) -> Tensor:
+        if self._after is not None:
+            return self._after
         # The sum in float32, the product in the velocity's dtype: the reference's casts.
         sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
         return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
+
+    @after.setter
+    def after(self, value: Tensor) -> None:
+        self._after = value
 
     @property
     def norm_ratio(self) -> Tensor | None:

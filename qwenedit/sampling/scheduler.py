@@ -5,6 +5,7 @@ Sigma is the share of noise: x_sigma = (1 - sigma) * clean + sigma * noise; 1 is
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class FlowMatchScheduler:
         if self.shift_terminal and not 0 < self.shift_terminal < 1:
             raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of scheduler_config.json, for `from_config` of the reference's schedulers."""
+        return {**dataclasses.asdict(self), **self.FIXED}
+
     def mu(self, tokens: int) -> float:
         """The shift for a resolution: linear in the number of target tokens, through the config's base and
         max points.
@@ -89,13 +95,13 @@ class FlowMatchScheduler:
             steps: number of Euler steps.
             tokens: tokens of the target (in Layered, of one layer), which determine the shift.
             custom: unshifted sigmas in place of the even ones from 1 to 1/steps. They, too, are shifted and
-                stretched.
+                stretched. The last may be 0: its step moves nothing, unless the stretch raises it.
 
         Each is a float32 number, equal to the reference's bit by bit. Runs of a single step differ: there the
         reference's stretch is 0/0 and its sigma NaN; ours stays 1.
 
         Raises:
-            ValueError: no steps, or more than `MAX_STEPS`; custom sigmas that do not fall within (0, 1] or
+            ValueError: no steps, or more than `MAX_STEPS`; custom sigmas that do not fall within [0, 1] or
                 are not `steps` many; or sigmas so close that float32 or the shift makes them equal.
         """
         steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
@@ -104,7 +110,8 @@ class FlowMatchScheduler:
         if self.shift_terminal:
             t = _stretched(t, self.shift_terminal)
         sigmas = [*t.tolist(), 0.0]
-        if not all(a > b for a, b in pairwise(sigmas)):
+        last = len(sigmas) if plain[-1] > 0 else -1  # custom sigmas may end with a 0 of their own
+        if not all(a > b for a, b in pairwise(sigmas[:last])):
             raise ValueError(
                 f"{steps} sigmas for {tokens} tokens no longer fall strictly when shifted and rounded to "
                 "float32, wanted fewer, or further apart"
@@ -139,7 +146,7 @@ def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     """The given sigmas, unshifted and noise first, with the final 0: `steps` + 1 float32 numbers.
 
     Raises:
-        ValueError: they do not fall within (0, 1], or are not `steps` many.
+        ValueError: they do not fall within [0, 1], or are not `steps` many.
     """
     return [*torch.tensor(_checked(sigmas, steps), dtype=torch.float32).tolist(), 0.0]
 
@@ -156,12 +163,12 @@ def _checked(custom: Sequence[float], steps: int) -> list[float]:
     try:
         sigmas = [float(sigma) for sigma in custom]
     except (TypeError, ValueError):
-        raise ValueError(f"sigmas are {custom!r}, wanted falling numbers within (0, 1]") from None
+        raise ValueError(f"sigmas are {custom!r}, wanted falling numbers within [0, 1]") from None
     if len(sigmas) != steps:
         raise ValueError(f"got {len(sigmas)} sigmas for {steps} steps, wanted as many (the final 0 is added)")
     falling = all(a > b for a, b in pairwise(sigmas))
-    if not falling or not 0 < sigmas[-1] <= sigmas[0] <= 1:
-        raise ValueError(f"sigmas are {sigmas}, wanted strictly falling numbers within (0, 1]")
+    if not falling or not 0 <= sigmas[-1] <= sigmas[0] <= 1:
+        raise ValueError(f"sigmas are {sigmas}, wanted strictly falling numbers within [0, 1]")
     return sigmas
 
 

@@ -10,12 +10,13 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import (
@@ -32,9 +33,11 @@ from qwenedit.switches import Interval, References, Switches, Time, own_generato
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
 __all__ = [
-    "changed", "require_encoded", "require_fitting", "require_pictures", "schedule", "switched_predictor",
+    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
+    "switched_predictor",
 ]  # fmt: skip
 
+STEPS = 50  # the reference pipelines' default
 LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, for any number of tokens
 
 
@@ -89,18 +92,35 @@ def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int,
         )
 
 
+def count_steps(time: Time, steps: int | None, custom: Sequence[float] | None = None) -> int:
+    """The number of Euler steps of a run: `steps`; None for as many as there are given sigmas, else 50.
+
+    Raises:
+        ValueError: no whole number of at least 1.
+    """
+    if steps is not None:
+        return whole_number("num_inference_steps", steps)
+    given = custom if isinstance(time.sigmas, str) else time.sigmas
+    if given is None:
+        return STEPS
+    return len(given) or 1 if isinstance(given, Sized) else 1  # what is no list is refused later
+
+
 def schedule(
     scheduler: FlowMatchScheduler,
     time: Time,
-    steps: int,
+    steps: int | None,
     tokens: int,
     custom: Sequence[float] | None = None,
 ) -> list[float]:
     """The sigmas of a run under `time.sigmas`; `custom` as in `FlowMatchScheduler.sigmas`.
 
+    `steps` is as in `count_steps`.
+
     Raises:
         ValueError: as there; or custom sigmas together with given ones.
     """
+    steps = count_steps(time, steps, custom)
     if time.sigmas == "lightning":
         scheduler = dataclasses.replace(
             scheduler,

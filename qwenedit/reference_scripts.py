@@ -1,0 +1,483 @@
+"""What serves scripts written for the reference pipelines; a run needs nothing of it.
+
+    from qwenedit import QwenImageEdit as QwenImageEditPipeline
+
+    pipe = QwenImageEditPipeline.from_pretrained("Qwen/Qwen-Image-Edit-2511", torch_dtype=torch.bfloat16)
+    pipe.enable_model_cpu_offload()
+    image = pipe(image=picture, prompt="...", negative_prompt=" ", num_inference_steps=40).images[0]
+
+A call takes the reference's arguments, in its order and with its defaults, and gives its forms of results.
+What cannot work here is an error that says what to write.
+
+Source: `__call__` and `encode_prompt` of diffusers 0.39.0's QwenImagePipeline, QwenImageEditPipeline,
+QwenImageEditPlusPipeline and QwenImageLayeredPipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Generator, Tensor, nn
+
+from qwenedit.checks import (
+    CALL_OPTIONS,
+    REMEDIES,
+    check_run,
+    require_known,
+    warn,
+    whole_number,
+    without_reference_options,
+)
+from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.encoding.encode import encode_pictures
+from qwenedit.encoding.picture_switches import reference_rows, seen_rows
+from qwenedit.family import Variant
+from qwenedit.inputs import rows as inputs
+from qwenedit.inputs.geometry import Geometry
+from qwenedit.inputs.rows import BatchRow
+from qwenedit.latents import Grid
+from qwenedit.layered import Layers, layer_guidance, layer_rows
+from qwenedit.memory.residency import present, read_when_needed
+from qwenedit.networks.low_rank import LowRank
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.sampling.guidance import TrueCFG, guidance_of
+from qwenedit.sampling.sampler import Step, euler
+from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.switches import Seen, Switches
+from qwenedit.system import Result
+from qwenedit.taps import cache_context
+from qwenedit.version import __version__
+from qwenedit.weights.configs import config_from
+
+__all__ = ["MAX_TOKENS", "ReferenceScripts", "require_euler"]
+
+MAX_TOKENS = 512  # of a text-to-image prompt, by default
+_EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
+_TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
+_FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
+_LAST = (
+    "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
+    "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
+    "output_type", "return_dict", "attention_kwargs", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs", "max_sequence_length",
+)  # fmt: skip
+_ALIASES = {"transformer": "mmdit", "text_encoder": "vision_language"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Call:
+    """The arguments of a call, with the reference's defaults; `switches` is ours."""
+
+    image: Any = None
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    true_cfg_scale: float = 4.0
+    height: int | None = None
+    width: int | None = None
+    layers: int = 4
+    num_inference_steps: int = 50
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    generator: Generator | Sequence[Generator] | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_embeds_mask: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_embeds_mask: Tensor | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    attention_kwargs: Mapping[str, Any] | None = None
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    max_sequence_length: int = MAX_TOKENS
+    resolution: int = 640
+    cfg_normalize: bool = False
+    switches: Switches | None = None
+
+    @classmethod
+    def of(cls, variant: Variant, positional: Sequence[Any], options: dict[str, Any]) -> _Call:
+        """From what the caller wrote; the order of arguments is that of the variant's pipeline.
+
+        Raises:
+            TypeError: too many arguments, one given twice, or one that this pipeline does not take.
+            ValueError: values that exclude each other or cannot be used.
+        """
+        order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
+        if not variant.layered:
+            order = (*_FIRST, "height", "width", *_LAST)
+        if variant.takes_pictures:
+            order = ("image", *order)
+        if len(positional) > len(order):
+            raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
+        if twice := [name for name in order[: len(positional)] if name in options]:
+            raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
+        options = without_reference_options(options, CALL_OPTIONS)
+        require_known("__call__", options, ("image", *order, "switches"))
+        call = cls(**dict(zip(order, positional, strict=False)), **options)
+        call._check()
+        return call
+
+    def _check(self) -> None:
+        check_run(self.output_type, self.num_images_per_prompt, self.max_sequence_length)
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
+                raise ValueError(f"{name} and {name}_embeds are both given, wanted one of them")
+        if self.prompt is None and self.prompt_embeds is None:
+            raise ValueError("prompt is None, wanted a string or a list of strings, or prompt_embeds")
+        if others := [name for name in self.callback_on_step_end_tensor_inputs if name not in _TENSORS]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(map(str, others))}, wanted "
+                f"{' or '.join(_TENSORS)}; loop over pipe.steps(conditioning) to see all of a step"
+            )
+        if others := sorted(set(self.attention_kwargs or {}) - {"scale"}):
+            raise ValueError(
+                f"attention_kwargs has {', '.join(others)}, wanted scale, of the LoRAs: attach `taps` instead"
+            )
+        if self.guidance_scale not in (None, 1.0):
+            warn(
+                "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
+                "pass true_cfg_scale"
+            )
+
+    @property
+    def embeds(self) -> tuple[Prompt | None, Prompt | None]:
+        """The given embeddings of the prompts and of the negative prompts."""
+        return (
+            _given(self.prompt_embeds, self.prompt_embeds_mask),
+            _given(self.negative_prompt_embeds, self.negative_prompt_embeds_mask),
+        )
+
+    @property
+    def prompts(self) -> tuple[str | Sequence[str], str | Sequence[str] | None]:
+        """Prompts and negative prompts as text; given embeddings are named instead."""
+        prompt, negative = self.embeds
+        return (
+            [_EMBEDDED] * len(prompt.embeds) if prompt is not None else self.prompt or "",
+            _EMBEDDED if negative is not None else self.negative_prompt,
+        )
+
+
+class ReferenceScripts(Layers):
+    """The methods and attributes of a pipeline that only scripts for the reference pipelines use."""
+
+    _interrupt = False  # a callback sets it to end the run after its step
+    _num_timesteps = 0  # of the last call
+
+    @overload
+    def __call__(self, *positional: Any, return_dict: Literal[False], **options: Any) -> tuple[Any]: ...
+
+    @overload
+    def __call__(self, *positional: Any, **options: Any) -> Result[Any]: ...
+
+    @torch.no_grad()
+    def __call__(self, *positional: Any, **options: Any) -> Result[Any] | tuple[Any]:
+        """Edit, generate without an image, or decompose with a Layered checkpoint, as in the reference.
+
+        Arguments, their order and their defaults are the reference's: without a negative prompt the run is
+        unguided, unlike `edit`'s. Text-to-image checkpoints take no image, so the prompt comes first.
+
+        We differ in this: `guidance_scale` is ignored with a warning; `max_sequence_length` has no effect on
+        editing, as there; `image` may be left out with an editing checkpoint, which then generates; batches
+        are as in `edit`; Layered's outputs are a list of layers for each, never too many.
+
+        Raises:
+            TypeError: arguments that the variant's pipeline does not take.
+            ValueError: as `edit`, or a value that is not supported here.
+        """
+        call = _Call.of(self.variant, positional, options)
+        rows, frames = self._rows_of(call)
+        switches = call.switches or Switches(seen=Seen(picture="unseen" if frames > 1 else "seen"))
+        grid: Grid = (frames, *rows[0].geometry.grid[1:])
+        count = int(call.num_images_per_prompt)
+        pictures = [len(row.pictures) for row in rows] * count
+        steps = call.num_inference_steps if call.sigmas is None else None  # given sigmas win, as there
+        run = self.prepare(grid, pictures, steps, call.sigmas, call.generator, call.latents, switches)
+        negative = call.prompts[1]
+        if self.variant.layered:
+            guidance = layer_guidance(call.true_cfg_scale, negative, cfg_normalize=call.cfg_normalize)
+        else:
+            guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
+        conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
+        conditioning = conditioning.repeat(count)
+        self._interrupt, self._num_timesteps = False, len(run[1]) - 1
+        with _lora_scale(self.mmdit, (call.attention_kwargs or {}).get("scale", 1.0)):
+            taken = self._called_back(call, conditioning, run, guidance, switches)
+            images = self._finish(taken, self._num_timesteps, grid, call.output_type).images
+        if self.variant.layered and call.output_type != "latent":
+            single = call.output_type == "pil" and len(conditioning.reference_grids) == 1
+            images = [images] if single else list(images)
+        return Result(images) if call.return_dict else (images,)
+
+    def _rows_of(self, call: _Call) -> tuple[list[BatchRow], int]:
+        """The rows of a call, and the frames of its target."""
+        prompts = call.prompts
+        if self.variant.layered:
+            rows = layer_rows(call.image, *prompts, self.variant, self.areas, call.layers, call.resolution)
+            return rows, 1 + int(call.layers)
+        multiple = self.areas.token
+        height, width = (
+            _rounded(name, side, multiple) for name, side in (("height", call.height), ("width", call.width))
+        )
+        return inputs.rows_of(*prompts, call.image, self.variant, self.areas, height, width), 1
+
+    def _conditioning_of(
+        self, call: _Call, rows: list[BatchRow], switches: Switches, frames: int, *, guided: bool
+    ) -> Conditioning:
+        """The conditioning of a call; embeddings that it gives are not computed."""
+        prompt, negative = call.embeds
+        if prompt is None and (negative is None or not guided):
+            return self._encode(
+                rows, switches, guided=guided, max_tokens=call.max_sequence_length, frames=frames
+            )
+
+        def encoded(texts: Sequence[str]) -> Prompt:
+            seen = seen_rows(rows, switches.seen)
+            of_texts = [
+                dataclasses.replace(row, prompt=text, negative=None)
+                for row, text in zip(seen, texts, strict=True)
+            ]
+            return self._encoder(call.max_sequence_length).encode_prompts(of_texts, False, True)[0]
+
+        if guided and negative is None:
+            negative = encoded([row.negative or "" for row in rows])
+        return Conditioning(
+            prompt=encoded([row.prompt for row in rows]) if prompt is None else prompt,
+            negative=negative if guided else None,
+            target_grid=(frames, *rows[0].geometry.grid[1:]),
+            reference_latents=encode_pictures(
+                reference_rows(rows, switches.references), self.vae, switches.vae
+            ),
+            reference_grids=tuple(tuple(plan.grid for plan in row.geometry.pictures) for row in rows),
+            provenance={
+                "qwenedit": __version__,
+                "variant": self.variant.name,
+                "switches": json.dumps(switches.encoding.flat(), ensure_ascii=False),
+            },
+        ).to(self.device, self.dtype)
+
+    def _called_back(
+        self,
+        call: _Call,
+        conditioning: Conditioning,
+        run: tuple[Tensor, list[float]],
+        guidance: TrueCFG | None,
+        switches: Switches,
+    ) -> Iterator[Step]:
+        """The steps of a call; after each the callback sees and replaces the latents and the embeddings."""
+        if call.callback_on_step_end is None:
+            yield from self._steps(conditioning, run, guidance, switches)
+            return
+        predict = self._predictor(conditioning, run[1], guidance, switches)
+
+        def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:
+            return predict(*args, **only)
+
+        embeds = conditioning.to(self.device, self.dtype).prompt.embeds
+        with present(self.mmdit):
+            for step in euler(current, *run, guidance):
+                tensors = {"latents": step.after, "prompt_embeds": embeds}
+                got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
+                time = torch.tensor(step.sigma, device=self.device) * 1000
+                replaced = call.callback_on_step_end(self, step.index, time, got)
+                if not isinstance(replaced, Mapping):
+                    raise ValueError(
+                        f"callback_on_step_end returned {type(replaced).__name__}, wanted a dict of the "
+                        "tensors to go on with, such as its last argument"
+                    )
+                after = replaced.get("latents", tensors["latents"])
+                if not isinstance(after, Tensor) or after.shape != tensors["latents"].shape:
+                    shape = tuple(tensors["latents"].shape)
+                    raise ValueError(
+                        f"callback_on_step_end returned latents of another shape, wanted {shape}"
+                    )
+                step.after = after
+                if (changed := replaced.get("prompt_embeds", embeds)) is not embeds:
+                    embeds = changed
+                    prompt = Prompt(embeds, conditioning.prompt.mask)
+                    conditioning = dataclasses.replace(conditioning, prompt=prompt)
+                    predict = self._predictor(conditioning, run[1], guidance, switches)
+                yield step
+                if self._interrupt:
+                    return
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = 1024,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The embeddings (B, T, D) of prompts, with their mask (B, T) of 0 and 1, or None without padding.
+
+        A call takes them as prompt_embeds and prompt_embeds_mask, or under negative_ of the same names. Of
+        editing checkpoints the prompts come with their pictures, which are not resized here, as there; our
+        own form of this is `condition`.
+        """
+        check_run("pil", num_images_per_prompt, max_sequence_length)
+        given = _given(prompt_embeds, prompt_embeds_mask)
+        if given is None:
+            illustrated = self.variant.takes_pictures and not self.variant.layered
+            if illustrated and image is None:
+                raise ValueError(
+                    f"image is None, wanted the pictures that {self.variant.name}'s prompt is about"
+                )
+            rows = inputs.rows_of(
+                prompt, None, image if illustrated else None, self.variant, self.areas, None, None
+            )
+            encoder = self._encoder(max_sequence_length)
+            given, _ = encoder.encode_prompts([_as_given(row) for row in rows], False, True)
+        count = torch.arange(len(given.embeds)).repeat_interleave(num_images_per_prompt)
+        repeated = given.rows(count)
+        mask = None if repeated.mask is None else repeated.mask.long().to(device or self.device)
+        return repeated.embeds.to(device or self.device), mask
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Keep one network's weights at a time in memory: residency="stage", which `load` may have chosen.
+
+        Raises:
+            ValueError: weights that were changed, or that memory modes keep: pass the residency to `load`.
+        """
+        self._read_when_needed("stage", gpu_id, device)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Keep two blocks' weights at a time in memory: residency="stream", which `load` may have chosen.
+
+        Raises:
+            ValueError: as `enable_model_cpu_offload`.
+        """
+        self._read_when_needed("stream", gpu_id, device)
+
+    def _read_when_needed(self, residency: str, gpu_id: int | None, device: Any) -> None:
+        networks = [one for one in (self.vision_language, self.vae, self.mmdit) if one is not None]
+        read_when_needed(networks, residency, self.progress)
+        if device is not None:
+            self.to(device)
+        elif gpu_id is not None:
+            self.to(f"{self.device.type}:{gpu_id}")
+
+    def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
+        """For scripts written for the reference pipelines; `disable=True` silences the progress bar."""
+        self.progress = not disable
+
+    @staticmethod
+    def cache_context(name: str) -> AbstractContextManager[None]:
+        """Name the CFG branch of networks that you run in a `with` block; `edit` and `steps` name theirs.
+
+        Hooks that keep state between steps keep it per branch (`taps.BranchState`).
+        """
+        return cache_context(name)
+
+    @property
+    def transformer(self) -> MMDiT:
+        return self.mmdit
+
+    @property
+    def text_encoder(self) -> VisionLanguage | None:
+        return self.vision_language
+
+    @property
+    def tokenizer(self) -> Any:
+        """A tokenizer of the `tokenizers` library: `pipe.tokenizer.encode(text).ids`."""
+        return self.processor.tokenizer
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    if not TYPE_CHECKING:  # type checkers would take any name for an attribute
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """A scheduler of the reference becomes ours; the reference's names of networks are ours."""
+            if name == "scheduler" and not isinstance(value, FlowMatchScheduler):
+                config = {**self.scheduler.config, **require_euler(value)}
+                value = config_from(type(self.scheduler), config, "the scheduler")
+            if name in _ALIASES:
+                if not isinstance(value, (MMDiT, VisionLanguage, type(None))):
+                    raise ValueError(
+                        f"{name} is {type(value).__name__}, wanted the network of this package: load("
+                        f"{_ALIASES[name] if name == 'transformer' else name}=FILE) reads other weights, "
+                        "load(compile=True) compiles"
+                    )
+                name = _ALIASES[name]
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> Any:
+            remedy = f": {REMEDIES[name]}" if name in REMEDIES else ""
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}{remedy}", name=name, obj=self
+            )
+
+
+def require_euler(scheduler: Any) -> dict[str, Any]:
+    """The config of a scheduler of the reference, whose package is not needed for it.
+
+    Raises:
+        ValueError: something else, or a scheduler that takes other steps than Euler's.
+    """
+    if isinstance(scheduler, FlowMatchScheduler):
+        return scheduler.config
+    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
+    if not isinstance(config, Mapping) or name != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(
+            f"the scheduler is a {name}, wanted a FlowMatchEulerDiscreteScheduler: for other steps than "
+            "Euler's loop over pipe.steps(conditioning), which takes changes"
+        )
+    return {**config, "shift": getattr(scheduler, "shift", config.get("shift"))}  # `set_shift` changes it
+
+
+def _given(embeds: Tensor | None, mask: Tensor | None) -> Prompt | None:
+    if embeds is None:
+        return None
+    if not isinstance(embeds, Tensor) or not (mask is None or isinstance(mask, Tensor)):
+        raise ValueError(
+            "prompt embeddings and their mask are wanted as tensors, as encode_prompt gives them"
+        )
+    real = None if mask is None else mask.bool().to(embeds.device)
+    return Prompt(embeds, None if real is None or bool(real.all()) else real)
+
+
+def _rounded(name: str, side: int | None, multiple: int) -> int | None:
+    """A side of the output as the reference takes it: rounded down to a multiple; 0 is the default."""
+    if not side:
+        return None
+    side = whole_number(name, side, least=multiple)
+    if side % multiple:
+        warn(f"{name} is {side}, taken as {side // multiple * multiple}: a multiple of {multiple} is wanted")
+    return side // multiple * multiple
+
+
+def _as_given(row: BatchRow) -> BatchRow:
+    """The row, its pictures at their own sizes."""
+    pictures = tuple(dataclasses.replace(one, vl=one.size) for one in row.geometry.pictures)
+    geometry: Geometry = dataclasses.replace(row.geometry, pictures=pictures)
+    return dataclasses.replace(row, geometry=geometry)
+
+
+@contextmanager
+def _lora_scale(mmdit: nn.Module, scale: Any) -> Iterator[None]:
+    """Multiply the scales of all LoRAs for the length of a `with` block."""
+    changes = [one for one in mmdit.modules() if isinstance(one, LowRank)]
+    before = [one.scale for one in changes]
+    for one in changes:
+        one.scale *= scale
+    try:
+        yield
+    finally:
+        for one, own in zip(changes, before, strict=True):
+            one.scale = own
