@@ -36,7 +36,7 @@ class Key(NamedTuple):
     """Where a record was made: the tap's full name and the labels in force (None: no such label).
 
     `rows` are the rows of the batch that ran together, `heads` is (start, stop) of a part of the heads
-    (`taps.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
+    (`mmdit_layers.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
     """
 
     name: str

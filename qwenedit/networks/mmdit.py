@@ -31,6 +31,7 @@ from qwenedit.networks.mmdit_layers import (
     Rope,
     TimeEmbedding,
     both_halves,
+    by_heads,
     gated,
     joint_key_mask,
     joint_rope,
@@ -38,7 +39,7 @@ from qwenedit.networks.mmdit_layers import (
     modulated,
     rotate,
 )
-from qwenedit.taps import Fingerprint, Tapped, by_heads, fingerprint
+from qwenedit.taps import Fingerprint, Tapped, fingerprint
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
 
