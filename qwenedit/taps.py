@@ -98,7 +98,10 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ..."""
+        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ...
+
+        `text_lengths` has the number of each row's real text tokens; the tokens after them are padding.
+        """
         return current_labels()
 
 
@@ -331,8 +334,9 @@ def taps(
     if not isinstance(functions, Mapping):
         raise ValueError(f"the functions are {type(functions).__name__}, wanted a dict of pattern: function")
     for pattern, fn in functions.items():
-        if not callable(fn):
-            raise ValueError(f"the function for {pattern!r} is {type(fn).__name__}, wanted fn(x, site)")
+        if not isinstance(pattern, str) or not callable(fn):
+            got = f"{type(pattern).__name__}: {type(fn).__name__}"
+            raise ValueError(f"the functions have {got}, wanted pattern: function of a tensor and a Site")
         for full in _matched(pattern, list(sites)):
             if (check := getattr(fn, "check", None)) is not None:  # of `patch_from`
                 check(sites[full])
@@ -430,7 +434,7 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
 
     Raises:
         KeyError: the model has no such submodule; close names are listed.
-        ValueError: the factory returned something other than a module.
+        ValueError: the model is no module, or the factory returned none.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> with swapped(model, "1", lambda old: nn.Identity()):
@@ -439,11 +443,14 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     >>> model[1]
     ReLU()
     """
+    require_module(model)
     modules = dict(model.named_modules())
     real: dict[str, str] = {}  # shown path -> real path, of the outermost module that is shown there
     for (shown, _), path_of in zip(named_modules(model), modules, strict=True):
         real.setdefault(shown, path_of)
     real.pop("")
+    if not isinstance(path, str) or not callable(factory):
+        raise ValueError(f"path and factory are {path!r} and {factory!r}, wanted a text and a function")
     if path not in real:
         raise KeyError(_no_match(path, list(real), "module"))
     parent_path, _, name = real[path].rpartition(".")
