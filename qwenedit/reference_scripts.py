@@ -375,7 +375,7 @@ class ReferenceScripts(Layers):
     def cache_context(name: str) -> AbstractContextManager[None]:
         """Name the CFG branch of networks that you run in a `with` block; `edit` and `steps` name theirs.
 
-        Hooks that keep state between steps keep it per branch (`taps.BranchState`).
+        Hooks that keep state between steps keep it per branch (`ablation.first_block_cache.BranchState`).
         """
         return cache_context(name)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +30,15 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "BranchState", "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped", "by_heads",
+    "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped",
     "cache_context", "current_labels", "fingerprint", "has_compiled_part", "modified", "named_modules",
-    "observed", "require_finite", "scope", "swapped", "tap_names", "taps", "tensors_in",
+    "observed", "require_finite", "require_module", "scope", "swapped", "tap_names", "taps", "tensors_in",
 ]  # fmt: skip
 
-State = TypeVar("State")
 NewModule = TypeVar("NewModule", bound=nn.Module)
 
 # The torch layers that the networks use as they are. Every other torch class is foreign (`modified`).
 _PLAIN_LAYERS = (nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleList)
-
-MAX_MAP = 2**28  # elements of an attention map; larger maps are computed a few heads at a time
 
 
 class _Labels(threading.local):
@@ -78,41 +76,6 @@ def current_labels() -> dict[str, Any]:
     return dict(_labels.now)
 
 
-class BranchState(Generic[State]):
-    """State that is kept from step to step, separately for each CFG branch and each group of rows.
-
-    `new` makes a fresh state. Use a fresh `BranchState` for each run: it cannot tell two runs apart.
-
-    >>> seen = BranchState(list)
-    >>> for step in range(2):
-    ...     for branch in ("cond", "uncond"):
-    ...         with cache_context(branch):
-    ...             seen.current().append((branch, step))
-    >>> with cache_context("uncond"):
-    ...     seen.current()
-    [('uncond', 0), ('uncond', 1)]
-    """
-
-    def __init__(self, new: Callable[[], State]) -> None:
-        self._new = new
-        self._states: dict[tuple[str, tuple[int, ...] | None], State] = {}
-
-    def current(self) -> State:
-        """The state of the current branch.
-
-        Raises:
-            ValueError: no label `branch` is in force.
-        """
-        labels = current_labels()
-        if "branch" not in labels:
-            raise ValueError("no label branch is in force, wanted cache_context(name) around the forward")
-        rows = labels.get("rows")
-        key = (labels["branch"], None if rows is None else tuple(rows))
-        if key not in self._states:
-            self._states[key] = self._new()
-        return self._states[key]
-
-
 def cache_context(name: str) -> AbstractContextManager[None]:
     """Label the forwards in a `with` block with the name of their CFG branch. The sampler does this itself.
 
@@ -135,7 +98,10 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ..."""
+        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ...
+
+        `text_lengths` has the number of each row's real text tokens; the tokens after them are padding.
+        """
         return current_labels()
 
 
@@ -169,32 +135,6 @@ class Tapped(nn.Module):
         return self._taps is not None and any(name in self._taps for name in names)
 
 
-def by_heads(
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-) -> Tensor:
-    """`attention(q, k, v, key_mask)`, a few heads at a time if the maps of all would exceed `MAX_MAP`.
-
-    Taps inside then fire once per part, for that part's heads only. The label `heads`, a slice, says which;
-    without parts there is no such label.
-
-    Shapes: `q`, `k`, `v` and the result (B, H, J, K); the mask broadcasts over H.
-    """
-    batch, heads, rows, _ = q.shape
-    at_once = max(1, MAX_MAP // (batch * rows * k.shape[2]))
-    if at_once >= heads:
-        return attention(q, k, v, key_mask)
-    parts = []
-    for start in range(0, heads, at_once):
-        part = slice(start, min(start + at_once, heads))
-        with scope(heads=part):
-            parts.append(attention(q[:, part], k[:, part], v[:, part], key_mask))
-    return torch.cat(parts, dim=1)
-
-
 def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
     if not isinstance(y, Tensor):
         raise ValueError(
@@ -207,6 +147,7 @@ def _checked(y: Tensor, x: Tensor, site: Site) -> Tensor:
 
 
 def _sites(model: nn.Module) -> dict[str, Site]:
+    require_module(model)
     sites = {}
     for path, module in named_modules(model):
         if isinstance(module, Tapped):
@@ -214,6 +155,16 @@ def _sites(model: nn.Module) -> dict[str, Site]:
                 full = f"{path}.{name}" if path else name
                 sites[full] = Site(module, name, full)
     return sites
+
+
+def require_module(model: object) -> None:
+    """Raise a ValueError unless it is a module; for a pipeline the message names its networks."""
+    if not isinstance(model, nn.Module):
+        held = [
+            name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)
+        ]
+        instead = f", like its {', '.join(held)}" if held else ""
+        raise ValueError(f"the model is {type(model).__name__}, wanted a torch module{instead}")
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -348,7 +299,8 @@ def taps(
 
     Args:
         model: any module that holds `Tapped` modules.
-        functions: glob pattern over full tap names (`*` also matches dots) -> `fn(x, site) -> None | Tensor`.
+        functions: pattern over full tap names -> `fn(x, site) -> None | Tensor`. In a pattern `*` matches any
+            text, dots too; `{3,7}` and `{20..30}` stand for names and numbers, each of which must be there.
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
         eager: run compiled modules eagerly meanwhile, so that functions may do anything. With `eager=False`
             the functions are compiled in: they must be pure and read no labels.
@@ -357,7 +309,9 @@ def taps(
 
     Raises:
         KeyError: a pattern matches no tap; close names are listed. Nothing has run yet.
-        ValueError: a replacement differs from its tensor in shape, dtype or device.
+        ValueError: the model is no module, a function cannot be called, or a pattern has a class of
+            characters that is meant for numbers (`[20-30]`), before anything runs; while running, a function
+            writes into its tensor in place, or returns one of another shape, dtype or device.
         RuntimeError: with `strict`, taps that matched but never fired.
 
     On exit, also after an exception, every module is exactly as it was before.
@@ -377,11 +331,15 @@ def taps(
     sites = _sites(model)
     fired: set[str] = set()
     added: dict[str, list[tuple[TapFunction, Site]]] = {}
+    if not isinstance(functions, Mapping):
+        raise ValueError(f"the functions are {type(functions).__name__}, wanted a dict of pattern: function")
     for pattern, fn in functions.items():
-        matched = [full for full in sites if fnmatch.fnmatchcase(full, pattern)]
-        if not matched:
-            raise KeyError(_no_match(pattern, list(sites), "tap"))
-        for full in matched:
+        if not isinstance(pattern, str) or not callable(fn):
+            got = f"{type(pattern).__name__}: {type(fn).__name__}"
+            raise ValueError(f"the functions have {got}, wanted pattern: function of a tensor and a Site")
+        for full in _matched(pattern, list(sites)):
+            if (check := getattr(fn, "check", None)) is not None:  # of `patch_from`
+                check(sites[full])
             added.setdefault(full, []).append((_recording(fn, full, fired), sites[full]))
 
     by_module: dict[nn.Module, dict[str, list[tuple[TapFunction, Site]]]] = {}
@@ -413,9 +371,52 @@ def taps(
 def _recording(fn: TapFunction, full: str, fired: set[str]) -> TapFunction:
     def call(x: Tensor, site: Site) -> Tensor | None:
         fired.add(full)
-        return fn(x, site)
+        if torch.compiler.is_compiling():  # then functions are pure, as `taps` says
+            return fn(x, site)
+        if x.is_inference():  # such tensors do not count the writes to them, but a copy does
+            with torch.inference_mode(False):
+                x = x.clone()
+        before = x._version
+        y = fn(x, site)
+        if x._version != before:
+            raise ValueError(
+                f"tap {full}: the function wrote into its tensor in place, wanted a new one returned"
+            )
+        return y
 
     return call
+
+
+def _matched(pattern: str, names: list[str]) -> list[str]:
+    """The names that a pattern matches, each once."""
+    for inside in re.findall(r"\[(!?[^]]+)\]", pattern):
+        if re.search(r"\d\d", inside):
+            ends = re.findall(r"\d+", inside)
+            is_range = "-" in inside and len(ends) > 1
+            instead = f"{ends[0]}..{ends[-1]}" if is_range else ",".join(re.findall(r"\d", inside))
+            raise ValueError(
+                f"in the pattern {pattern!r}, [{inside}] stands for a single character, not for numbers: "
+                f"write {{{instead}}}"
+            )
+    found: dict[str, None] = {}
+    for one in _expanded(pattern):
+        matched = [name for name in names if fnmatch.fnmatchcase(name, one)]
+        if not matched:
+            raise KeyError(_no_match(one, names, "tap"))
+        found |= dict.fromkeys(matched)
+    return list(found)
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """The pattern with each of the alternatives in its braces."""
+    if (brace := re.search(r"\{([^{}]+)\}", pattern)) is None:
+        yield pattern
+        return
+    for one in brace[1].split(","):
+        ends = re.fullmatch(r"\s*(\d+)\.\.(\d+)\s*", one)
+        first, last = sorted(map(int, ends.groups())) if ends else (0, 0)
+        for text in range(first, last + 1) if ends else [one.strip()]:
+            yield from _expanded(f"{pattern[: brace.start()]}{text}{pattern[brace.end() :]}")
 
 
 def _no_match(pattern: str, names: list[str], what: str) -> str:
@@ -433,7 +434,7 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
 
     Raises:
         KeyError: the model has no such submodule; close names are listed.
-        ValueError: the factory returned something other than a module.
+        ValueError: the model is no module, or the factory returned none.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> with swapped(model, "1", lambda old: nn.Identity()):
@@ -442,11 +443,14 @@ def swapped(model: nn.Module, path: str, factory: Callable[[Any], NewModule]) ->
     >>> model[1]
     ReLU()
     """
+    require_module(model)
     modules = dict(model.named_modules())
     real: dict[str, str] = {}  # shown path -> real path, of the outermost module that is shown there
     for (shown, _), path_of in zip(named_modules(model), modules, strict=True):
         real.setdefault(shown, path_of)
     real.pop("")
+    if not isinstance(path, str) or not callable(factory):
+        raise ValueError(f"path and factory are {path!r} and {factory!r}, wanted a text and a function")
     if path not in real:
         raise KeyError(_no_match(path, list(real), "module"))
     parent_path, _, name = real[path].rpartition(".")

@@ -7,16 +7,54 @@ print(cache.skipped, cache.computed)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.taps import BranchState, current_labels, swapped
+from qwenedit.taps import current_labels, swapped
 
-__all__ = ["FirstBlockCache", "first_block_cache"]
+__all__ = ["BranchState", "FirstBlockCache", "first_block_cache"]
+
+State = TypeVar("State")
+
+
+class BranchState(Generic[State]):
+    """State that is kept from step to step, separately for each CFG branch and each group of rows.
+
+    `new` makes a fresh state. Use a fresh `BranchState` for each run: it cannot tell two runs apart.
+
+    >>> from qwenedit.taps import cache_context
+    >>> seen = BranchState(list)
+    >>> for step in range(2):
+    ...     for branch in ("cond", "uncond"):
+    ...         with cache_context(branch):
+    ...             seen.current().append((branch, step))
+    >>> with cache_context("uncond"):
+    ...     seen.current()
+    [('uncond', 0), ('uncond', 1)]
+    """
+
+    def __init__(self, new: Callable[[], State]) -> None:
+        self._new = new
+        self._states: dict[tuple[str, tuple[int, ...] | None], State] = {}
+
+    def current(self) -> State:
+        """The state of the current branch.
+
+        Raises:
+            ValueError: no label `branch` is in force.
+        """
+        labels = current_labels()
+        if "branch" not in labels:
+            raise ValueError("no label branch is in force, wanted cache_context(name) around the forward")
+        rows = labels.get("rows")
+        key = (labels["branch"], None if rows is None else tuple(rows))
+        if key not in self._states:
+            self._states[key] = self._new()
+        return self._states[key]
 
 
 class FirstBlockCache(nn.Module):

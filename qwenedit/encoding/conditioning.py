@@ -6,6 +6,7 @@ From a saved conditioning an edit can be repeated without the text encoder and t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -50,6 +51,12 @@ class Prompt:
                 f"prompt mask is {self.mask.dtype} {tuple(self.mask.shape)}, wanted bool "
                 f"{tuple(self.embeds.shape[:2])}"
             )
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of real tokens of each row."""
+        rows, length, _ = self.embeds.shape
+        return (length,) * rows if self.mask is None else tuple(self.mask.sum(dim=1).tolist())
 
     def rows(self, index: Tensor) -> Prompt:
         """Some rows, in any order; a mask that is True everywhere is dropped."""

@@ -134,7 +134,7 @@ class Encoder:
 
     def _run(self, batch: ProcessorOutput, pictures: Tensor | None, branch: str) -> Tensor:
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        with scope(branch=branch):
+        with scope(branch=branch, text_lengths=tuple(batch.attention_mask.sum(dim=1).tolist())):
             return self.vision_language(ids, mask, None, batch.image_grid_thw, pictures)
 
     def _unpadded(self, batch: ProcessorOutput, hidden: Tensor) -> list[Tensor]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qwenedit.instruments.records import Records, Wanted
+from qwenedit.instruments.records import Records, Wanted, key_of, require_numbers
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import JointAttention
-from qwenedit.taps import Site, taps
+from qwenedit.taps import Site, require_module, taps
 
 __all__ = ["AttentionMaps", "attention_map", "token_groups"]
 
@@ -108,6 +108,8 @@ def attention_map(
     return torch.cat(means, dim=-2)
 
 
+_REFERENCE = r"reference [1-9]\d*"
+_GROUP = f"all|text|target|{_REFERENCE}"
 _PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
 
 
@@ -126,9 +128,9 @@ class AttentionMaps(Records):
 
     Shapes: as of `attention_map`.
     Raises:
-        ValueError: while running, an unknown group, rows of a reference that this step does not have (as
-            columns its share is 0), or no label `layout` in force. The sampler sets the label; set it with
-            `scope` when you call the transformer yourself.
+        ValueError: an unknown group, or blocks or steps that are no numbers; while running, rows of a
+            reference that this step does not have (as columns its share is 0), or no label `layout` in
+            force. The sampler sets the label; set it with `scope` when you call the transformer yourself.
         RuntimeError: at the end, nothing was collected.
     """
 
@@ -144,6 +146,13 @@ class AttentionMaps(Records):
         detach: bool = True,
     ) -> None:
         super().__init__()
+        for groups in (rows, columns):
+            for name in [groups] if isinstance(groups, str) else groups:
+                if not re.fullmatch(_GROUP, name):
+                    raise ValueError(
+                        f"no group of tokens is {name!r}, wanted all, text, target, reference 1, ..."
+                    )
+        require_numbers("blocks", blocks)
         self._rows, self._columns = rows, columns
         self._blocks = blocks
         self._wanted = Wanted(steps, branch)
@@ -155,6 +164,7 @@ class AttentionMaps(Records):
     @contextmanager
     def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
         """Collect for the length of a `with` block."""
+        require_module(mmdit)
         blocks = ["*"] if self._blocks is None else self._blocks
         attentions = [module for module in mmdit.modules() if isinstance(module, JointAttention)]
         hooks = [module.register_forward_pre_hook(self._note_mask) for module in attentions]
@@ -194,7 +204,7 @@ class AttentionMaps(Records):
                 key_mask=self._key_mask,
                 mean_heads=self._mean_heads,
             )
-        self._add(self._next(site.full.rpartition(".")[0]), value.cpu() if self._detach else value)
+        self._add(self._next(key_of(site.full.rpartition(".")[0])), value.cpu() if self._detach else value)
 
 
 def _resolve(names: str | Sequence[str], layout: Layout, absent: slice | None = None) -> slice | list[slice]:
@@ -202,7 +212,7 @@ def _resolve(names: str | Sequence[str], layout: Layout, absent: slice | None = 
     groups = {**token_groups(layout), "all": slice(None)}
     found = []
     for name in [names] if isinstance(names, str) else names:
-        group = groups.get(name, absent if re.fullmatch(r"reference [1-9]\d*", name) else None)
+        group = groups.get(name, absent if re.fullmatch(_REFERENCE, name) else None)
         if group is None:
             raise ValueError(f"no group of tokens is {name!r}, wanted one of {', '.join(groups)}")
         found.append(group)

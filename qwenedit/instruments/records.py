@@ -24,10 +24,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qwenedit.checks import whole_number
 from qwenedit.files import read_metadata, replacing_file
 from qwenedit.taps import Site, current_labels
 
-__all__ = ["Key", "Recorder", "Records", "Wanted"]
+__all__ = ["Key", "Recorder", "Records", "Wanted", "key_of", "require_numbers"]
 
 _FORMAT = "qwenedit record 1"
 
@@ -36,7 +37,7 @@ class Key(NamedTuple):
     """Where a record was made: the tap's full name and the labels in force (None: no such label).
 
     `rows` are the rows of the batch that ran together, `heads` is (start, stop) of a part of the heads
-    (`taps.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
+    (`mmdit_layers.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
     """
 
     name: str
@@ -111,17 +112,21 @@ class Records(Mapping[Key, Tensor]):
             + (f"close names: {', '.join(close)}" if close else f"there are {len(self._named)} other names")
         )
 
+    def of(self, name: str) -> list[Key]:
+        """The keys of a tap, in the order in which they were recorded."""
+        return list(self._named.get(name, ()))
+
     def _add(self, key: Key, record: Tensor | Path) -> None:
         self._records[key] = record
         self._named.setdefault(key.name, []).append(key)
 
-    def _next(self, name: str) -> Key:
-        key = key_of(name)
+    def _next(self, key: Key) -> Key:
         self._calls[key] += 1
         return key._replace(call=self._calls[key] - 1)
 
 
 def key_of(name: str) -> Key:
+    """The key of a tap under the labels in force."""
     labels = current_labels()
     rows, heads = labels.get("rows"), labels.get("heads")
     return Key(
@@ -146,8 +151,9 @@ class Wanted:
     where: Callable[[Site], bool] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and not isinstance(self.steps, Collection):
-            raise ValueError(f"steps are {self.steps!r}, wanted a collection of them, like range(0, 10)")
+        require_numbers("steps", self.steps)
+        if self.where is not None and not callable(self.where):
+            raise ValueError(f"where is {type(self.where).__name__}, wanted a function of a Site")
         if self.branch not in (None, "cond", "uncond"):
             raise ValueError(f"branch is {self.branch!r}, wanted 'cond' or 'uncond', or None for both")
 
@@ -163,6 +169,16 @@ class Wanted:
         return self.where is None or self.where(site)
 
 
+def require_numbers(name: str, numbers: Collection[int] | None) -> None:
+    """Raise a ValueError unless it is None, or a collection of whole numbers of at least 0."""
+    if numbers is None or isinstance(numbers, range):
+        return
+    if not isinstance(numbers, Collection) or isinstance(numbers, str):
+        raise ValueError(f"{name} are {numbers!r}, wanted a collection of them, like range(0, 10)")
+    for number in numbers:
+        whole_number(f"one of {name}", number, least=0)
+
+
 class Recorder(Records):
     """A tap function that keeps the tensors that it is given.
 
@@ -173,6 +189,8 @@ class Recorder(Records):
         detach: False keeps the tensors of the graph themselves, neither copied nor detached, so that
             gradients flow to and from them (`torch.autograd.grad(loss, recorder[...])`). In-place changes
             then change the record.
+        padding: False leaves out the padding of the shorter texts in a batch. Tensors with text tokens then
+            become one record for each row, with `rows` = (row,).
 
     A folder gets one safetensors file per record, numbered in order and written whole or not at all: a run
     that is killed keeps its records. `Records.load` reads the folder.
@@ -202,6 +220,7 @@ class Recorder(Records):
         branch: str | None = None,
         to: torch.device | str | Path | None = None,
         detach: bool = True,
+        padding: bool = True,
     ) -> None:
         super().__init__()
         if to is not None and not detach:
@@ -210,6 +229,7 @@ class Recorder(Records):
             )
         self._wanted = Wanted(steps, branch, where)
         self._detach = detach
+        self._padding = padding
         self._folder = _new_folder(to) if isinstance(to, Path) else None
         try:
             self._device = torch.device("cpu" if to is None or isinstance(to, Path) else to)
@@ -219,17 +239,43 @@ class Recorder(Records):
     def __call__(self, x: Tensor, site: Site) -> None:
         if not self._wanted(site):
             return
-        key = self._next(site.full)
+        key, rows = key_of(site.full), None if self._padding else _rows_without_padding(x, site)
+        if rows is None:
+            self._keep(self._next(key), x)
+            return
+        for number, row in zip(key.rows or range(len(rows)), rows, strict=True):
+            self._keep(self._next(key._replace(rows=(number,))), row)
+
+    def _keep(self, key: Key, x: Tensor) -> None:
         if not self._detach:
             self._add(key, x)
         elif self._folder is None:
             self._add(key, x.detach().to(self._device, copy=True))
         else:
-            path = self._folder / f"{len(self):06d}-{site.full}.safetensors"
+            path = self._folder / f"{len(self):06d}-{key.name}.safetensors"
             metadata = {"format": _FORMAT, "key": json.dumps(key)}
             with replacing_file(path) as temporary:
-                safetensors.torch.save_file({site.full: x.detach().cpu().contiguous()}, temporary, metadata)
+                safetensors.torch.save_file({key.name: x.detach().cpu().contiguous()}, temporary, metadata)
             self._add(key, path)
+
+
+def _rows_without_padding(x: Tensor, site: Site) -> list[Tensor] | None:
+    """Each row without its padded text tokens; None for a tensor without text tokens.
+
+    Those of the transformer's text stream are called txt_..., and its attention maps begin with the text.
+    The text encoder, which has no `layout`, has text tokens alone.
+    """
+    lengths, layout = site.labels.get("text_lengths"), site.labels.get("layout")
+    padded = layout.text if layout else max(lengths or (0,))
+    if lengths is None or x.shape[0] != len(lengths):
+        return None
+    if site.name in ("scores", "probs"):
+        kept = [torch.cat([torch.arange(n), torch.arange(padded, x.shape[-1])]).to(x.device) for n in lengths]
+        return [x[i : i + 1, :, k][..., k] for i, k in enumerate(kept)]
+    text = layout is None or any(part.startswith("txt_") for part in site.full.split("."))
+    if not text or x.ndim < 3 or x.shape[1] != padded:
+        return None
+    return [x[i : i + 1, :n] for i, n in enumerate(lengths)]
 
 
 def _new_folder(folder: Path) -> Path:

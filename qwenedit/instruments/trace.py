@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qwenedit.taps import tensors_in
+from qwenedit.taps import require_module, tensors_in
 
 __all__ = ["Op", "trace_ops"]
 
@@ -71,5 +71,6 @@ def trace_ops(model: nn.Module) -> Iterator[list[Op]]:
         with torch.no_grad(), trace_ops(pipe.mmdit) as ops:
             pipe.edit(picture, "make the circle red", num_inference_steps=1)
     """
+    require_module(model)
     with torch.compiler.set_stance("force_eager"), _Trace(model) as trace:
         yield trace.ops

@@ -31,6 +31,7 @@ from qwenedit.networks.mmdit_layers import (
     Rope,
     TimeEmbedding,
     both_halves,
+    by_heads,
     gated,
     joint_key_mask,
     joint_rope,
@@ -39,7 +40,7 @@ from qwenedit.networks.mmdit_layers import (
     rotate,
 )
 from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
-from qwenedit.taps import Fingerprint, Tapped, by_heads, fingerprint
+from qwenedit.taps import Fingerprint, Tapped, fingerprint
 
 __all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
 

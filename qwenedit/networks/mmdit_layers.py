@@ -6,22 +6,24 @@ Source: diffusers 0.39.0, models/transformers/transformer_qwenimage.py, normaliz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenedit.taps import Tapped
+from qwenedit.taps import Tapped, scope
 
 __all__ = [
     "MLP", "AdaLN", "AdaLayerNormOut", "Grid", "Modulation", "QKNorm", "RMSNorm", "Rope", "TimeEmbedding",
-    "both_halves", "gated", "joint_key_mask", "joint_rope", "layer_norm", "modulated", "picture_positions",
-    "rope_table", "rotate", "sinusoids",
+    "both_halves", "by_heads", "gated", "joint_key_mask", "joint_rope", "layer_norm", "modulated",
+    "picture_positions", "rope_table", "rotate", "sinusoids",
 ]  # fmt: skip
 
 Grid = tuple[int, int, int]  # frames (1 in a picture), rows, columns of tokens, which are 2x2 latent pixels
+
+MAX_MAP = 2**28  # elements of an attention map; larger maps are computed a few heads at a time
 
 
 class TimeEmbedding(Tapped):
@@ -208,6 +210,32 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     wide = x.float()
     exchanged = wide.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # x1, x0, x3, x2, ...
     return (wide * cos + exchanged * sin).to(x.dtype)
+
+
+def by_heads(
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """`attention(q, k, v, key_mask)`, a few heads at a time if the maps of all would exceed `MAX_MAP`.
+
+    Taps inside then fire once per part, for that part's heads only. The label `heads`, a slice, says which;
+    without parts there is no such label.
+
+    Shapes: `q`, `k`, `v` and the result (B, H, J, K); the mask broadcasts over H.
+    """
+    batch, heads, rows, _ = q.shape
+    at_once = max(1, MAX_MAP // (batch * rows * k.shape[2]))
+    if at_once >= heads:
+        return attention(q, k, v, key_mask)
+    parts = []
+    for start in range(0, heads, at_once):
+        part = slice(start, min(start + at_once, heads))
+        with scope(heads=part):
+            parts.append(attention(q[:, part], k[:, part], v[:, part], key_mask))
+    return torch.cat(parts, dim=1)
 
 
 def joint_key_mask(txt_mask: Tensor, img_length: int) -> Tensor:

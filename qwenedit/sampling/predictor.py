@@ -148,7 +148,7 @@ def _velocity(
     own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     layout = Layout(prompt.embeds.shape[1], group.grids)
     img = own if group.references is None else torch.cat([own, group.references], dim=1)
-    with scope(branch=branch, layout=layout, rows=group.rows):
+    with scope(branch=branch, layout=layout, rows=group.rows, text_lengths=prompt.lengths):
         velocity = mmdit(
             img, prompt.embeds, time[0], group.grids, prompt.mask, time[1],
             cache=cache, target_only=cache is not None,

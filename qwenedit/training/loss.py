@@ -74,7 +74,7 @@ def flow_matching_loss(
     Gradients reach the transformer and the prompts' embeddings. They never reach the clean latents and the
     noise, and reach the reference latents and their encoder only with `detach_references=False`. Rows whose
     references differ in size run in groups, as in sampling, under the same labels: branch "cond", layout,
-    rows.
+    rows, text_lengths.
 
     Raises:
         ValueError: a Qwen-Image-Layered checkpoint.
@@ -93,7 +93,8 @@ def flow_matching_loss(
         if references is not None and detach_references:
             references = references.detach()
         layout = Layout(group.prompt.embeds.shape[1], group.grids)
-        with scope(branch="cond", layout=layout, rows=group.rows):
+        labels = {"rows": group.rows, "text_lengths": group.prompt.lengths}
+        with scope(branch="cond", layout=layout, **labels):
             errors.append(
                 velocity_error(
                     pipe.mmdit,

@@ -9,9 +9,9 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation.first_block_cache import first_block_cache
+from qwenedit.ablation.first_block_cache import BranchState, first_block_cache
 from qwenedit.switches import Guidance, References, Switches
-from qwenedit.taps import BranchState, cache_context, current_labels, scope, tap_names, taps
+from qwenedit.taps import cache_context, current_labels, scope, tap_names, taps
 from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas
 
 THRESHOLD = 0.12  # the changes of the embedded model's first block are 0.08 to 0.4 in 10 steps

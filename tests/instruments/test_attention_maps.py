@@ -1,7 +1,5 @@
 """Attention maps from queries and keys against the probabilities of explicit attention, and in parts."""
 
-import importlib
-
 import pytest
 import torch
 from PIL import Image
@@ -13,13 +11,13 @@ from qwenedit import mini
 from qwenedit.instruments.attention_maps import AttentionMaps, attention_map, token_groups
 from qwenedit.instruments.records import Recorder
 from qwenedit.latents import Layout
+from qwenedit.networks import mmdit_layers
 from qwenedit.networks.mmdit_layers import joint_key_mask
 from qwenedit.taps import scope, taps
 from tests.properties import test_mmdit as mmdit
 from tests.support import EPS, FP32, assert_as_close_as, assert_close, relative_error
 from tests.tiny import checkpoint, picture
 
-TAPS = importlib.import_module("qwenedit.taps")  # the package shows the function under that name
 LAYOUT = Layout(5, tuple(mmdit.GRIDS))  # text 5, target 15, reference 8
 MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
 KEYS = joint_key_mask(MASK, 23)  # padded text is hidden from all
@@ -376,7 +374,7 @@ def test_large_maps_are_made_by_heads_with_the_same_numbers(limit, monkeypatch):
 
     whole, scores, probs = observe()
     assert {key.heads for key in probs} == {None}
-    monkeypatch.setattr(TAPS, "MAX_MAP", limit)
+    monkeypatch.setattr(mmdit_layers, "MAX_MAP", limit)
     parts, part_scores, part_probs = observe()
     assert_close(parts, whole, FP32)  # products of fewer matrices at once
     for of_whole, of_parts in ((scores, part_scores), (probs, part_probs)):
@@ -401,6 +399,6 @@ def test_a_part_of_the_heads_can_be_replaced_and_the_label_says_which(monkeypatc
 
     with taps(ours, {"blocks.0.attn.probs": uniform_in_head_1}):
         wanted = run(ours)
-        monkeypatch.setattr(TAPS, "MAX_MAP", 1)
+        monkeypatch.setattr(mmdit_layers, "MAX_MAP", 1)
         assert_close(run(ours), wanted, FP32)
     assert relative_error(run(ours), wanted) > 100 * FP32
