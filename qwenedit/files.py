@@ -205,8 +205,8 @@ T = TypeVar("T")
 def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
     """What `parse` makes of each line of a JSON Lines file; an empty list if there is no such file.
 
-    A last line without a line break, or one that is not JSON, was cut off when its writer was stopped: it is
-    left out.
+    A last line without a line break, or one after others that is not JSON, was cut off when its writer was
+    stopped: it is left out.
 
     Raises:
         ValueError: no plain file; another line is not JSON, or `parse` fails on a line. The message says that
@@ -222,7 +222,7 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
             try:
                 value = parse_json(line, "it")
             except ValueError:
-                if number == numbered[-1][0]:
+                if found and number == numbered[-1][0]:
                     break
                 raise
             found.append(parse(value))
