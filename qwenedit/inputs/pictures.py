@@ -76,19 +76,26 @@ def as_picture(value: Any, what: str = "the picture") -> Image.Image:
         upright = ImageOps.exif_transpose(value) if turned else value
     except Exception as error:
         raise ValueError(f"{what} has EXIF data that cannot be read: {shown(error)}") from error
-    if value.mode.startswith("I;16") or (value.mode == "I" and value.format in _DEEP_GREY):
-        return _in_8_bits(upright)
-    if value.mode in ("I", "F"):
-        levels = "floats" if value.mode == "F" else "32-bit integers"
+    deep = value.mode.startswith("I;16") or (value.mode == "I" and value.format in _DEEP_GREY)
+    _check_levels(value, what, deep=deep)
+    return _in_8_bits(upright) if deep else upright
+
+
+def _check_levels(picture: Image.Image, what: str, *, deep: bool) -> None:
+    """Raise a ValueError unless it is known which levels are black and white; `deep` for 16 bits of grey."""
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF file: bits per sample, and 0 if white is the level 0
+    if deep and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0):
+        raise ValueError(f"{what} is grey TIFF that Pillow does not scale, wanted 8 or 16 bits, black as 0")
+    if not deep and picture.mode in ("I", "F"):
+        levels = "floats" if picture.mode == "F" else "32-bit integers"
         raise ValueError(
             f"{what} has {levels}, whose black and white are not agreed: scale them to 0-255, then "
             'convert it to "L"'
         )
-    if value.mode in ("LAB", "La"):
+    if picture.mode in ("LAB", "La"):
         raise ValueError(
-            f"{what} has mode {value.mode}, which Pillow does not convert to RGB: wanted another"
+            f"{what} has mode {picture.mode}, which Pillow cannot convert to RGB: wanted another"
         )
-    return upright
 
 
 def _in_8_bits(picture: Image.Image) -> Image.Image:

@@ -216,9 +216,20 @@ def test_a9_levels_without_an_agreed_range_are_refused(edit, plus, layered, tmp_
         open_picture(tmp_path / "deep.tif")
 
 
+@pytest.mark.parametrize(("tag", "value"), [(258, 12), (262, 0)], ids=["12 bits", "white is 0"])
+def test_a9_levels_that_pillow_leaves_unscaled_are_refused(edit, tag, value):
+    file = io.BytesIO()
+    deep([0, 4095]).save(file, "TIFF")
+    before, number = file.getvalue(), {258: 16, 262: 1}[tag]
+    entry = [tag.to_bytes(2, "little") + b"\3\0\1\0\0\0" + bytes([one, 0, 0, 0]) for one in (number, value)]
+    assert before.count(entry[0]) == 1
+    with pytest.raises(ValueError, match=r"image is grey TIFF that Pillow does not scale, wanted"):
+        latents(edit, Image.open(io.BytesIO(before.replace(*entry))))
+
+
 @pytest.mark.parametrize("mode", ["LAB", "La"])
 def test_a9_modes_that_do_not_become_rgb_are_refused(edit, mode):
-    with pytest.raises(ValueError, match=f"image has mode {mode}, which Pillow does not convert"):
+    with pytest.raises(ValueError, match=f"image has mode {mode}, which Pillow cannot convert"):
         latents(edit, Image.new(mode, (64, 64)))
 
 
