@@ -1,9 +1,10 @@
 """The text encoder's input: token ids and picture patches.
 
 Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, image_processor.py;
-transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the PIL processor). Ids and
-pixels are bitwise equal to theirs, but every picture is converted to RGB first, and pictures of 1 or 3 pixels
-in height are accepted (the reference takes their rows for channels).
+transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the slow processor, with PIL;
+the fast one's pixels differ by up to 2 of 255 levels). Ids and pixels are bitwise equal to theirs, but every
+picture is converted to RGB first, and pictures of 1 or 3 pixels in height are accepted (the reference takes
+their rows for channels).
 
 EXIF orientation is not applied here: apply it when you open a file. Alpha is dropped, not composited; PIL
 clips modes of more than 8 bits at 255.
