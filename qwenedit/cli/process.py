@@ -127,10 +127,17 @@ class Interrupts:
             self._hook(error)
 
     def _repeat(self, seconds: float) -> None:
-        timer = threading.Timer(seconds, _thread.interrupt_main)
+        timer = threading.Timer(seconds, _interrupt_main_thread)
         timer.daemon = True
         self._again.append(timer)
         timer.start()
+
+
+def _interrupt_main_thread() -> None:
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:  # a signal also ends a call that waits, as for the network
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _in_main_thread() -> bool:
