@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenedit.family import Variant
+from qwenedit.foreign import shown
 from qwenedit.inputs.processor import Processor
 from qwenedit.latents import PATCH
 from qwenedit.sampling.scheduler import load_scheduler
@@ -51,7 +52,9 @@ def check_together(folder: Path, processor: Processor, *, pictures: bool) -> Non
         ]  # fmt: skip
     for what, got, other, wanted in agree:
         if got != wanted:
-            raise ValueError(f"{folder}: the {what} is {got}, wanted the {other}, {wanted}")
+            raise ValueError(
+                f"{shown(folder)}: the {what} is {shown(got)}, wanted the {other}, {shown(wanted)}"
+            )
     if tokens > text.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tokens} tokens, the text_encoder {text.vocab_size}")
 
@@ -69,9 +72,9 @@ class Verification:
         return all(report.ok for report in self.reports)
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.variant.name}"]
+        lines = [f"{shown(self.folder)}: {self.variant.name}"]
         for report in self.reports:
-            dtypes = ", ".join(f"{count} {name}" for name, count in sorted(report.dtypes.items()))
+            dtypes = ", ".join(f"{count} {shown(name)}" for name, count in sorted(report.dtypes.items()))
             skipped = f", {len(report.skipped)} known and not used" if report.skipped else ""
             lines.append(
                 f"  {report.component:<13} {report.tensors} tensors ({dtypes}), {report.parameters:,} "

@@ -278,7 +278,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"'{shown(text, 50)}' is not a whole number") from None
 
 
 def _count(text: str, most: int) -> int:

@@ -17,18 +17,9 @@ from types import FrameType
 
 from qwenedit.foreign import shown
 
-__all__ = [
-    "AGAIN",
-    "INTERRUPTED",
-    "Interrupts",
-    "ended_by_interrupts",
-    "ignore_interrupts",
-    "open_streams",
-    "say",
-]
+__all__ = ["INTERRUPTED", "Interrupts", "ended_by_interrupts", "ignore_interrupts", "open_streams", "say"]
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have it
-AGAIN = 1.0  # seconds until an interrupt that got lost is raised again; cleaning up takes less
 
 
 def open_streams() -> None:
@@ -99,33 +90,54 @@ def ignore_interrupts() -> None:
 class Interrupts:
     """Ctrl-C during this block is a KeyboardInterrupt, which is raised again until the block ends.
 
-    Once is not enough: Python drops an exception that is raised in a finaliser, torch replaces some by its
-    own, and a sweep goes on after an edit that fails. `came` says whether there was an interrupt.
+    Once is not enough: Python drops an exception that is raised in a finaliser or a closing generator, torch
+    replaces some by its own, and a sweep goes on after an edit that fails. `came` says whether there was an
+    interrupt.
     """
 
     def __init__(self) -> None:
         self.came = False
-        self._again: threading.Timer | None = None
+        self._again: list[threading.Timer] = []
 
     def __enter__(self) -> Interrupts:
-        handler = signal.getsignal(signal.SIGINT)
-        self._ours = handler is signal.default_int_handler and _in_main_thread()
+        self._hook = sys.unraisablehook
+        self._ours = _in_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._ours:
+            sys.unraisablehook = self._dropped
             signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_error: object) -> None:
         if self._ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._again:
-            self._again.cancel()
+            sys.unraisablehook = self._hook
+        for timer in self._again:
+            timer.cancel()
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.came = True
-        self._again = threading.Timer(AGAIN, _thread.interrupt_main)
-        self._again.daemon = True
-        self._again.start()
+        self._repeat(1.0)  # seconds; cleaning up takes less
         raise KeyboardInterrupt
+
+    def _dropped(self, error: sys.UnraisableHookArgs) -> None:
+        """Called by Python in place of an exception that cannot be raised."""
+        if issubclass(error.exc_type, KeyboardInterrupt):
+            self._repeat(0.01)  # not here, where it would be dropped again
+        else:
+            self._hook(error)
+
+    def _repeat(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, _interrupt_main_thread)
+        timer.daemon = True
+        self._again.append(timer)
+        timer.start()
+
+
+def _interrupt_main_thread() -> None:
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:  # a signal also ends a call that waits, as for the network
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _in_main_thread() -> bool:

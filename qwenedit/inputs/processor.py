@@ -1,9 +1,10 @@
 """The text encoder's input: token ids and picture patches.
 
 Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, image_processor.py;
-transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the PIL processor). Ids and
-pixels are bitwise equal to theirs, but every picture is converted to RGB first, and pictures of 1 or 3 pixels
-in height are accepted (the reference takes their rows for channels).
+transformers 4.57.6, models/qwen2_vl/{processing,image_processing}_qwen2_vl.py (the slow processor, with PIL;
+the fast one's pixels differ by up to 2 of 255 levels). Ids and pixels are bitwise equal to theirs, but every
+picture is converted to RGB first, and pictures of 1 or 3 pixels in height are accepted (the reference takes
+their rows for channels).
 
 Pictures are turned upright and brought to 8 bits (`as_picture`), which the reference leaves to its callers.
 Alpha is dropped, not composited.

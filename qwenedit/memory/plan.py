@@ -18,7 +18,7 @@ import torch
 
 from qwenedit.checks import device_of, dtype_of, whole_number
 from qwenedit.family import LAYERING, Variant
-from qwenedit.foreign import read_json
+from qwenedit.foreign import read_json, shown
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
 from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
@@ -129,7 +129,7 @@ class Plan:
     def __str__(self) -> str:
         if not self.peaks:
             return f"{self.download}\n  what fits is known from the headers, once the files are here"
-        lines = [f"{self.source}: {self.run}, {self.dtype}, {_gib(self.memory)} on the {self.device}"]
+        lines = [f"{shown(self.source)}: {self.run}, {self.dtype}, {_gib(self.memory)} on the {self.device}"]
         lines.append(f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in STAGES))
         for mode, peaks in self.peaks.items():
             mark = "<- chosen" if mode == self.mode else "fits" if self.fits(mode) else "does not fit"

@@ -144,7 +144,7 @@ def download_plan(source: str, revision: str | None = None, without: Collection[
             f"{source} is not on this machine, and the hub cannot be asked about it: {error}"
         ) from error
     missing = [file for file in files if not file.cached()]
-    lines = [f"{source}: not on this machine; loading it downloads {len(missing)} files"]
+    lines = [f"{shown(source)}: not on this machine; loading it downloads {len(missing)} files"]
     parts: dict[str, list[HubFile]] = {part: [] for part in (*COMPONENTS, "the rest")}
     for file in missing:
         parts.get(file.name.split("/")[0], parts["the rest"]).append(file)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from qwenedit.foreign import shown
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.formats import Stored, read_weights
@@ -58,7 +59,7 @@ class Report:
             names: list[str] = getattr(self, kind)
             if names:
                 more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-                parts.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
+                parts.append(f"{len(names)} {kind}: {', '.join(map(shown, names[:10]))}{more}")
         return "; ".join(parts)
 
 
@@ -113,7 +114,7 @@ def compare(folder: Path, component: str, file: Path | None = None) -> Compared:
         unexpected=unexpected,
         misshapen=misshapen,
         unreadable=unreadable,
-        origin="" if file is None else f"{file}: {weights.layout}",
+        origin="" if file is None else f"{shown(file)}: {shown(weights.layout)}",
     )
     return Compared(module, found, report)
 
