@@ -122,14 +122,16 @@ def schedule(
     """
     steps = count_steps(time, steps, custom)
     if time.sigmas == "lightning":
-        scheduler = dataclasses.replace(
-            scheduler,
-            use_dynamic_shifting=True,
-            time_shift_type="exponential",
-            base_shift=LIGHTNING_SHIFT,
-            max_shift=LIGHTNING_SHIFT,
-            shift_terminal=None,
-        )
+        own = dataclasses.asdict(scheduler) | {
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+            "base_shift": LIGHTNING_SHIFT,
+            "max_shift": LIGHTNING_SHIFT,
+            "shift_terminal": None,
+        }
+        scheduler = FlowMatchScheduler(
+            **own
+        )  # the shift is the same for any number of tokens and any variant
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
