@@ -78,8 +78,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     for (content, wanted), got in zip(contents, got_ids, strict=True):
         if got != wanted:
             raise ValueError(
-                f"{folder}: the added token {shown(content)} has id {shown(wanted)} in one file, the others make it {got}: "
-                "the ids clash or have gaps"
+                f"{folder}: the added token {shown(content)} has id {shown(wanted)} in one file, the others "
+                f"make it {got}: the ids clash or have gaps"
             )
     return tokenizer
 
