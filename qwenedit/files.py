@@ -222,7 +222,7 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
         return []
     *lines, _cut_off = plain_file(path).read_bytes().split(b"\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    found = []
+    found: list[T] = []
     for number, line in numbered:
         try:
             try:
