@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwenedit.checks import warn_of_float16
+from qwenedit.foreign import shown
 from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, remember
@@ -113,6 +114,6 @@ def other_files(
             wanted = "a file" + (", True or False" if component == "text_encoder" else "")
             raise ValueError(f"{name} is {type(value).__name__}, wanted {wanted}")
         files[component] = Path(value)
-        if not files[component].exists():  # before the rest is downloaded
-            raise ValueError(f"no weights at {value}: no such file or folder")
+        if not os.path.lexists(files[component]):  # before the rest is downloaded
+            raise ValueError(f"no weights at {shown(value)}: no such file or folder")
     return files

@@ -24,11 +24,12 @@ from torch import Tensor
 from qwenedit.foreign import parse_json, plain_file, printable_name, read_json, shown
 
 __all__ = [
-    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "read_header", "read_lines",
-    "read_metadata", "read_tensors", "replacing_file", "write_lines",
+    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "is_leftover", "read_header",
+    "read_lines", "read_metadata", "read_tensors", "replacing_file", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
+_TEMPORARY = ".qwenedit-"  # how names of temporary files begin
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -149,7 +150,7 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if not indexes:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(path for path in folder.glob("*.safetensors") if not is_leftover(path))
         if len(files) != 1:
             found = "none" if not files else ", ".join(file.name for file in files)
             raise ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {found}")
@@ -186,7 +187,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".qwenedit-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -197,6 +198,11 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """True for a temporary file of `replacing_file`, which a killed process leaves."""
+    return path.name.startswith(_TEMPORARY)
 
 
 T = TypeVar("T")
@@ -216,7 +222,7 @@ def read_lines(path: Path, parse: Callable[[Any], T], what: str) -> list[T]:
         return []
     *lines, _cut_off = plain_file(path).read_bytes().split(b"\n")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    found = []
+    found: list[T] = []
     for number, line in numbered:
         try:
             try:

@@ -18,6 +18,20 @@ hypothesis.settings.register_profile(
 )  # fmt: skip
 hypothesis.settings.load_profile("qwenedit")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="N new random examples of each fuzzer")
+
+
+def pytest_configure(config):
+    if count := config.getoption("--fuzz"):
+        hypothesis.settings.register_profile(
+            "fuzz", hypothesis.settings.get_profile("qwenedit"),
+            max_examples=count, derandomize=False, database=None,
+        )  # fmt: skip
+        hypothesis.settings.load_profile("fuzz")
+
+
 # A worker takes a file whole. The slowest start first, so that no worker ends long after the others.
 SLOW = (
     "mini/test_training.py", "pages/test_notebooks.py", "test_what_runs.py", "benchmarks/test_benchmarks.py",

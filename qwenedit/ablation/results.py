@@ -12,14 +12,18 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from qwenedit.ablation.attention import GROUPS
 from qwenedit.ablation.spec import CALL, Spec
+from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines, replacing_file
+from qwenedit.foreign import inner_name, shown
 
 __all__ = ["MEASURES", "Record", "Sweep", "read_results", "write_csv"]
 
 Record = dict[str, Any]
+T = TypeVar("T")
 Index = tuple[int, int, int]  # of a run in its spec: case, seed, cell
 
 # The numbers that means are taken of -> the part of a record that has them.
@@ -27,6 +31,11 @@ MEASURES = {
     **dict.fromkeys(("psnr", "ssim", "changed", "success", "strict", "preserved"), "metrics"),
     **dict.fromkeys(("encode", "sample", "decode"), "seconds"),
 }
+_TEXTS = (
+    "key", "model", "picture", "prompt", "fingerprint", "device", "dtype", "qwenedit", "torch", "python",
+    "at",
+)  # fmt: skip
+_KINDS: dict[type, str] = {dict: "an object", str: "a text", list: "a list", type(None): "null"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +78,64 @@ def read_results(path: Path) -> dict[str, Record]:
     """The records of a results.jsonl by key, the later of two; see `files.read_lines`.
 
     Raises:
-        ValueError: a line is no record.
+        ValueError: a line is no record, or a field of it is not as a sweep writes it.
     """
-
-    def check(record: Record) -> Record:
-        record["key"], record["status"], record["file"]
-        return record
-
-    records = read_lines(path, check, "result of a sweep (take another folder)")
+    records = read_lines(path, _record, "result of a sweep (take another folder)")
     return {record["key"]: record for record in records}
+
+
+def _record(value: Any) -> Record:
+    """A line's content with every field that is read checked. Raises a ValueError that names the field."""
+    record: Record = _wanted("the line", value, dict)
+    for name in _TEXTS:
+        _wanted(name, record.get(name), str)
+    for name in ("seed", "threads", "steps"):
+        whole_number(name, record.get(name), least=0)
+    if record.get("status") == "failed":
+        _wanted("error", record.get("error"), str)
+        _wanted("file", record.get("file"), type(None))
+        return record
+    if record.get("status") != "done":
+        raise ValueError(f"status is {shown(repr(record.get('status')))}, wanted 'done' or 'failed'")
+    inner_name(record.get("file"), "file")
+    baseline = record.get("baseline")
+    metrics, seconds, curves = (_wanted(x, record.get(x), dict) for x in ("metrics", "seconds", "curves"))
+    for part, content in (("metrics", metrics), ("seconds", seconds)):
+        for name, number in content.items():  # success and the like are true or false
+            if MEASURES.get(name) == part and number is not None and not isinstance(number, bool):
+                real_number(f"{part}.{name}", number)
+    if baseline is not None:
+        _wanted("baseline", baseline, str)
+        if "psnr" not in metrics:
+            raise ValueError("metrics.psnr is absent, wanted the comparison with the baseline")
+    if "success" in metrics and metrics.get("reason", "") is not None:
+        _wanted("metrics.reason", metrics.get("reason"), str)
+    ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
+    for name in ("sigma", "velocity"):
+        _numbers(f"curves.{name}", curves.get(name), record["steps"])
+    for name in ("mean", "min", "max"):
+        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), record["steps"], holes=True)
+    for group, blocks in _wanted("attention", record.get("attention", {}), dict).items():
+        if group not in GROUPS:
+            raise ValueError(f"attention has {shown(repr(group))}, wanted {', '.join(GROUPS)}")
+        for steps in _wanted(f"attention.{group}", blocks, list):
+            _numbers(f"attention.{group}", steps, len(blocks[0]) if isinstance(blocks[0], list) else 0)
+    return record
+
+
+def _numbers(name: str, values: Any, count: int, holes: bool = False) -> None:
+    """Check a list of numbers; with `holes` some may be None."""
+    if len(_wanted(name, values, list)) != count:
+        raise ValueError(f"{name} has {len(values)} values, wanted {count}")
+    for value in values:
+        if value is not None or not holes:
+            real_number(f"a value of {name}", value)
+
+
+def _wanted(name: str, value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {shown(repr(value))}, wanted {_KINDS[kind]}")
+    return value
 
 
 def write_csv(sweep: Sweep, path: Path) -> None:

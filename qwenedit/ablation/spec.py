@@ -158,7 +158,7 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
     model = raw.get("model")
     if model is not None:
         _require(isinstance(model, str) and model != "", "model", model, "a hub id or a folder")
-        model = str(base / model) if (base / model).is_dir() else model
+        model = str(base / model) if os.path.isdir(base / model) else model
     sizes: dict[str, Any] = {}
     for name in ("height", "width"):
         sizes[name] = None if raw.get(name) is None else whole_number(name, raw[name])
@@ -238,8 +238,8 @@ def _mini(name: str) -> Case:
 
 def _picture(name: str | Path, base: Path) -> Image.Image:
     path = base / name
-    if not path.exists():
-        known = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.lexists(path):
+        known = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         raise ValueError(f"no such picture: {path}{_close(path.name, [*known, f'{MINI}0'])}")
     return open_picture(path)
 

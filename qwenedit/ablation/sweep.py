@@ -40,7 +40,7 @@ from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import append_line, replacing_file, write_lines
+from qwenedit.files import append_line, is_leftover, replacing_file, write_lines
 from qwenedit.inputs.pictures import open_picture, to_pil
 from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic, environment
@@ -171,6 +171,9 @@ def _only_one(folder: Path) -> Iterator[None]:
     except OSError:
         raise ValueError(f"another sweep runs in {folder}: wait for it, or take another folder") from None
     else:
+        for part in (folder, folder / PICTURES):
+            for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
+                path.unlink()  # of a sweep that was killed: the lock says that none runs
         yield
     finally:
         os.close(held)

@@ -1,7 +1,7 @@
 """The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate`.
 
 Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
-stderr and no traceback (`--debug` shows it). Pictures are written whole or not at all.
+stderr and no traceback (`--debug` shows it). Each picture is written whole or not at all.
 """
 
 from __future__ import annotations

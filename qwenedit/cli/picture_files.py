@@ -1,4 +1,4 @@
-"""Picture files of the command line: checked before any work, and written whole or not at all."""
+"""Picture files of the command line: checked before any work, and each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def check_alpha(output: Path) -> None:
 
 
 def save_pictures(images: Iterable[Image.Image], outputs: list[Path]) -> None:
-    """Write all files under temporary names, then rename them: they appear together or not at all.
+    """Write all files under temporary names, then rename one after the other: each file is whole.
+
+    If one cannot be written, none is renamed. A process that is killed while it renames leaves some of them.
 
     Raises:
         ValueError: one of them could not be written.

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from qwenedit.checks import whole_number
 from qwenedit.files import read_tensors, replacing_file
+from qwenedit.foreign import parse_json, shown
 from qwenedit.latents import Grid
 
 __all__ = ["Conditioning", "Prompt", "RowGroup"]
 
 _FORMAT = "qwenedit conditioning 1"
+_MOST = 100_000  # frames, rows or columns of a grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,11 @@ class Prompt:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.embeds.ndim != 3:
-            raise ValueError(f"prompt embeddings have shape {tuple(self.embeds.shape)}, wanted (B, T, D)")
+        if self.embeds.ndim != 3 or not self.embeds.numel() or not self.embeds.is_floating_point():
+            raise ValueError(
+                f"prompt embeddings have shape {tuple(self.embeds.shape)} and are {self.embeds.dtype}, "
+                "wanted (B, T, D), floats"
+            )
         if self.mask is not None and (
             self.mask.dtype != torch.bool or self.mask.shape != self.embeds.shape[:2]
         ):
@@ -122,9 +128,20 @@ class Conditioning:
         ):
             if count != batch:
                 raise ValueError(f"conditioning has {count} {what}, wanted {batch}, one for each prompt")
+        widths = [one.embeds.shape[2] for one in (self.negative, self.prompt) if one is not None]
+        if len(set(widths)) > 1:
+            raise ValueError(f"negative prompts have width {widths[0]}, wanted {widths[1]}, the prompts'")
+        _grid("target_grid", self.target_grid)
+        every = [x for of_row in self.reference_latents for x in of_row]
+        fit = all(x.ndim == 2 and x.is_floating_point() for x in every)
+        if not fit or len({x.shape[1] for x in every}) > 1:
+            kinds = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in every[:4])
+            raise ValueError(f"reference latents are {kinds}, wanted floats (S, C), the same C for all")
         for row, (latents, grids) in enumerate(
             zip(self.reference_latents, self.reference_grids, strict=True)
         ):
+            for grid in grids:
+                _grid(f"a reference grid of row {row}", grid)
             got, wanted = [x.shape[0] for x in latents], [math.prod(grid) for grid in grids]
             if got != wanted:
                 raise ValueError(
@@ -217,26 +234,64 @@ class Conditioning:
         """
         tensors, metadata = read_tensors(path, "conditioning")
         if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
+            got = shown(repr(metadata.get("format")))
+            raise ValueError(f"{shown(path)} has format {got}, wanted {_FORMAT!r}")
         try:
             return cls._from_tensors(tensors, metadata)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a broken conditioning: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{shown(path)} is a broken conditioning: {error}") from error
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Conditioning:
         def prompt(name: str) -> Prompt:
-            return Prompt(tensors[name], tensors.get(f"{name}_mask"))
+            mask = left.pop(f"{name}_mask", None)
+            made = Prompt(tensor(name), mask)
+            if mask is not None and not (mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()):
+                raise ValueError(f"{name}_mask has gaps, wanted True at each row's first tokens only")
+            return made
 
-        grids = tuple(tuple(tuple(grid) for grid in row) for row in json.loads(metadata["reference_grids"]))
-        return cls(
+        def tensor(name: str) -> Tensor:
+            if name not in left:
+                raise ValueError(f"there is no {name}")
+            return left.pop(name)
+
+        def field_of(name: str) -> Any:
+            if name not in metadata:
+                raise ValueError(f"its metadata lacks {name}")
+            return parse_json(metadata[name], f"its {name}")
+
+        left = dict(tensors)
+        rows, provenance = field_of("reference_grids"), field_of("provenance")
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise ValueError(f"reference_grids is {shown(repr(rows))}, wanted a list of grids for each row")
+        if not isinstance(provenance, dict) or not all(isinstance(one, str) for one in provenance.values()):
+            raise ValueError(f"provenance is {shown(repr(provenance))}, wanted texts by name")
+        grids = tuple(
+            tuple(_grid(f"a reference grid of row {k}", grid) for grid in row) for k, row in enumerate(rows)
+        )
+        conditioning = cls(
             prompt=prompt("prompt_embeds"),
-            negative=prompt("negative_prompt_embeds") if "negative_prompt_embeds" in tensors else None,
-            target_grid=tuple(json.loads(metadata["target_grid"])),
+            negative=prompt("negative_prompt_embeds") if "negative_prompt_embeds" in left else None,
+            target_grid=_grid("target_grid", field_of("target_grid")),
             reference_latents=tuple(
-                tuple(tensors[f"reference_latents.{row}.{k}"] for k in range(len(of_row)))
+                tuple(tensor(f"reference_latents.{row}.{k}") for k in range(len(of_row)))
                 for row, of_row in enumerate(grids)
             ),
             reference_grids=grids,
-            provenance=json.loads(metadata["provenance"]),
+            provenance=provenance,
         )
+        if left:
+            raise ValueError(f"it has more tensors: {', '.join(sorted(left)[:4])}")
+        return conditioning
+
+
+def _grid(name: str, value: Any) -> Grid:
+    """The value as a grid.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise ValueError(f"{name} is {shown(repr(value))}, wanted frames, rows and columns")
+    frames, rows, columns = (whole_number(name, one, most=_MOST) for one in value)
+    return frames, rows, columns

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from qwenedit.checks import whole_number
-from qwenedit.files import read_metadata, replacing_file
+from qwenedit.files import is_leftover, read_header, read_metadata, read_tensors, replacing_file
+from qwenedit.foreign import parse_json, shown
 from qwenedit.taps import Site, current_labels
 
 __all__ = ["Key", "Recorder", "Records", "Wanted", "key_of", "require_numbers"]
@@ -74,11 +74,10 @@ class Records(Mapping[Key, Tensor]):
             raise ValueError(f"no records at {folder}: no such folder")
         records = Records()
         for path in sorted(Path(folder).glob("[!.]*.safetensors")):
-            metadata = read_metadata(path)
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} has format {metadata.get('format')!r}, wanted {_FORMAT!r}")
-            parts = json.loads(metadata["key"])
-            records._add(Key._make(tuple(x) if isinstance(x, list) else x for x in parts), path)
+            key = _stored_key(path)
+            if key in records:
+                raise ValueError(f"{shown(path)} is a record of {shown(tuple(key))}, and so is another file")
+            records._add(key, path)
         return records
 
     def __iter__(self) -> Iterator[Key]:
@@ -91,8 +90,9 @@ class Records(Mapping[Key, Tensor]):
         record = self._records[self._find(key)]
         if isinstance(record, Tensor):
             return record
-        with safetensors.safe_open(record, framework="pt") as file:
-            return next(file.get_tensor(name) for name in file.keys())
+        tensors, _ = read_tensors(record, "record")
+        (tensor,) = tensors.values()
+        return tensor
 
     def _find(self, key: str | tuple[Any, ...]) -> Key:
         whole: tuple[Any, ...] = (key,) if isinstance(key, str) else key
@@ -123,6 +123,40 @@ class Records(Mapping[Key, Tensor]):
     def _next(self, key: Key) -> Key:
         self._calls[key] += 1
         return key._replace(call=self._calls[key] - 1)
+
+
+def _stored_key(path: Path) -> Key:
+    """The key of a record's file.
+
+    Raises:
+        ValueError: the file is no record.
+    """
+    metadata, tensors = read_metadata(path), read_header(path)
+    if metadata.get("format") != _FORMAT:
+        got = shown(repr(metadata.get("format")))
+        raise ValueError(f"{shown(path)} has format {got}, wanted {_FORMAT!r}")
+    parts = parse_json(metadata.get("key", ""), f"{shown(path)}: its key")
+    if len(tensors) != 1:
+        raise ValueError(f"{shown(path)} holds {len(tensors)} tensors, wanted one, the record")
+    if not isinstance(parts, list) or len(parts) != len(Key._fields):
+        raise ValueError(f"{shown(path)}: its key is {shown(parts)}, wanted {len(Key._fields)} values")
+    name, step, branch, rows, heads, call = parts
+    wanted = {
+        "a name": isinstance(name, str) and name.isprintable() and name in tensors,
+        "a step": step is None or _counts(step),
+        "a branch": branch is None or isinstance(branch, str),
+        "rows": rows is None or (isinstance(rows, list) and all(map(_counts, rows))),
+        "heads": heads is None or (isinstance(heads, list) and len(heads) == 2 and all(map(_counts, heads))),
+        "a call": _counts(call),
+    }
+    for (what, fits), value in zip(wanted.items(), parts, strict=True):
+        if not fits:
+            raise ValueError(f"{shown(path)}: its key has {shown(repr(value))} where {what} is wanted")
+    return Key._make(tuple(one) if isinstance(one, list) else one for one in parts)
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def key_of(name: str) -> Key:
@@ -281,7 +315,7 @@ def _rows_without_padding(x: Tensor, site: Site) -> list[Tensor] | None:
 def _new_folder(folder: Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
-        filled = any(folder.iterdir())
+        filled = any(not is_leftover(path) for path in folder.iterdir())
     except OSError as error:
         raise ValueError(f"cannot record to {folder}: {error.strerror or error}") from error
     if filled:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import reprlib
 from typing import SupportsIndex
 
-__all__ = ["CHANNELS", "LAYERS", "require_ranges"]
+__all__ = ["CHANNELS", "LAYERS", "VOCABULARY", "require_ranges"]
 
 LAYERS = 1000  # at most
 CHANNELS = 1_000_000  # at most, of any tensor
+VOCABULARY = 100_000_000  # tokens at most
 
 
 def require_ranges(config: object, **most: int) -> None:

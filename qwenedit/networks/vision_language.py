@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
+from qwenedit.networks.ranges import CHANNELS, LAYERS, VOCABULARY, require_ranges
 from qwenedit.networks.vision_tower import (
     WITHOUT_EFFECT,
     Grid,
@@ -65,7 +65,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         require_ranges(
-            self, vocab_size=100_000_000, hidden_size=CHANNELS, intermediate_size=CHANNELS,
+            self, vocab_size=VOCABULARY, hidden_size=CHANNELS, intermediate_size=CHANNELS,
             num_hidden_layers=LAYERS, num_attention_heads=CHANNELS, num_key_value_heads=CHANNELS,
             mrope_section=CHANNELS,
         )  # fmt: skip
@@ -107,11 +107,7 @@ class VisionLanguageConfig:
     IGNORED: ClassVar[frozenset[str]] = WITHOUT_EFFECT
 
     def __post_init__(self) -> None:
-        if not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise ValueError(
-                f"image_token_id is {self.image_token_id}, wanted 0 to vocab_size - 1, "
-                f"{self.text_config.vocab_size - 1}"
-            )
+        require_ranges(self, image_token_id=VOCABULARY)
         if self.vision_config.out_hidden_size != self.text_config.hidden_size:
             raise ValueError(
                 f"out_hidden_size of the vision tower is {self.vision_config.out_hidden_size}, "

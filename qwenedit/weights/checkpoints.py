@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwenedit.checks import whole_number
 from qwenedit.family import PRESETS, VARIANTS, Preset, Variant, preset_of
-from qwenedit.files import component_headers
+from qwenedit.files import component_headers, is_leftover
 from qwenedit.foreign import read_json, shown
 from qwenedit.inputs.geometry import Areas
 from qwenedit.latents import PATCH
@@ -191,18 +191,18 @@ def _path(source: str | os.PathLike[str] | None) -> Path | None:
     parts = str(source).split("/")
     hub_id = len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
     path = Path(source)
-    return None if hub_id and "\\" not in str(source) and not path.exists() else path
+    return None if hub_id and "\\" not in str(source) and not os.path.exists(path) else path
 
 
 def _local(path: Path) -> Path:
     layout = "model_index.json, scheduler/, text_encoder/, tokenizer/, transformer/, vae/"
-    if path.is_file():
+    if os.path.isfile(path):
         raise ValueError(f"{path} is a file, wanted a folder in the official layout: {layout}")
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path's, False for a name that the system refuses
         raise ValueError(
-            f"no checkpoint at {path}: there is no such folder, and it is no hub id like org/name"
+            f"no checkpoint at {shown(path)}: there is no such folder, and it is no hub id like org/name"
         )
-    if not (path / "model_index.json").is_file():
+    if not os.path.lexists(path / "model_index.json"):
         name = read_json(path / "config.json", optional=True).get("_class_name")
         what = (
             "no checkpoint" if name is None else f"a single {name} ({_what_it_is(str(name))}), no checkpoint"
@@ -297,7 +297,8 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     parts = (folder / name for name in (*COMPONENTS, "scheduler", "tokenizer", "processor"))
-    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir()) if path.is_file()]
+    inside = (path for part in parts if part.is_dir() for path in sorted(part.iterdir()))
+    files = [path for path in inside if path.is_file() and not is_leftover(path)]
     for path in (folder / "model_index.json", *files):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
