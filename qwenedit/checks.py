@@ -1,4 +1,4 @@
-"""Checks that several parts of the package need: of counts, devices, dtypes and options; and warnings."""
+"""Checks that several parts of the package need: of counts, devices, dtypes and options; warnings and progress bars."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import numbers
 import operator
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from qwenedit.files import FLOATS
 from qwenedit.foreign import shown
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "check_output_type", "check_run", "device_of", "dtype_of",
-    "real_number", "warn", "warn_of_float16", "whole_number", "without_reference_options",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "ProgressBar", "check_output_type", "check_run",
+    "device_of", "dtype_of", "progress_bar", "real_number", "warn", "warn_of_float16", "whole_number", "without_reference_options",
 ]  # fmt: skip
 
+ProgressBar = tqdm
 OUTPUT_TYPES = ("pil", "pt", "latent")
 # Options of the reference pipelines: the values that are accepted because they change nothing, and the
 # alternative to other values. Without values, any value is accepted and has no effect.
@@ -136,6 +139,17 @@ def warn_of_float16(dtype: torch.dtype) -> None:
     """Warn if the networks are to run in float16."""
     if dtype == torch.float16:
         warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
+
+
+def progress_bar(items: Iterable[Any] | None = None, *, progress: bool = True, **options: Any) -> ProgressBar:
+    """tqdm's bar over the items, on a terminal and in Jupyter; without `progress`, or elsewhere, nothing."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if progress and shell is not None and "IPKernelApp" in shell.config:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets the bar is text
+            from tqdm.auto import tqdm as notebook_bar
+        return notebook_bar(items, **options)
+    return tqdm(items, disable=None if progress else True, **options)
 
 
 def warn(message: str) -> None:

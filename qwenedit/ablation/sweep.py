@@ -31,14 +31,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from qwenedit.ablation.attention import target_attention
 from qwenedit.ablation.metrics import curves, distances
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
-from qwenedit.checks import device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import append_line, replacing_file, write_lines
 from qwenedit.inputs.pictures import to_pil
@@ -127,7 +126,7 @@ def ablate(
         plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
         if todo:
             pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
-            bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
+            bar = progress_bar(todo, progress=progress, desc="ablating", unit="edit")
             with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
                 made_with = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
                 for run, record in _run(pipe, plan, bar, home, made_with):

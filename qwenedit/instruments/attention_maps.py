@@ -150,7 +150,7 @@ class AttentionMaps(Records):
             for name in [groups] if isinstance(groups, str) else groups:
                 if not re.fullmatch(_GROUP, name):
                     raise ValueError(
-                        f"no group of tokens is {name!r}, wanted all, text, target, reference 1, reference 2, ..."
+                        f"no group of tokens is {name!r}, wanted all, text, target, reference 1, ..."
                     )
         require_numbers("blocks", blocks)
         self._rows, self._columns = rows, columns

@@ -22,8 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from qwenedit.checks import progress_bar
 from qwenedit.files import MAX_HEADER
 
 __all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "fetch_headers", "list_files"]
@@ -217,7 +216,7 @@ def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
 def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
     """Check all of the files. Wrong ones are removed and returned, each with what is wrong."""
     faults = {}
-    for file in tqdm(files, desc="checking files", disable=None if progress else True):
+    for file in progress_bar(files, progress=progress, desc="checking files"):
         if fault := file.fault():
             faults[file] = fault
             file.remove()
