@@ -1,4 +1,4 @@
-"""Checks that several parts of the package need: of counts, devices, dtypes and options; warnings and progress bars."""
+"""Checks that several parts of the package need: of counts, devices, dtypes, options; warnings and bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -18,10 +18,11 @@ from qwenedit.foreign import shown
 
 __all__ = [
     "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "ProgressBar", "check_output_type", "check_run",
-    "device_of", "dtype_of", "progress_bar", "real_number", "warn", "warn_of_float16", "whole_number", "without_reference_options",
+    "device_of", "dtype_of", "progress_bar", "real_number", "warn", "warn_of_float16", "whole_number",
+    "without_reference_options",
 ]  # fmt: skip
 
-ProgressBar = tqdm
+ProgressBar: TypeAlias = tqdm
 OUTPUT_TYPES = ("pil", "pt", "latent")
 # Options of the reference pipelines: the values that are accepted because they change nothing, and the
 # alternative to other values. Without values, any value is accepted and has no effect.

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -40,6 +41,7 @@ from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import append_line, replacing_file, write_lines
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic, environment
@@ -111,6 +113,8 @@ def ablate(
     home.mkdir(parents=True, exist_ok=True)
     with _only_one(home):
         model, known = fingerprint(checkpoint), read_results(home / RESULTS)
+        for record in known.values():
+            _require_own_file(record)
         runs = list(_runs(plan, model, where, wanted))
         done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
         todo = [
@@ -175,9 +179,21 @@ def _only_one(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def _require_own_file(record: Record) -> None:
+    """The page links to the pictures and embeds them, so that it must be one of the sweep's own."""
+    wanted = f"{PICTURES}/{record['key']}.png"
+    if not re.fullmatch("[0-9a-f]{20}", str(record["key"])) or record["file"] not in (wanted, None):
+        raise ValueError(
+            f"a result of {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: it was "
+            "not written by a sweep; take another folder"
+        )
+
+
 def _is_whole(picture: Path) -> bool:
+    if picture.is_symlink():
+        return False
     try:
-        with Image.open(picture) as file:
+        with Image.open(picture, formats=["PNG"]) as file:
             file.load()
     except (OSError, SyntaxError, ValueError):
         return False
@@ -237,6 +253,7 @@ def _run(
                 with mapped as maps:
                     picture, made = _edit(pipe, run, *encoded)
                 made |= {"attention": maps} if maps else {}
+                json.dumps(made, allow_nan=False)  # a measure that is no number fails its edit alone
             except Exception as error:
                 record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
             else:
@@ -310,7 +327,9 @@ def _compare(folder: Path, record: Record, plain: Record) -> None:
         record["metrics"] |= {"psnr": None, "ssim": None, "changed": None}
         record["baseline"] = None
         return
-    with Image.open(folder / record["file"]) as picture, Image.open(folder / plain["file"]) as other:
+    files = (folder / one["file"] for one in (record, plain))
+    picture, other = (Image.open(file, formats=["PNG"]) for file in files)
+    with picture, other:
         record["metrics"] |= distances(picture, other)
     record["baseline"] = plain["key"]
 
