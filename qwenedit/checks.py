@@ -1,4 +1,4 @@
-"""Checks that several parts of the package need: of counts, devices, dtypes and options; and warnings."""
+"""Checks that several parts of the package need: of counts, devices, dtypes, options; warnings and bars."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from qwenedit.files import FLOATS
 from qwenedit.foreign import shown
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "REMEDIES", "check_output_type", "check_run", "device_of",
-    "dtype_of", "hinting", "real_number", "require_known", "warn", "warn_of_float16", "whole_number",
-    "without_reference_options",
+    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "REMEDIES", "ProgressBar", "check_output_type",
+    "check_run", "device_of", "dtype_of", "hinting", "progress_bar", "real_number", "require_known", "warn",
+    "warn_of_float16", "whole_number", "without_reference_options",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+ProgressBar: TypeAlias = tqdm
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # Options of the reference pipelines: the values that are accepted because they change nothing, and the
 # alternative to other values. Without values, any value is accepted and has no effect.
@@ -216,6 +218,17 @@ def warn_of_float16(dtype: torch.dtype) -> None:
     """Warn if the networks are to run in float16."""
     if dtype == torch.float16:
         warn("float16 overflows in this network: blocks are clipped as in the reference; prefer bfloat16")
+
+
+def progress_bar(items: Iterable[Any] | None = None, *, progress: bool = True, **options: Any) -> ProgressBar:
+    """tqdm's bar over the items, on a terminal and in Jupyter; without `progress`, or elsewhere, nothing."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if progress and shell is not None and "IPKernelApp" in shell.config:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets the bar is text
+            from tqdm.auto import tqdm as notebook_bar
+        return notebook_bar(items, **options)
+    return tqdm(items, disable=None if progress else True, **options)
 
 
 def warn(message: str) -> None:

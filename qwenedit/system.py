@@ -9,9 +9,8 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
-from qwenedit.checks import warn_of_float16, whole_number
+from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.family import Variant
@@ -193,7 +192,7 @@ class System:
 
     def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
-        bar = tqdm(steps, total=count, desc="sampling", disable=None if self.progress else True)
+        bar = progress_bar(steps, progress=self.progress, total=count, desc="sampling")
         (last,) = deque(bar, maxlen=1)
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":

@@ -98,10 +98,7 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels that the sampler set with `scope`: step, sigma, branch, layout, rows, ...
-
-        `text_lengths` has the number of each row's real text tokens; the tokens after them are padding.
-        """
+        """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ..."""
         return current_labels()
 
 
@@ -379,9 +376,7 @@ def _recording(fn: TapFunction, full: str, fired: set[str]) -> TapFunction:
         before = x._version
         y = fn(x, site)
         if x._version != before:
-            raise ValueError(
-                f"tap {full}: the function wrote into its tensor in place, wanted a new one returned"
-            )
+            raise ValueError(f"tap {full}: the function wrote into its tensor, wanted a new one returned")
         return y
 
     return call

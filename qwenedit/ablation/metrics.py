@@ -99,23 +99,32 @@ def curves(steps: Iterable[Step]) -> tuple[Tensor, dict[str, Any]]:
     """Take all steps of a batch of one; the final latents, and curves with one number per step.
 
     `sigma`; `velocity`, the norm of the guided velocity, mean over tokens; and `mean`, `min` and `max` over
-    tokens of `norm_ratio` (`Step.norm_ratio`), None at steps without guidance.
+    tokens of `norm_ratio` (`Step.norm_ratio`), None at steps without guidance and at those of `not_finite`,
+    where a token has an infinite ratio or none: its guided velocity is 0.
 
     Raises:
         ValueError: there are no steps.
     """
-    sigma, velocity = [], []
+    sigma, velocity, not_finite = [], [], []
     ratio: dict[str, list[float | None]] = {"mean": [], "min": [], "max": []}
     step = None
     for step in steps:
         sigma.append(_short(step.sigma))
         velocity.append(_short(step.velocity.float().norm(dim=-1).mean()))
         of_tokens = None if step.norm_ratio is None else step.norm_ratio.float()
+        if of_tokens is not None and not of_tokens.isfinite().all():
+            of_tokens = None
+            not_finite.append(step.index)
         for name, values in ratio.items():
             values.append(None if of_tokens is None else _short(getattr(of_tokens, name)()))
     if step is None:
         raise ValueError("there are no steps, wanted at least one")
-    return step.after, {"sigma": sigma, "velocity": velocity, "norm_ratio": ratio}
+    return step.after, {
+        "sigma": sigma,
+        "velocity": velocity,
+        "norm_ratio": ratio,
+        **({"not_finite": not_finite} if not_finite else {}),
+    }
 
 
 def _short(value: float | Tensor) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwenedit.ablation.charts import Line, chart, nice_range
 from qwenedit.ablation.metrics import CHANGED
-from qwenedit.ablation.results import Record, Sweep
+from qwenedit.ablation.results import Record, Sweep, quoted
 from qwenedit.ablation.spec import CALL, Cell
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import open_picture, to_pil
@@ -113,18 +113,18 @@ def _failures(sweep: Sweep) -> str:
 def _summary(sweep: Sweep) -> str:
     """The content of the table: a row for each cell."""
     means = sweep.means()
-    columns = [column for column in COLUMNS if any(row[column[0]] is not None for row in means)]
+    columns = [column for column in COLUMNS if any(row[column[0]].edits for row in means)]
     head = [_heading(axis, axis, "", "") for axis in sweep.spec.axes or ["settings"]]
     head += [_heading(name, text, unit, what) for name, text, unit, _, _, what in columns]
-    head.append(_heading("runs", "runs", "done", "the number of runs in the means"))
+    head.append(_heading("runs", "runs", "done", "the number of runs that are done"))
     rows = []
     for k, (cell, of_cell) in enumerate(zip(sweep.spec.cells, means, strict=True)):
-        values = [_text(value) for value in cell.values.values()]
+        values = [quoted(_text(value)) for value in cell.values.values()]  # the table can be copied
         values = values or ["unablated"] * max(1, len(sweep.spec.axes))
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
         for name, _, _, factor, decimals, _ in columns:
-            value = of_cell[name]
-            shown = "–" if value is None else f"{factor * value:.{decimals}f}"
+            value, edits = of_cell[name]
+            shown = "–" if value is None else f"{factor * value:.{decimals}f}<small>of {edits}</small>"
             number = "" if value is None else repr(value)
             fields.append(f'<td class="number" data-v="{number}">{shown}</td>')
         done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
@@ -235,7 +235,8 @@ def _curves(sweep: Sweep) -> str:
     velocity = nice_range(value for one in known for value in one["velocity"])
     means = [value for one in known for value in one["mean"] if value is not None]
     lows = [value for one in known for value in one["min"] if value is not None]
-    highs = [min(value, BAND * max(means)) for one in known for value in one["max"] if value is not None]
+    highest = BAND * max(means, default=0.0)
+    highs = [min(value, highest) for one in known for value in one["max"] if value is not None]
     ratio = nice_range([*lows, *highs])
     cards = []
     for schedule in dict.fromkeys(tuple(one["sigma"]) for one in known):

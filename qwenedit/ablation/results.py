@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qwenedit.ablation.attention import GROUPS
 from qwenedit.ablation.spec import CALL, Spec
@@ -20,11 +20,13 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines, replacing_file
 from qwenedit.foreign import inner_name, shown
 
-__all__ = ["MEASURES", "Record", "Sweep", "read_results", "write_csv"]
+__all__ = ["MEASURES", "Mean", "Record", "Sweep", "quoted", "read_results", "write_csv"]
 
 Record = dict[str, Any]
 T = TypeVar("T")
 Index = tuple[int, int, int]  # of a run in its spec: case, seed, cell
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 # The numbers that means are taken of -> the part of a record that has them.
 MEASURES = {
@@ -36,6 +38,13 @@ _TEXTS = (
     "at",
 )  # fmt: skip
 _KINDS: dict[type, str] = {dict: "an object", str: "a text", list: "a list", type(None): "null"}
+
+
+class Mean(NamedTuple):
+    """A mean, None if nothing was measured, and the number of edits that it is of."""
+
+    value: float | None
+    edits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +65,25 @@ class Sweep:
             record for (_, _, at), record in self.records.items() if at == cell and record["status"] == "done"
         ]
 
-    def means(self) -> list[dict[str, float | None]]:
-        """For each cell the mean of each measure, and of the norm ratio, over the runs that have a number;
-        None if no run has one.
-        """
+    def means(self) -> list[dict[str, Mean]]:
+        """For each cell the mean of each measure, and of the norm ratio, over the runs that have a number."""
         return [
             {
-                **{name: _mean(record[part].get(name) for record in runs) for name, part in MEASURES.items()},
-                "norm_ratio": _mean(x for record in runs for x in record["curves"]["norm_ratio"]["mean"]),
+                **{
+                    name: _mean([record[part].get(name)] for record in runs)
+                    for name, part in MEASURES.items()
+                },
+                "norm_ratio": _mean(record["curves"]["norm_ratio"]["mean"] for record in runs),
             }
             for runs in map(self.of_cell, range(len(self.spec.cells)))
         ]
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+def _mean(of_runs: Iterable[Sequence[float | None]]) -> Mean:
+    """The mean of all numbers of all runs, and the number of runs that have any."""
+    known = [[value for value in values if value is not None] for values in of_runs]
+    numbers = [value for values in known for value in values]
+    return Mean(statistics.fmean(numbers) if numbers else None, sum(map(bool, known)))
 
 
 def read_results(path: Path) -> dict[str, Record]:
@@ -139,7 +151,10 @@ def _wanted(name: str, value: Any, kind: type[T]) -> T:
 
 
 def write_csv(sweep: Sweep, path: Path) -> None:
-    """A row a run, with its settings, metrics and timings; curves are in results.jsonl alone."""
+    """A row a run, with its settings, metrics and timings; curves are in results.jsonl alone.
+
+    Spreadsheets run a text that begins with one of `FORMULA`. It gets a quotation mark in front.
+    """
     switches = sorted(set(sweep.spec.axes) - set(CALL))
     head = [
         "key",
@@ -167,4 +182,14 @@ def write_csv(sweep: Sweep, path: Path) -> None:
 def _field(value: Any) -> Any:
     if isinstance(value, bool):
         return int(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+    return quoted(text) if isinstance(text, str) else text
+
+
+def quoted(text: str) -> str:
+    """The text for a cell of a table, such that no spreadsheet takes it for a formula.
+
+    >>> quoted("=1+1"), quoted("make it red")
+    ("'=1+1", 'make it red')
+    """
+    return f"'{text}" if text.startswith(FORMULA) else text

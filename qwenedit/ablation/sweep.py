@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -31,16 +32,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from qwenedit.ablation.attention import target_attention
 from qwenedit.ablation.metrics import curves, distances
 from qwenedit.ablation.report import picture_grid, write_report
 from qwenedit.ablation.results import Record, Sweep, read_results, write_csv
 from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
-from qwenedit.checks import device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import append_line, is_leftover, replacing_file, write_lines
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
 from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic, environment
@@ -112,6 +113,8 @@ def ablate(
     home.mkdir(parents=True, exist_ok=True)
     with _only_one(home):
         model, known = fingerprint(checkpoint), read_results(home / RESULTS)
+        for record in known.values():
+            _require_own_file(record)
         runs = list(_runs(plan, model, where, wanted))
         done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
         todo = [
@@ -127,7 +130,7 @@ def ablate(
         plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
         if todo:
             pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
-            bar = tqdm(todo, desc="ablating", unit="edit", disable=None if progress else True)
+            bar = progress_bar(todo, progress=progress, desc="ablating", unit="edit")
             with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
                 made_with = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
                 for run, record in _run(pipe, plan, bar, home, made_with):
@@ -179,7 +182,19 @@ def _only_one(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
+def _require_own_file(record: Record) -> None:
+    """The page links to the pictures and embeds them, so that it must be one of the sweep's own."""
+    wanted = f"{PICTURES}/{record['key']}.png"
+    if not re.fullmatch("[0-9a-f]{20}", str(record["key"])) or record["file"] not in (wanted, None):
+        raise ValueError(
+            f"a result of {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: it "
+            "was not written by a sweep; take another folder"
+        )
+
+
 def _is_whole(picture: Path) -> bool:
+    if picture.is_symlink():
+        return False
     try:
         open_picture(picture)
     except ValueError:
@@ -240,6 +255,7 @@ def _run(
                 with mapped as maps:
                     picture, made = _edit(pipe, run, *encoded)
                 made |= {"attention": maps} if maps else {}
+                json.dumps(made, allow_nan=False)  # a measure that is no number fails its edit alone
             except Exception as error:
                 record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
             else:

@@ -13,6 +13,10 @@ network does so in such a block. Blocks are loaded one by one by an ordinary loo
 
     with present(pipe.mmdit):
         for block in pipe.mmdit.blocks: ...
+
+Threads may share a pipeline: several runs at once give the same bits as one after another, in every mode (on
+CUDA if they share the current stream). What changes the networks acts on all threads meanwhile: `taps`,
+`swapped`, LoRAs, `move`, torch's own settings. Labels of `scope` belong to a thread.
 """
 
 from __future__ import annotations
@@ -26,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from qwenedit.memory.reading import WeightFiles
-from qwenedit.memory.streaming import BlockParts, Part, Place, Source, Streamed
+from qwenedit.memory.streaming import BlockParts, Lock, Part, Place, Source, Streamed
 from qwenedit.weights.formats import Stored
-from qwenedit.weights.loading import progress_bar
+from qwenedit.weights.loading import loading_bar
 
 __all__ = [
     "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
@@ -262,6 +266,7 @@ class _Managed:
         self.lists = lists
         self.progress = progress
         self.stays = False
+        self.lock = Lock()  # one thread at a time loads the weights, or drops them
         of_blocks = [parts for streamed in lists for parts in streamed.parts]
         self.blocks = [parts.rest for parts in of_blocks]  # streamed, or kept in 8 bits
         every = (self.base, *self.blocks, *(parts.modulation for parts in of_blocks))
@@ -270,13 +275,17 @@ class _Managed:
             one.component = component
 
     def __enter__(self) -> None:
+        with self.lock:
+            self._load()
+
+    def _load(self) -> None:
         if self.base.depth:
             self.base.put([])
             return
         held = [part for part in self.blocks if part.shrunk]
         total = sum(place.stored.bytes for part in (self.base, *held) for place in part.places)
         try:  # the weights outlive an inference mode that the caller may be in
-            with torch.inference_mode(False), progress_bar(self.component, total, self.progress) as bar:
+            with torch.inference_mode(False), loading_bar(self.component, total, self.progress) as bar:
                 for part in held:
                     part.held = part.in_8_bits(bar)
                 self.base.put(self.source.read(self.base.places, bar))
@@ -285,9 +294,10 @@ class _Managed:
             raise
 
     def __exit__(self, *_error: object) -> None:
-        self.base.drop()
-        if self.base.depth == 0:
-            self._let_go()
+        with self.lock:
+            self.base.drop()
+            if self.base.depth == 0:
+                self._let_go()
 
     def __getstate__(self) -> dict[str, Any]:
         parts = self.blocks if self.stays else (self.base, *self.blocks)

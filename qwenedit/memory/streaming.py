@@ -8,6 +8,7 @@ iteration, and reads the next block's in the background. residency.py decides wh
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from qwenedit.checks import ProgressBar
 from qwenedit.memory.reading import WeightFiles
 from qwenedit.taps import tensors_in
 from qwenedit.weights.formats import Stored, dequantise
 
-__all__ = ["Absent", "BlockParts", "Part", "Place", "Source", "Streamed"]
+__all__ = ["Absent", "BlockParts", "Lock", "Part", "Place", "Source", "Streamed"]
 
 _NAMES = {
     "text_encoder": "vision_language",
@@ -87,6 +88,22 @@ def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     )
 
 
+class Lock:
+    """A lock that its holder may take again. A copy of it is a new lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """A parameter's place: its module, which stays valid if that is wrapped later, and its file."""
@@ -119,7 +136,7 @@ class Source:
     device: torch.device
     dtype: torch.dtype | None
 
-    def read(self, places: Sequence[Place], bar: tqdm | None = None) -> list[nn.Parameter]:
+    def read(self, places: Sequence[Place], bar: ProgressBar | None = None) -> list[nn.Parameter]:
         """Read the weights of these places, each into memory of its own."""
         made: dict[Stored, nn.Parameter] = {}
         for stored, weight, scale in self.files.read([place.stored for place in places]):
@@ -141,8 +158,9 @@ class Source:
 class Part:
     """Parameters that are loaded and dropped together.
 
-    With `shrunk` they are matrices that are rounded to 8 bits. `held` has them as fp8 with scales. While it
-    is empty they are read and rounded again for each loop.
+    Several threads may use a part at once: the last one drops the weights. With `shrunk` they are matrices
+    that are rounded to 8 bits. `held` has them as fp8 with scales. While it is empty they are read and
+    rounded again for each loop.
     """
 
     def __init__(self, source: Source, places: Sequence[Place], *, shrunk: bool = False) -> None:
@@ -151,6 +169,7 @@ class Part:
         self.shrunk = shrunk
         self.held: list[tuple[Tensor, Tensor]] = []
         self.depth = 0  # number of loops and `with` blocks that use it
+        self.lock = Lock()  # of `depth` and of the places
 
     def __getstate__(self) -> dict[str, Any]:
         held = [(weight.view(torch.uint8), scale) for weight, scale in self.held]  # pickle knows no fp8
@@ -160,7 +179,7 @@ class Part:
         self.__dict__.update(state)
         self.held = [(weight.view(FP8), scale) for weight, scale in self.held]
 
-    def in_8_bits(self, bar: tqdm | None = None) -> list[tuple[Tensor, Tensor]]:
+    def in_8_bits(self, bar: ProgressBar | None = None) -> list[tuple[Tensor, Tensor]]:
         """Read the weights as fp8 with scales. fp8 weights stay as they are; others get a scale per row."""
         made = {}
         for stored, weight, scale in self.source.files.read([place.stored for place in self.places]):
@@ -183,16 +202,18 @@ class Part:
         ]
 
     def put(self, weights: Sequence[nn.Parameter]) -> None:
-        if self.depth == 0:
-            for place, weight in zip(self.places, weights, strict=True):
-                place.put(weight)
-        self.depth += 1
+        with self.lock:
+            if self.depth == 0:
+                for place, weight in zip(self.places, weights, strict=True):
+                    place.put(weight)
+            self.depth += 1
 
     def drop(self) -> None:
-        self.depth -= 1
-        if self.depth == 0:
-            for place in self.places:
-                place.put(place.absent)
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                for place in self.places:
+                    place.put(place.absent)
 
 
 def _shrunk(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +234,8 @@ class BlockParts:
 class Streamed(nn.ModuleList):
     """A list of blocks. A loop over it loads each block's weights and prefetches the next block's.
 
-    Only such loops read weights; its length, an index, or a walk over modules read nothing.
+    Loops of several threads may run at once. Only loops read weights; its length, an index, or a walk over
+    modules read nothing.
     """
 
     transparent = True  # see `taps.modified`
@@ -224,22 +246,25 @@ class Streamed(nn.ModuleList):
         super().__init__(blocks)
         self.parts = parts
         self.precomputed = precomputed
-        self._with_modulation = True
+        self._without_modulation: set[int] = set()  # threads
         self._loops: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
     def __iter__(self) -> Iterator[Any]:
-        if self._with_modulation:
-            return self._loop([(own.rest, own.modulation) for own in self.parts])
-        return self._loop([(own.rest,) for own in self.parts])
+        if threading.get_ident() in self._without_modulation:
+            return self._loop([(own.rest,) for own in self.parts])
+        return self._loop([(own.rest, own.modulation) for own in self.parts])
 
     @contextmanager
     def without_modulation(self) -> Iterator[None]:
-        """Loops in the `with` block skip the adaLN weights, whose results are precomputed."""
-        before, self._with_modulation = self._with_modulation, False
+        """Loops of this thread in the `with` block skip the adaLN weights, whose results are precomputed."""
+        thread = threading.get_ident()
+        outermost = thread not in self._without_modulation
+        self._without_modulation.add(thread)
         try:
             yield
         finally:
-            self._with_modulation = before
+            if outermost:
+                self._without_modulation.discard(thread)
 
     def only_modulation(self) -> Iterator[Any]:
         """Loop over the blocks with nothing but their adaLN weights."""

@@ -31,7 +31,7 @@ from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.training.loss import velocity_error, weighted_mean
+from qwenedit.training.loss import freeze_unreached, velocity_error, weighted_mean
 from qwenedit.weights.configs import config_from, vision_language_config
 
 __all__ = ["Grounding", "Student", "networks", "train_edit"]
@@ -142,6 +142,7 @@ def train_edit(
     """
     torch.manual_seed(options.seed)
     student = Student(*make(tokens)).to(options.device)
+    freeze_unreached(student.mmdit)
     if tower is not None:
         student.vision_language.vision.load_state_dict(tower)
     run = Run(folder, {"student": student}, options)

@@ -15,6 +15,7 @@ from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
 from qwenedit.mini.training import Options, Run, Weights
 from qwenedit.networks.vae import VAE, VAEConfig
+from qwenedit.training.loss import freeze_unreached
 
 __all__ = ["initialise", "measured", "pictures", "train_vae"]
 
@@ -70,6 +71,7 @@ def train_vae(
     torch.manual_seed(options.seed)
     vae = VAE(config)
     initialise(vae)
+    freeze_unreached(vae)
     vae.to(options.device)
     run = Run(folder, {"vae": vae}, options)
     function = torch.compile(loss_of) if compiled else loss_of

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
+from qwenedit.checks import progress_bar
 from qwenedit.files import replacing_file
 from qwenedit.taps import taps
 
@@ -168,7 +168,7 @@ class Run:
 
     def __iter__(self) -> Iterator[tuple[int, Generator]]:
         saved = time.monotonic()
-        self.bar = tqdm(total=self.options.steps, initial=self.step, desc=self.folder.name, disable=None)
+        self.bar = progress_bar(total=self.options.steps, initial=self.step, desc=self.folder.name)
         with self.bar:
             for step in range(self.step, self.options.steps):
                 self.step = step + 1

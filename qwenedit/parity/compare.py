@@ -22,9 +22,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from qwenedit.checks import device_of
+from qwenedit.checks import device_of, progress_bar
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
@@ -201,7 +200,7 @@ class _Pair:
         placed: list[tuple[nn.Module, str]] = []
         try:
             placed += [(self.ours, name) for name in part]
-            loading._read(self.ours, part, self.device, wanted, tqdm(disable=True))
+            loading._read(self.ours, part, self.device, wanted, progress_bar(progress=False))
             for name, stored in part.items():
                 smallest, largest = torch.aminmax(self.ours.get_parameter(name))
                 if not torch.isfinite(smallest + largest):  # isfinite of all would make a mask as large
@@ -258,12 +257,9 @@ class _Run:
             self.lanes = lanes
         elif all(key in self.rows for key in self.keys):
             done = len(self.stages)
-        with tqdm(
-            total=len(self.stages),
-            initial=done,
-            desc="comparing",
-            unit="module",
-            disable=None if progress else True,
+        count = len(self.stages)
+        with progress_bar(
+            progress=progress, total=count, initial=done, desc="comparing", unit="module"
         ) as bar:
             for number, stage in enumerate(self.stages[done:], start=done):
                 if number == 0 or self.stages[number - 1].component != stage.component:

@@ -1,6 +1,7 @@
 """The loss for finetuning the transformer. Training loop, optimiser and data are the caller's.
 
     pipe.mmdit.requires_grad_(True).train()
+    freeze_unreached(pipe.mmdit)  # before it is wrapped for several devices
     pipe.mmdit.checkpointing = True  # memory for time; see networks/checkpointing.py for what taps see
     batch = TrainingBatch(conditioning=conditioning, latents=clean, sigma=torch.rand(2), noise=noise)
     flow_matching_loss(pipe, batch).backward()
@@ -20,10 +21,11 @@ from torch import Tensor
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.latents import Grid, Layout
 from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.vae import VAE
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.taps import scope
 
-__all__ = ["TrainingBatch", "flow_matching_loss", "velocity_error", "weighted_mean"]
+__all__ = ["TrainingBatch", "flow_matching_loss", "freeze_unreached", "velocity_error", "weighted_mean"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,6 +112,29 @@ def flow_matching_loss(
         order.extend(group.rows)
     weight = None if batch.weight is None else batch.weight.to(pipe.device)[order]
     return weighted_mean(torch.cat(errors), weight)
+
+
+def freeze_unreached(network: MMDiT | VAE) -> None:
+    """Freeze the weights that no gradient of a loss on pictures ever reaches.
+
+    In the transformer that is what the last block does with the text after its attention, which nothing
+    reads; in the VAE, the convolutions over time, which a single frame does not pass. torch's
+    `DistributedDataParallel` and `replicate` wait for the gradient of every weight that is not frozen.
+
+    >>> import qwenedit
+    >>> mmdit = qwenedit.load(progress=False).mmdit.requires_grad_(True)
+    >>> freeze_unreached(mmdit)
+    >>> frozen = [name for name, weight in mmdit.named_parameters() if not weight.requires_grad]
+    >>> [name for name in frozen if name.endswith("weight")]
+    ['blocks.5.attn.txt_out.weight', 'blocks.5.txt_mlp.up.weight', 'blocks.5.txt_mlp.down.weight']
+    """
+    if isinstance(network, MMDiT):
+        *_, last = network.blocks.children()
+        unreached = [last.get_submodule(name) for name in ("attn.txt_out", "txt_mlp")]
+    else:
+        unreached = [module for name, module in network.named_modules() if name.endswith("time_conv")]
+    for module in unreached:
+        module.requires_grad_(False)
 
 
 def velocity_error(

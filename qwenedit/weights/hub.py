@@ -25,9 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from qwenedit.checks import warn, whole_number
+from qwenedit.checks import progress_bar, warn, whole_number
 from qwenedit.files import MAX_HEADER
 from qwenedit.foreign import MAX_TEXT, inner_name, read_text, shown
 
@@ -275,7 +273,7 @@ def _fetch(listing: Listing, files: Sequence[HubFile]) -> None:
 def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
     """Check all of the files. Wrong ones are removed and returned, each with what is wrong."""
     faults = {}
-    for file in tqdm(files, desc="checking files", disable=None if progress else True):
+    for file in progress_bar(files, progress=progress, desc="checking files"):
         if fault := file.fault():
             faults[file] = fault
             file.remove()

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 
+from qwenedit.checks import ProgressBar, progress_bar
 from qwenedit.files import FLOATS
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
 from qwenedit.weights.report import Compared, compare
 
-__all__ = ["compare_networks", "load_network", "progress_bar", "read_networks", "run_dtype"]
+__all__ = ["compare_networks", "load_network", "loading_bar", "read_networks", "run_dtype"]
 
 
 def compare_networks(
@@ -63,7 +63,7 @@ def read_networks(
     for module, found, report in compared:
         wanted = run_dtype(found.values(), dtype)
         if manage is None or not manage(report.component, module, found, device, wanted, progress):
-            with progress_bar(report.component, report.bytes, progress) as bar:
+            with loading_bar(report.component, report.bytes, progress) as bar:
                 _read(module, found, device, wanted, bar)
     return [one.module.eval() for one in compared]
 
@@ -91,19 +91,19 @@ def run_dtype(weights: Iterable[Stored], dtype: torch.dtype | None) -> torch.dty
     return dtype or (None if all(stored.dtype in plain for stored in weights) else torch.bfloat16)
 
 
-def progress_bar(component: str, total: int, progress: bool) -> tqdm:
-    """A bar over `total` bytes, shown on a terminal only."""
-    return tqdm(
-        total=total,
-        desc=f"loading {component}",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
+def loading_bar(component: str, total: int, progress: bool) -> ProgressBar:
+    """A progress bar over `total` bytes."""
+    return progress_bar(
+        progress=progress, total=total, desc=f"loading {component}", unit="B", unit_scale=True
     )
 
 
 def _read(
-    module: nn.Module, found: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None, bar: tqdm
+    module: nn.Module,
+    found: Mapping[str, Stored],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    bar: ProgressBar,
 ) -> None:
     """Read each tensor from its file into its place."""
     by_file: dict[Path, list[tuple[int, str, Stored]]] = {}

@@ -338,10 +338,12 @@ def test_errors_say_what_is_missing():
     with pytest.raises(ValueError, match=r"no label layout is in force, wanted scope\(layout="):
         with AttentionMaps().attached(ours):
             ours(*mmdit.inputs())
-    for rows, columns in (("reference 2", "target"), ("target", "reference 0"), ("target", "txt")):
-        with pytest.raises(ValueError, match=r"no group of tokens is '.*', wanted one of text, target, ref"):
-            with AttentionMaps(rows, columns).attached(ours):
-                run(ours)
+    for rows, columns in (("target", "reference 0"), ("target", "txt")):
+        with pytest.raises(ValueError, match=r"no group of tokens is '.*', wanted all, text, target, ref"):
+            AttentionMaps(rows, columns)
+    with pytest.raises(ValueError, match=r"no group of tokens is '.*', wanted one of text, target, ref"):
+        with AttentionMaps("reference 2", "target").attached(ours):
+            run(ours)
     with pytest.raises(RuntimeError, match="no attention map was collected"):
         with AttentionMaps(steps=[3]).attached(ours):
             run(ours, step=2)
