@@ -122,6 +122,8 @@ class _Call:
         options = without_reference_options(options, CALL_OPTIONS)
         require_known("__call__", options, ("image", *order, "switches"))
         call = cls(**dict(zip(order, positional, strict=False)), **options)
+        if call.prompt is None and call.prompt_embeds is None and not variant.layered:  # which says more
+            raise ValueError("prompt is None, wanted a string or a list of strings, or prompt_embeds")
         call._check()
         return call
 
@@ -130,8 +132,6 @@ class _Call:
         for name in ("prompt", "negative_prompt"):
             if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
                 raise ValueError(f"{name} and {name}_embeds are both given, wanted one of them")
-        if self.prompt is None and self.prompt_embeds is None:
-            raise ValueError("prompt is None, wanted a string or a list of strings, or prompt_embeds")
         if others := [name for name in self.callback_on_step_end_tensor_inputs if name not in _TENSORS]:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {', '.join(map(str, others))}, wanted "
