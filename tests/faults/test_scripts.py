@@ -21,7 +21,7 @@ from qwenedit.family import VARIANTS
 from qwenedit.layered import LayerOptions
 from qwenedit.memory.streaming import Streamed
 from qwenedit.pipeline import EditOptions, GenerateOptions, SampleOptions
-from qwenedit.reference_scripts import _Call
+from qwenedit.reference_call import ReferenceCall
 from qwenedit.sampling.scheduler import load_scheduler
 from tests.faults import typed
 from tests.support import assert_close
@@ -173,7 +173,7 @@ def test_a6_a_call_has_the_references_defaults_and_edit_its_own(edit, image):
 def test_a6_every_default_is_that_of_the_reference(kind):
     """By the signatures: a default that changes there, or that we get wrong, shows here."""
     wanted = inspect.signature(PIPELINES[kind].__call__).parameters
-    ours = {field.name: field.default for field in dataclasses.fields(_Call)}
+    ours = {field.name: field.default for field in dataclasses.fields(ReferenceCall)}
     names = [name for name in wanted if name not in ("self", "use_en_prompt")]
     assert set(names) <= set(ours)
     for name in names:
@@ -181,7 +181,7 @@ def test_a6_every_default_is_that_of_the_reference(kind):
         assert ours[name] == (tuple(default) if isinstance(default, list) else default), name
     variant = next(one for key, one in VARIANTS.items() if key == PIPELINES[kind].__name__)
     values = ["x" if name in ("image", "prompt") else wanted[name].default for name in names]
-    call = _Call.of(variant, values, {})  # the order of places is theirs too
+    call = ReferenceCall.of(variant, values, {})  # the order of places is theirs too
     assert (call.prompt, call.image) == ("x", "x" if "image" in names else None)
     for name, value in zip(names, values, strict=True):
         assert getattr(call, name) == value, name
@@ -196,8 +196,8 @@ def test_c9_a_text_in_the_first_place_is_the_prompt_of_a_text_to_image_checkpoin
         generate("a cat", prompt="a dog")
     with pytest.raises(TypeError, match="got 40 arguments, wanted at most"):
         generate(*["a cat"] * 40)
-    with pytest.raises(ValueError, match="prompt is None, wanted a string or a list of strings"):
-        edit("a cat")  # there the picture comes first
+    with pytest.raises(ValueError, match=r"prompt is None, .*: the picture comes first, then the prompt"):
+        edit("a cat")
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5], np.linspace(1, 0.2, 3), torch.tensor([0.9, 0.4]), [1.0, 0.0]])
@@ -377,6 +377,61 @@ def test_c8_offload_calls_set_the_residency(image, offload):
     getattr(pipe, offload)()  # nothing is left to do
     assert pipe.mmdit.blocks is blocks
     assert torch.equal(pipe.edit(image, "x", generator=seeded(), **QUICK).images, wanted)
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_c8_offload_calls_work_with_loras(image, offload):
+    pipe = qwenedit.load(checkpoint("edit"), device="cpu", residency="resident", progress=False)
+    pipe.load_lora_weights("style.safetensors")
+    wanted = pipe.edit(image, "x", generator=seeded(), **QUICK).images
+    getattr(pipe, offload)()
+    assert all(weight.is_meta for weight in pipe.mmdit.parameters())
+    assert torch.equal(pipe.edit(image, "x", generator=seeded(), **QUICK).images, wanted)
+    pipe.unload_lora_weights()
+    assert not torch.equal(pipe.edit(image, "x", generator=seeded(), **QUICK).images, wanted)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"attention_kwargs": {"scale": "much"}},
+            r"attention_kwargs\['scale'\] is 'much', wanted a finite num",
+        ),
+        ({"attention_kwargs": {"gligen": {}}}, "attention_kwargs has gligen, .* attach `taps` instead"),
+        ({"negative_prompt": " ", "negative_prompt_embeds": torch.zeros(1, 3, 24)}, "are both given"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(3, 24)}, r"have shape \(3, 24\), wanted \(B, T, D\)"),
+        ({"prompt": None, "prompt_embeds": [0.0]}, "wanted as tensors, as encode_prompt gives them"),
+        ({"callback_on_step_end_tensor_inputs": ["sigmas"]}, "has sigmas, wanted latents or prompt_embeds"),
+        ({"height": 8}, "height is 8, wanted a whole number of at least 16"),
+    ],
+)
+def test_c8_what_a_call_cannot_take_says_what_to_write(edit, image, options, message):
+    with pytest.raises(ValueError, match=message):
+        edit(image, **{"prompt": "x", **options})
+
+
+@pytest.mark.parametrize("modes", [{}, {"residency": "stage"}, {"residency": "stream"}], ids=str)
+def test_c8_callbacks_in_every_residency(image, modes):
+    pipe = qwenedit.load(checkpoint("edit"), device="cpu", progress=False, **modes)
+    seen = []
+
+    def note(_pipe, step, time, tensors):
+        seen.append((step, time.item()))
+        return {"latents": tensors["latents"] * 1.0} if step else {}
+
+    called = edit_of(pipe, image, callback_on_step_end=note)
+    assert torch.equal(called, edit_of(pipe, image))
+    sigmas = [step.sigma for step in pipe.steps(pipe.condition(image, "x"), num_inference_steps=2)]
+    assert seen == [(step, torch.tensor(sigma).mul(1000).item()) for step, sigma in enumerate(sigmas)]
+    edit_of(pipe, image, callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=None)
+    with pytest.raises(ValueError, match="returned latents of another shape, wanted"):
+        edit_of(pipe, image, callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 3, 64)})
+    assert pipe.num_timesteps == 2
+
+
+def edit_of(pipe, image, **options):
+    return pipe(image, "x", " ", generator=seeded(), **QUICK, **options).images
 
 
 def test_c8_offload_keeps_changed_weights():
