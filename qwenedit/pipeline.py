@@ -31,7 +31,8 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.reference_scripts import MAX_TOKENS, ReferenceScripts, require_euler
+from qwenedit.reference_call import MAX_TOKENS
+from qwenedit.reference_scripts import ReferenceScripts, require_euler
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step

@@ -17,27 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from qwenedit.checks import (
-    CALL_OPTIONS,
-    REMEDIES,
-    check_run,
-    require_known,
-    warn,
-    whole_number,
-    without_reference_options,
-)
+from qwenedit.checks import REMEDIES, check_run, warn, whole_number
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.encoding.picture_switches import reference_rows, seen_rows
-from qwenedit.family import Variant
 from qwenedit.inputs import rows as inputs
 from qwenedit.inputs.geometry import Geometry
 from qwenedit.inputs.rows import BatchRow
@@ -47,6 +37,7 @@ from qwenedit.memory.residency import present, read_when_needed
 from qwenedit.networks.low_rank import LowRank
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.reference_call import ReferenceCall, given_prompt
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.sampler import Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
@@ -56,113 +47,9 @@ from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from
 
-__all__ = ["MAX_TOKENS", "ReferenceScripts", "require_euler"]
+__all__ = ["ReferenceScripts", "require_euler"]
 
-MAX_TOKENS = 512  # of a text-to-image prompt, by default
-_EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
-_TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
-_FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
-_LAST = (
-    "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
-    "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
-    "output_type", "return_dict", "attention_kwargs", "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs", "max_sequence_length",
-)  # fmt: skip
 _ALIASES = {"transformer": "mmdit", "text_encoder": "vision_language"}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Call:
-    """The arguments of a call, with the reference's defaults; `switches` is ours."""
-
-    image: Any = None
-    prompt: str | Sequence[str] | None = None
-    negative_prompt: str | Sequence[str] | None = None
-    true_cfg_scale: float = 4.0
-    height: int | None = None
-    width: int | None = None
-    layers: int = 4
-    num_inference_steps: int = 50
-    sigmas: Sequence[float] | None = None
-    guidance_scale: float | None = None
-    num_images_per_prompt: int = 1
-    generator: Generator | Sequence[Generator] | None = None
-    latents: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    prompt_embeds_mask: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_prompt_embeds_mask: Tensor | None = None
-    output_type: str = "pil"
-    return_dict: bool = True
-    attention_kwargs: Mapping[str, Any] | None = None
-    callback_on_step_end: Callable[..., Any] | None = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-    max_sequence_length: int = MAX_TOKENS
-    resolution: int = 640
-    cfg_normalize: bool = False
-    switches: Switches | None = None
-
-    @classmethod
-    def of(cls, variant: Variant, positional: Sequence[Any], options: dict[str, Any]) -> _Call:
-        """From what the caller wrote; the order of arguments is that of the variant's pipeline.
-
-        Raises:
-            TypeError: too many arguments, one given twice, or one that this pipeline does not take.
-            ValueError: values that exclude each other or cannot be used.
-        """
-        order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
-        if not variant.layered:
-            order = (*_FIRST, "height", "width", *_LAST)
-        if variant.takes_pictures:
-            order = ("image", *order)
-        if len(positional) > len(order):
-            raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
-        if twice := [name for name in order[: len(positional)] if name in options]:
-            raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
-        options = without_reference_options(options, CALL_OPTIONS)
-        require_known("__call__", options, ("image", *order, "switches"))
-        call = cls(**dict(zip(order, positional, strict=False)), **options)
-        call._check()
-        return call
-
-    def _check(self) -> None:
-        check_run(self.output_type, self.num_images_per_prompt, self.max_sequence_length)
-        for name in ("prompt", "negative_prompt"):
-            if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
-                raise ValueError(f"{name} and {name}_embeds are both given, wanted one of them")
-        if self.prompt is None and self.prompt_embeds is None:
-            raise ValueError("prompt is None, wanted a string or a list of strings, or prompt_embeds")
-        if others := [name for name in self.callback_on_step_end_tensor_inputs if name not in _TENSORS]:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(map(str, others))}, wanted "
-                f"{' or '.join(_TENSORS)}; loop over pipe.steps(conditioning) to see all of a step"
-            )
-        if others := sorted(set(self.attention_kwargs or {}) - {"scale"}):
-            raise ValueError(
-                f"attention_kwargs has {', '.join(others)}, wanted scale, of the LoRAs: attach `taps` instead"
-            )
-        if self.guidance_scale not in (None, 1.0):
-            warn(
-                "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
-                "pass true_cfg_scale"
-            )
-
-    @property
-    def embeds(self) -> tuple[Prompt | None, Prompt | None]:
-        """The given embeddings of the prompts and of the negative prompts."""
-        return (
-            _given(self.prompt_embeds, self.prompt_embeds_mask),
-            _given(self.negative_prompt_embeds, self.negative_prompt_embeds_mask),
-        )
-
-    @property
-    def prompts(self) -> tuple[str | Sequence[str], str | Sequence[str] | None]:
-        """Prompts and negative prompts as text; given embeddings are named instead."""
-        prompt, negative = self.embeds
-        return (
-            [_EMBEDDED] * len(prompt.embeds) if prompt is not None else self.prompt or "",
-            _EMBEDDED if negative is not None else self.negative_prompt,
-        )
 
 
 class ReferenceScripts(Layers):
@@ -192,7 +79,7 @@ class ReferenceScripts(Layers):
             TypeError: arguments that the variant's pipeline does not take.
             ValueError: as `edit`, or a value that is not supported here.
         """
-        call = _Call.of(self.variant, positional, options)
+        call = ReferenceCall.of(self.variant, positional, options)
         rows, frames = self._rows_of(call)
         switches = call.switches or Switches(seen=Seen(picture="unseen" if frames > 1 else "seen"))
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
@@ -208,7 +95,7 @@ class ReferenceScripts(Layers):
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
         conditioning = conditioning.repeat(count)
         self._interrupt, self._num_timesteps = False, len(run[1]) - 1
-        with _lora_scale(self.mmdit, (call.attention_kwargs or {}).get("scale", 1.0)):
+        with _lora_scale(self.mmdit, call.lora_scale):
             taken = self._called_back(call, conditioning, run, guidance, switches)
             images = self._finish(taken, self._num_timesteps, grid, call.output_type).images
         if self.variant.layered and call.output_type != "latent":
@@ -216,7 +103,7 @@ class ReferenceScripts(Layers):
             images = [images] if single else list(images)
         return Result(images) if call.return_dict else (images,)
 
-    def _rows_of(self, call: _Call) -> tuple[list[BatchRow], int]:
+    def _rows_of(self, call: ReferenceCall) -> tuple[list[BatchRow], int]:
         """The rows of a call, and the frames of its target."""
         prompts = call.prompts
         if self.variant.layered:
@@ -229,7 +116,7 @@ class ReferenceScripts(Layers):
         return inputs.rows_of(*prompts, call.image, self.variant, self.areas, height, width), 1
 
     def _conditioning_of(
-        self, call: _Call, rows: list[BatchRow], switches: Switches, frames: int, *, guided: bool
+        self, call: ReferenceCall, rows: list[BatchRow], switches: Switches, frames: int, *, guided: bool
     ) -> Conditioning:
         """The conditioning of a call; embeddings that it gives are not computed."""
         prompt, negative = call.embeds
@@ -265,7 +152,7 @@ class ReferenceScripts(Layers):
 
     def _called_back(
         self,
-        call: _Call,
+        call: ReferenceCall,
         conditioning: Conditioning,
         run: tuple[Tensor, list[float]],
         guidance: TrueCFG | None,
@@ -284,7 +171,7 @@ class ReferenceScripts(Layers):
         with present(self.mmdit):
             for step in euler(current, *run, guidance):
                 tensors = {"latents": step.after, "prompt_embeds": embeds}
-                got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
+                got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs or ()}
                 time = torch.tensor(step.sigma, device=self.device) * 1000
                 replaced = call.callback_on_step_end(self, step.index, time, got)
                 if not isinstance(replaced, Mapping):
@@ -326,7 +213,7 @@ class ReferenceScripts(Layers):
         own form of this is `condition`.
         """
         check_run("pil", num_images_per_prompt, max_sequence_length)
-        given = _given(prompt_embeds, prompt_embeds_mask)
+        given = given_prompt(prompt_embeds, prompt_embeds_mask)
         if given is None:
             illustrated = self.variant.takes_pictures and not self.variant.layered
             if illustrated and image is None:
@@ -337,7 +224,7 @@ class ReferenceScripts(Layers):
                 prompt, None, image if illustrated else None, self.variant, self.areas, None, None
             )
             encoder = self._encoder(max_sequence_length)
-            given, _ = encoder.encode_prompts([_as_given(row) for row in rows], False, True)
+            given, _ = encoder.encode_prompts([_asgiven_prompt(row) for row in rows], False, True)
         count = torch.arange(len(given.embeds)).repeat_interleave(num_images_per_prompt)
         repeated = given.rows(count)
         mask = None if repeated.mask is None else repeated.mask.long().to(device or self.device)
@@ -441,17 +328,6 @@ def require_euler(scheduler: Any) -> dict[str, Any]:
     return {**config, "shift": getattr(scheduler, "shift", config.get("shift"))}  # `set_shift` changes it
 
 
-def _given(embeds: Tensor | None, mask: Tensor | None) -> Prompt | None:
-    if embeds is None:
-        return None
-    if not isinstance(embeds, Tensor) or not (mask is None or isinstance(mask, Tensor)):
-        raise ValueError(
-            "prompt embeddings and their mask are wanted as tensors, as encode_prompt gives them"
-        )
-    real = None if mask is None else mask.bool().to(embeds.device)
-    return Prompt(embeds, None if real is None or bool(real.all()) else real)
-
-
 def _rounded(name: str, side: int | None, multiple: int) -> int | None:
     """A side of the output as the reference takes it: rounded down to a multiple; 0 is the default."""
     if not side:
@@ -462,7 +338,7 @@ def _rounded(name: str, side: int | None, multiple: int) -> int | None:
     return side // multiple * multiple
 
 
-def _as_given(row: BatchRow) -> BatchRow:
+def _asgiven_prompt(row: BatchRow) -> BatchRow:
     """The row, its pictures at their own sizes."""
     pictures = tuple(dataclasses.replace(one, vl=one.size) for one in row.geometry.pictures)
     geometry: Geometry = dataclasses.replace(row.geometry, pictures=pictures)
@@ -470,7 +346,7 @@ def _as_given(row: BatchRow) -> BatchRow:
 
 
 @contextmanager
-def _lora_scale(mmdit: nn.Module, scale: Any) -> Iterator[None]:
+def _lora_scale(mmdit: nn.Module, scale: float) -> Iterator[None]:
     """Multiply the scales of all LoRAs for the length of a `with` block."""
     changes = [one for one in mmdit.modules() if isinstance(one, LowRank)]
     before = [one.scale for one in changes]

@@ -26,7 +26,7 @@ from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import Predict, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.sampling.switched import require_fitting, schedule, switched_predictor
+from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
 from qwenedit.switches import Switches
 from qwenedit.taps import require_finite
 
@@ -137,6 +137,7 @@ class System:
         batch, tokens = len(pictures), rows * columns
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
+        require_pictures(switches, any(pictures))
         visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
         blocks, count = self.mmdit.config.num_layers, len(visited) - 1
         require_fitting(switches, pictures=pictures, blocks=blocks, steps=count)

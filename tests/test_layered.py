@@ -46,7 +46,7 @@ def test_an_empty_prompt_is_named(pipe, prompt):
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"max_sequence_length": 2000}, "max_sequence_length is 2000, wanted at most 1024"),
-        ({"output_type": "np"}, "output_type is 'np'"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'"),
         ({"latents": torch.zeros(1, 16, 64)}, r"latents are shape \(1, 16, 64\), wanted .* \(1, 48, 64\)"),
         ({"generator": [torch.Generator()] * 2}, "got 2 generators"),
         ({"image": None}, "image is None, wanted a PIL picture"),
@@ -76,8 +76,8 @@ def test_each_method_has_its_checkpoints(pipe):
 
 def test_a_call_is_decompose(pipe):
     options = {**QUICK, "latents": torch.randn(1, 48, 64)}
-    called = pipe(picture(64, 64), "fox", use_en_prompt=True, **options).images
-    assert torch.equal(called, pipe.decompose(picture(64, 64), "fox", **options).images)
+    (called,) = pipe(picture(64, 64), "fox", use_en_prompt=True, **options).images
+    assert torch.equal(called[None], pipe.decompose(picture(64, 64), "fox", **options).images)
 
 
 def test_no_warning_about_a_norm_that_nobody_asked_for(pipe, recwarn):

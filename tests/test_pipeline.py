@@ -196,9 +196,13 @@ def test_scripts_for_the_reference_run_unchanged():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"return_dict": False}, "return_dict is False, wanted True: the pictures are the result's `images`"),
-        ({"callback_on_step_end": print}, "callback_on_step_end is .*, wanted None: loop over `steps`"),
-        ({"prompt_embeds": torch.zeros(1, 3, 128)}, "prompt_embeds is Tensor, wanted None: make a `Cond"),
+        ({"callback_on_step_end": print}, "callback_on_step_end returned NoneType, wanted a dict"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["noise"]},
+            "has noise, wanted latents or prompt_embeds; loop",
+        ),
+        ({"prompt_embeds": torch.zeros(1, 3, 128)}, "prompt and prompt_embeds are both given"),
+        ({"attention_kwargs": {"gligen": 1}}, "attention_kwargs has gligen, .* attach `taps` instead"),
         ({"max_sequence_length": 1025}, "max_sequence_length is 1025, wanted at most 1024"),
         ({"max_sequence_length": "x"}, "max_sequence_length is 'x', wanted a whole number"),
     ],
@@ -285,7 +289,7 @@ A = picture(64, 64, 10)
         ),
         ((A, "x"), {"height": 50}, "height is 50, wanted a positive multiple of 16: the next one is 64"),
         ((A, "x"), {"width": 0}, "width is 0"),
-        ((A, "x"), {"output_type": "np"}, "output_type is 'np', wanted one of pil, pt, latent"),
+        ((A, "x"), {"output_type": "jpg"}, "output_type is 'jpg', wanted one of pil, pt, np, latent"),
         (
             (A, "x"),
             {"num_inference_steps": 0},

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.checks import whole_number
+from qwenedit.checks import hinting, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.inputs import geometry
@@ -59,6 +59,7 @@ def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, 
     return latents[None].to(pipe.device, pipe.dtype), plan.pictures[0].grid
 
 
+@hinting
 def invert(
     pipe: QwenImageEdit,
     conditioning: Conditioning,

@@ -214,7 +214,9 @@ class _Origin:
 
     @classmethod
     def of(cls, module: nn.Module, component: str, found: Mapping[str, Stored]) -> _Origin:
-        weights = {name: (id(x), x._version, x.dtype) for name, x in module.named_parameters()}
+        weights = {  # a LoRA, which may be loaded meanwhile, puts the layer into its `base`
+            name.replace(".base.", "."): (id(x), x._version, x.dtype) for name, x in module.named_parameters()
+        }
         return cls(component, found, weights)
 
 

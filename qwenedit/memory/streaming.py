@@ -118,6 +118,7 @@ class Place:
         """The place of the module's parameter `name`, whose weight is made `Absent`."""
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
+        owner = getattr(owner, "base", owner)  # of a layer with LoRAs
         dtype = dtype or getattr(torch, stored.dtype)
         absent = _absent(stored.shape, dtype, "")
         place = cls(owner, leaf, stored, absent)

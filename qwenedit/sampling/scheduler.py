@@ -146,9 +146,12 @@ def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     """The given sigmas, unshifted and noise first, with the final 0: `steps` + 1 float32 numbers.
 
     Raises:
-        ValueError: they do not fall within [0, 1], or are not `steps` many.
+        ValueError: they do not fall within (0, 1], or are not `steps` many.
     """
-    return [*torch.tensor(_checked(sigmas, steps), dtype=torch.float32).tolist(), 0.0]
+    checked = _checked(sigmas, steps)
+    if checked[-1] == 0:
+        raise ValueError(f"given sigmas are {checked}, wanted them without the final 0, which is added")
+    return [*torch.tensor(checked, dtype=torch.float32).tolist(), 0.0]
 
 
 def _even(steps: int) -> list[float]:

@@ -157,18 +157,14 @@ def test_any_configuration_and_any_pictures(
 
 def test_a_list_of_generators_and_given_latents_and_sigmas():
     ours, reference = both("edit")
-    image, options = (
-        picture(64, 64),
-        {"num_inference_steps": 3, "output_type": "pt", "num_images_per_prompt": 2},
-    )
+    image, options = picture(64, 64), {"num_inference_steps": 3, "output_type": "pt", "negative_prompt": " "}
+    options["num_images_per_prompt"] = 2
     got = ours(image, PROMPT, generator=[generator(1), generator(2)], **options).images
-    wanted = reference(
-        image, PROMPT, negative_prompt=" ", generator=[generator(1), generator(2)], **options
-    ).images
+    wanted = reference(image, PROMPT, generator=[generator(1), generator(2)], **options).images
     assert (got - wanted).abs().max() <= PICTURES
     latents = torch.randn(2, 16, 64, generator=generator())
     options |= {"latents": latents, "sigmas": [1.0, 0.6, 0.1]}
-    wanted = reference(image, PROMPT, negative_prompt=" ", **options).images
+    wanted = reference(image, PROMPT, **options).images
     assert (ours(image, PROMPT, **options).images - wanted).abs().max() <= PICTURES
 
 

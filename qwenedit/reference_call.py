@@ -1,0 +1,152 @@
+"""The arguments of a call, as the reference pipelines take them: their order, defaults and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor
+
+from qwenedit.checks import (
+    CALL_OPTIONS,
+    check_run,
+    real_number,
+    require_known,
+    warn,
+    without_reference_options,
+)
+from qwenedit.encoding.conditioning import Prompt
+from qwenedit.family import Variant
+from qwenedit.switches import Switches
+
+__all__ = ["MAX_TOKENS", "ReferenceCall", "given_prompt"]
+
+MAX_TOKENS = 512  # of a text-to-image prompt, by default
+_EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
+_TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
+_FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
+_LAST = (
+    "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
+    "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
+    "output_type", "return_dict", "attention_kwargs", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs", "max_sequence_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReferenceCall:
+    """The arguments of a call, with the reference's defaults; `switches` is ours."""
+
+    image: Any = None
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    true_cfg_scale: float = 4.0
+    height: int | None = None
+    width: int | None = None
+    layers: int = 4
+    num_inference_steps: int = 50
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    generator: Generator | Sequence[Generator] | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    prompt_embeds_mask: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_embeds_mask: Tensor | None = None
+    output_type: str = "pil"
+    return_dict: bool = True
+    attention_kwargs: Mapping[str, Any] | None = None
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    max_sequence_length: int = MAX_TOKENS
+    resolution: int = 640
+    cfg_normalize: bool = False
+    switches: Switches | None = None
+
+    @classmethod
+    def of(cls, variant: Variant, positional: Sequence[Any], options: dict[str, Any]) -> ReferenceCall:
+        """From what the caller wrote; the order of arguments is that of the variant's pipeline.
+
+        Raises:
+            TypeError: too many arguments, one given twice, or one that this pipeline does not take.
+            ValueError: values that exclude each other or cannot be used.
+        """
+        order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
+        if not variant.layered:
+            order = (*_FIRST, "height", "width", *_LAST)
+        if variant.takes_pictures:
+            order = ("image", *order)
+        if len(positional) > len(order):
+            raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
+        if twice := [name for name in order[: len(positional)] if name in options]:
+            raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
+        options = without_reference_options(options, CALL_OPTIONS)
+        require_known("__call__", options, ("image", *order, "switches"))
+        call = cls(**dict(zip(order, positional, strict=False)), **options)
+        if call.prompt is None and call.prompt_embeds is None and not variant.layered:  # which says more
+            place = ": the picture comes first, then the prompt" if isinstance(call.image, str) else ""
+            raise ValueError(f"prompt is None, wanted a string or a list of strings, or prompt_embeds{place}")
+        call._check()
+        return call
+
+    def _check(self) -> None:
+        check_run(self.output_type, self.num_images_per_prompt, self.max_sequence_length)
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_embeds") is not None:
+                raise ValueError(f"{name} and {name}_embeds are both given, wanted one of them")
+        if others := [name for name in self.callback_on_step_end_tensor_inputs or () if name not in _TENSORS]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(map(str, others))}, wanted "
+                f"{' or '.join(_TENSORS)}; loop over pipe.steps(conditioning) to see all of a step"
+            )
+        if others := sorted(set(self.attention_kwargs or {}) - {"scale"}):
+            raise ValueError(
+                f"attention_kwargs has {', '.join(others)}, wanted scale, of the LoRAs: attach `taps` instead"
+            )
+        real_number("attention_kwargs['scale']", self.lora_scale)
+        if self.guidance_scale not in (None, 1.0):
+            warn(
+                "guidance_scale has no effect: no released checkpoint is guidance-distilled; "
+                "pass true_cfg_scale"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor on the scales of all LoRAs."""
+        scale: float = (self.attention_kwargs or {}).get("scale", 1.0)
+        return scale
+
+    @property
+    def embeds(self) -> tuple[Prompt | None, Prompt | None]:
+        """The given embeddings of the prompts and of the negative prompts."""
+        return (
+            given_prompt(self.prompt_embeds, self.prompt_embeds_mask),
+            given_prompt(self.negative_prompt_embeds, self.negative_prompt_embeds_mask),
+        )
+
+    @property
+    def prompts(self) -> tuple[str | Sequence[str], str | Sequence[str] | None]:
+        """Prompts and negative prompts as text; given embeddings are named instead."""
+        prompt, negative = self.embeds
+        return (
+            [_EMBEDDED] * len(prompt.embeds) if prompt is not None else self.prompt or "",
+            _EMBEDDED if negative is not None else self.negative_prompt,
+        )
+
+
+def given_prompt(embeds: Tensor | None, mask: Tensor | None) -> Prompt | None:
+    """The prompts of given embeddings (B, T, D), with their mask (B, T) of 0 and 1, if they are given.
+
+    Raises:
+        ValueError: no tensors, or shapes that do not fit together.
+    """
+    if embeds is None:
+        return None
+    if not isinstance(embeds, Tensor) or not (mask is None or isinstance(mask, Tensor)):
+        raise ValueError(
+            "prompt embeddings and their mask are wanted as tensors, as encode_prompt gives them"
+        )
+    real = None if mask is None else mask.bool().to(embeds.device)
+    return Prompt(embeds, None if real is None or bool(real.all()) else real)
