@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
@@ -155,6 +156,14 @@ def prepare(
     return case, exact
 
 
+class _Part(SimpleNamespace):
+    """What stands for a network in the reference's pipeline: the attributes that the pipeline reads."""
+
+
+class _ScheduleSet(Exception):
+    """Ends a run of the reference's pipeline before its first step."""
+
+
 def _pipeline(folder: Path, config: VAEConfig, *, sees: bool) -> Any:
     """The reference's pipeline without its networks; with a processor if the text encoder `sees` pictures."""
     index = read_json(folder / "model_index.json")
@@ -166,16 +175,14 @@ def _pipeline(folder: Path, config: VAEConfig, *, sees: bool) -> Any:
     parts: dict[str, Any] = {}
     if "processor" in index:
         parts["processor"] = _processor(folder, tokenizer) if sees else None
-    pipeline = getattr(diffusers, index["_class_name"])(
+    return getattr(diffusers, index["_class_name"])(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=SimpleNamespace(config=config, temperal_downsample=config.temperal_downsample),
-        text_encoder=SimpleNamespace(dtype=torch.float32),
+        vae=_Part(config=config, temperal_downsample=config.temperal_downsample),
+        text_encoder=_Part(dtype=torch.float32),
         tokenizer=tokenizer,
-        transformer=SimpleNamespace(config=network_config(folder, "transformer")),
+        transformer=_Part(config=network_config(folder, "transformer")),
         **parts,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _official_sigmas(pipeline: Any, picture: Image.Image | None, grid: tuple[int, int, int]) -> Tensor:
@@ -194,7 +201,7 @@ def _official_sigmas(pipeline: Any, picture: Image.Image | None, grid: tuple[int
     @wraps(official)
     def set_timesteps(*args: Any, **options: Any) -> None:
         official(*args, **options)
-        pipeline._interrupt = True  # no step runs
+        raise _ScheduleSet
 
     scheduler.set_timesteps = set_timesteps
     options: dict[str, Any] = {"height": rows * side, "width": columns * side}
@@ -202,7 +209,8 @@ def _official_sigmas(pipeline: Any, picture: Image.Image | None, grid: tuple[int
         options = {"layers": frames - 1}
     if picture is not None:
         options["image"] = picture
-    pipeline(prompt="x", true_cfg_scale=1.0, num_inference_steps=STEPS, output_type="latent", **options)
+    with suppress(_ScheduleSet):
+        pipeline(prompt="x", true_cfg_scale=1.0, num_inference_steps=STEPS, **options)
     sigmas: Tensor = scheduler.sigmas
     return sigmas
 
