@@ -21,7 +21,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from qwenedit.foreign import parse_json, plain_file, printable_name, read_json, shown
+from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name, read_json, shown
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "is_leftover", "read_header",
@@ -36,6 +36,9 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+# First bytes of torch's zip files, and of pickles of protocol 2 to 5. A safetensors file may begin with them,
+# too: they are the lowest bytes of its header's length.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,10 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 )
             (length,) = struct.unpack("<Q", head)
             if length > min(size - 8, MAX_HEADER):
+                if head.startswith(_PICKLES):
+                    raise ValueError(
+                        f"{shown(path)} is a pickle, which can run code: wanted safetensors or GGUF"
+                    )
                 raise ValueError(
                     f"{path} is truncated or no safetensors file: its header is said to have {length} bytes, "
                     f"but the file has {size}"
@@ -145,36 +152,50 @@ def _entry(entry: Any, data: int, what: str) -> TensorInfo:
 def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Every tensor of a component's folder, with the file that holds it: a single file, or indexed shards.
 
+    Files of a variant, like x.fp16.safetensors, count only if there are no others.
+
     Raises:
-        ValueError: no weights, a missing shard, a tensor that is not in its shard, or a broken file.
+        ValueError: no weights, or several; an index that names files outside the folder; a missing shard, a
+            tensor that is not in its shard, or a broken file.
     """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = _without_variant(folder.glob("*.safetensors.index.json"))
+    files = _without_variant(path for path in folder.glob("*.safetensors") if not is_leftover(path))
+    twins = [file for file in files if file.with_name(f"{file.name}.index.json") in indexes]
+    if len(indexes) > 1 or twins or (not indexes and len(files) != 1):
+        found = ", ".join(shown(file.name) for file in (*(indexes or files), *twins)) or "none"
+        raise ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {found}")
     if not indexes:
-        files = sorted(path for path in folder.glob("*.safetensors") if not is_leftover(path))
-        if len(files) != 1:
-            found = "none" if not files else ", ".join(file.name for file in files)
-            raise ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {found}")
         return {name: (files[0], info) for name, info in read_header(files[0]).items()}
-    weight_map = read_json(indexes[0]).get("weight_map")
+    (index,) = indexes
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ValueError(f"{indexes[0]} has no weight_map, wanted the name of a file for each tensor")
+        raise ValueError(f"{index} has no weight_map, wanted the name of a file for each tensor")
     shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if "/" in inner_name(shard, f"the file of a tensor in {index}"):
+            raise ValueError(f"{index} names {shown(shard)!r}, wanted names of files in its own folder")
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ValueError(
-            f"{folder} lacks {len(absent)} of the {len(shards)} files that {indexes[0].name} names: "
+            f"{folder} lacks {len(absent)} of the {len(shards)} files that {index.name} names: "
             f"{', '.join(absent[:10])}; download them again"
         )
     headers = {shard: read_header(folder / shard) for shard in shards}
     lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if lost:
         raise ValueError(
-            f"{folder}: {len(lost)} tensors are not in the file that {indexes[0].name} names for them: "
+            f"{folder}: {len(lost)} tensors are not in the file that {index.name} names for them: "
             f"{', '.join(lost[:10])}"
         )
     return {
         name: (folder / shard, info) for shard, header in headers.items() for name, info in header.items()
     }
+
+
+def _without_variant(paths: Iterable[Path]) -> list[Path]:
+    """The files without a variant in their names (x.fp16.safetensors has one); all if each has one."""
+    found = sorted(paths)
+    return [path for path in found if "." not in path.name.partition(".safetensors")[0]] or found
 
 
 @contextmanager

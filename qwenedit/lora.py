@@ -6,233 +6,153 @@
     pipe.set_adapters(["style"], [0.5])
     pipe.unload_lora_weights()           # restores the original modules
 
-The layout of a file is recognised by its keys. A layer's low-rank part is kept beside its weight until
-`fuse_lora` adds it to the weight.
+A layer's low-rank part is kept beside its weight until `fuse_lora` adds it to the weight.
+weights/lora_files.py reads the files.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwenedit.checks import real_number
-from qwenedit.files import read_tensors
+from qwenedit.checks import real_number, without_reference_options
+from qwenedit.foreign import printable_name, shown
 from qwenedit.memory.residency import home, require_staying
-from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
-from qwenedit.networks.mmdit import KEY_TABLE, MMDiT
-from qwenedit.weights.keys import ours_to_official
+from qwenedit.networks.low_rank import Change, Kronecker, LowRank, LowRankLinear
+from qwenedit.networks.mmdit import MMDiT
+from qwenedit.weights.lora_files import CONFIG, read_lora
 
-__all__ = ["Loras", "read_lora"]
+__all__ = ["Loras"]
 
-# Trainers' prefixes of the official names: of names with dots, and of names with underscores in their place.
-_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "pipe.dit.", "model.")
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
-    r"(?:\.[^.]+)?\.weight"  # peft puts the adapter's name here
-)
-
-
-def read_lora(
-    source: str | os.PathLike[str] | Mapping[str, Tensor], mmdit: MMDiT, *, what: str = "the LoRA"
-) -> dict[str, Delta]:
-    """Read a LoRA's changes, by our names of the layers, from a safetensors file or a state dict.
-
-    Layouts: peft and diffusers (`transformer.X.lora_A.weight`), ai-toolkit (`diffusion_model.X.lora_A...`),
-    DiffSynth (`X.lora_A.default.weight`), Lightning and ComfyUI (`X.lora_down.weight`, `X.alpha`), kohya and
-    musubi (`lora_unet_X_with_underscores.lora_down.weight`, `.alpha`), LyCORIS's names. Alpha is the file's
-    tensor, else that of diffusers' metadata, else the rank.
-
-    Args:
-        mmdit: the transformer whose layers are changed. Its weights are not used, so it may be on the meta
-            device.
-        what: names the LoRA in errors, if it is not a file.
-
-    Raises:
-        ValueError: a missing file, or one that is not safetensors; keys that are not of a LoRA of this
-            transformer, which are listed (also LoKr, LoHa, DoRA and changes of biases); a matrix without
-            its pair; shapes that do not fit.
-    """
-    metadata: dict[str, str] = {}
-    if isinstance(source, Mapping):
-        tensors = dict(source)
-    else:
-        what = str(source)
-        tensors, metadata = read_tensors(source, "LoRA")
-
-    layers = {
-        name.removesuffix(".base"): module  # LoRAs may be loaded already
-        for name, module in mmdit.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    ours = {ours_to_official(KEY_TABLE, f"{name}.weight").removesuffix(".weight"): name for name in layers}
-    parts, unknown = _sorted_out(tensors, ours)
-    if unknown or not parts:
-        listed = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        got = f"{len(unknown)} of {len(tensors)} tensors are not: {listed}" if unknown else "it has none"
-        raise ValueError(f"{what}: wanted low-rank changes of this transformer's linear layers, but {got}")
-    alphas = _Alphas(metadata)
-    return {
-        ours[module]: _delta(module, matrices, layers[ours[module]], alphas, what)
-        for module, matrices in parts.items()
-    }
-
-
-def _sorted_out(
-    tensors: Mapping[str, Tensor], ours: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The tensors by official module name and "down", "up" or "alpha"; and the keys of other tensors."""
-    flat = {official.replace(".", "_"): official for official in ours}
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        if match := _PART.fullmatch(key):
-            module, kind = match["module"], "down" if match["down"] else "up"
-        else:
-            module, kind = key.removesuffix(".alpha"), "alpha"
-        module = _official(module, ours, flat)
-        if (
-            module is None
-            or (kind == "alpha" and not key.endswith(".alpha"))
-            or kind in parts.get(module, {})
-        ):
-            unknown.append(key)
-        else:
-            parts.setdefault(module, {})[kind] = tensor
-    return parts, unknown
-
-
-def _official(module: str, ours: Mapping[str, str], flat: Mapping[str, str]) -> str | None:
-    """The official name for a trainer's name of a module; None if the transformer has no such module."""
-    for prefix in _FLAT_PREFIXES:
-        if module.startswith(prefix):
-            return flat.get(module.removeprefix(prefix))
-    while module not in ours:
-        rest = next((module.removeprefix(one) for one in _PREFIXES if module.startswith(one)), None)
-        if rest is None:
-            return None
-        module = rest
-    return module
-
-
-class _Alphas:
-    """Alphas from peft's config, which diffusers writes into a file's metadata under "transformer."."""
-
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except ValueError:
-            config = {}
-        config = {key.removeprefix("transformer."): value for key, value in config.items()}
-        self.alpha = config.get("lora_alpha")
-        self.pattern = config.get("alpha_pattern") or {}
-        self.root = bool(config.get("use_rslora"))  # rank-stabilised: alpha / sqrt(rank)
-
-    def factor(self, module: str, rank: int, alpha: Tensor | None) -> float:
-        """What up @ down is multiplied by; `alpha` is the file's tensor, if it has one."""
-        if alpha is None:
-            of_module = [a for name, a in self.pattern.items() if re.search(rf"(^|\.){name}$", module)]
-            alpha = of_module[0] if of_module else self.alpha
-        return 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self.root else rank)
-
-
-def _delta(
-    module: str, matrices: Mapping[str, Tensor], layer: nn.Linear, alphas: _Alphas, what: str
-) -> Delta:
-    if missing := {"down", "up"} - matrices.keys():
-        raise ValueError(f"{what}: {module} has no {' and no '.join(sorted(missing))} matrix")
-    down, up, alpha = matrices["down"], matrices["up"], matrices.get("alpha")
-    rank = down.shape[0]
-    got, wanted = (
-        (tuple(down.shape), tuple(up.shape)),
-        ((rank, layer.in_features), (layer.out_features, rank)),
-    )
-    if got != wanted or rank == 0:
-        raise ValueError(
-            f"{what}: down and up of {module} are {got[0]} and {got[1]}, wanted {wanted[0]} and {wanted[1]}"
-        )
-    if alpha is not None and alpha.numel() != 1:
-        raise ValueError(f"{what}: alpha of {module} has shape {tuple(alpha.shape)}, wanted one number")
-    return Delta(down, up, alphas.factor(module, rank, alpha))
+# Names of a LoRA's file, in folders with several.
+_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {  # of the reference; see checks.py
+    "low_cpu_mem_usage": ((), ""),
+    "use_safetensors": ((None, True), "there is no other format"),
+    "proxies": ((None,), "set the environment variable HTTPS_PROXY"),
+    "hotswap": ((False,), "call unload_lora_weights first"),
+}
 
 
 class Loras:
-    """The part of a pipeline that loads LoRAs into its transformer, under the ecosystem's names."""
+    """The part of a pipeline that loads LoRAs into its transformer, under the ecosystem's names.
+
+    As in the reference, the LoRA that was loaded last is the only active one, until `set_adapters`.
+    """
 
     mmdit: MMDiT
 
     @property
     def loras(self) -> dict[str, float]:
-        """The loaded LoRAs that are not fused, with their scales."""
-        return {one.name: one.scale for layer in _changed(self.mmdit) for one in layer.changes}
+        """The loaded LoRAs that are not fused, with their scales; 0 for those that do not act."""
+        return {one.name: one.scale if one.acts else 0.0 for one in _changes(self.mmdit)}
 
     def load_lora_weights(
         self,
         source: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
-        adapter_name: str | None = None,
+        subfolder: str | None = None,
+        prefix: str | None = None,
         scale: float = 1.0,
+        **options: Any,
     ) -> None:
-        """Add a LoRA beside the weights. Several LoRAs add up.
+        """Add a LoRA beside the weights, and make it the only active one.
 
         Args:
             source: a safetensors file, a state dict, or a folder or hub id with a file `weight_name`.
             adapter_name: by default the file's stem, or lora-1, lora-2, ...
+            weight_name: may be left out for a folder with one file, or one of peft's or diffusers' names.
+            subfolder: the file's folder, within the folder or hub id.
+            prefix: use the keys that begin with it and a dot, and leave out the others.
             scale: factor of the LoRA, besides its own alpha / rank.
+            options: for a hub id, revision, cache_dir, token, local_files_only and force_download.
 
         Raises:
-            ValueError: a name that is taken, a scale that is not a finite number, or as `read_lora`. Nothing
-                has changed then.
+            ValueError: a name that is taken, a scale that is not a finite number, an option that is not
+                supported, or as `read_lora`. Nothing has changed then.
+            TypeError: an unknown option.
         """
         scale = real_number("a LoRA's scale", scale)
-        if not isinstance(source, Mapping):
-            source = _file(source, weight_name)
+        hub = without_reference_options(options, _OPTIONS)
+        if unknown := hub.keys() - set(_HUB_OPTIONS):
+            raise TypeError(f"load_lora_weights has no option {', '.join(sorted(unknown))}")
         taken = self.loras
-        if adapter_name is None:
-            adapter_name = f"lora-{len(taken) + 1}" if isinstance(source, Mapping) else Path(source).stem
-        if adapter_name in taken:
-            raise ValueError(f"a LoRA called {adapter_name!r} is loaded already: pass another adapter_name")
-        deltas = read_lora(source, self.mmdit, what=f"the LoRA {adapter_name!r}")
-        for name, delta in deltas.items():
-            parent, _, child = name.rpartition(".")
-            owner = self.mmdit.get_submodule(parent)
-            layer = getattr(owner, child)
+        if adapter_name is not None:
+            printable_name(adapter_name, "adapter_name")
+            if adapter_name in taken:
+                raise ValueError(
+                    f"a LoRA called {adapter_name!r} is loaded already: pass another adapter_name"
+                )
+        if not isinstance(source, Mapping):
+            source = _file(source, weight_name, subfolder, hub)
+        name = adapter_name or _free_name(source, taken)
+        deltas = read_lora(source, self.mmdit, what=f"the LoRA {name!r}", prefix=prefix)
+        made: list[tuple[str, LowRankLinear, Change]] = []
+        for path, delta in deltas.items():
+            layer = self.mmdit.get_submodule(path)
             if isinstance(layer, nn.Linear):
                 layer = LowRankLinear(layer)
-                setattr(owner, child, layer)
+            assert isinstance(layer, LowRankLinear)
             weight = layer.base.weight
             like = torch.empty(0, dtype=weight.dtype, device=home(self.mmdit)) if weight.is_meta else weight
-            layer.held.append(LowRank(adapter_name, delta, like, scale))
+            kind = Kronecker if delta.kronecker else LowRank
+            made.append((path, layer, kind(name, delta, like, scale)))
+        for change in _changes(self.mmdit):
+            change.active = change.disabled = False
+        for path, layer, change in made:
+            parent, _, child = path.rpartition(".")
+            setattr(self.mmdit.get_submodule(parent), child, layer)
+            layer.held.append(change)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: float | Sequence[float | None] | None = None,
     ) -> None:
-        """Use exactly these LoRAs, at these scales. All others get scale 0.
+        """Make exactly these LoRAs active, at these scales; by default 1. A DoRA's magnitudes have no scale.
 
         Raises:
             ValueError: a name that is not loaded, or a different number of scales.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        scales = (
-            list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
-        )
+        names = _names(adapter_names)
+        several = isinstance(adapter_weights, Iterable) and not isinstance(adapter_weights, (str, Mapping))
+        scales: list[Any] = list(adapter_weights) if several else [adapter_weights] * len(names)  # type: ignore[arg-type]
         if len(scales) != len(names):
             raise ValueError(f"got {len(scales)} adapter_weights for {len(names)} adapter_names")
-        scales = [real_number("a LoRA's scale", scale) for scale in scales]
-        for name in names:
-            self._require_loaded(name)
-        wanted = dict(zip(names, scales, strict=True))
-        for layer in _changed(self.mmdit):
-            for change in layer.changes:
-                change.scale = wanted.get(change.name, 0.0)
+        self._require_loaded(names)
+        wanted = {
+            name: 1.0 if scale is None else real_number("a LoRA's scale", scale)
+            for name, scale in zip(names, scales, strict=True)
+        }
+        for change in _changes(self.mmdit):
+            change.active = change.name in wanted
+            change.scale = wanted.get(change.name, change.scale)
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the active LoRAs, also while they are disabled."""
+        return list({one.name: None for one in _changes(self.mmdit) if one.active})
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of the loaded LoRAs, by the component that they change."""
+        return {"transformer": list(self.loras)} if self.loras else {}
+
+    def disable_lora(self) -> None:
+        """Run without LoRAs, until `enable_lora` or until another one is loaded."""
+        for change in _changes(self.mmdit):
+            change.disabled = True
+
+    def enable_lora(self) -> None:
+        """Undo `disable_lora`."""
+        for change in _changes(self.mmdit):
+            change.disabled = False
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Remove one LoRA, or all. Layers without a LoRA become the original modules again.
@@ -240,39 +160,88 @@ class Loras:
         Raises:
             ValueError: it is not loaded, or was fused.
         """
-        if adapter_name is not None:
-            self._require_loaded(adapter_name)
-        for owner, child, layer in list(_places(self.mmdit)):
-            kept = [one for one in layer.changes if adapter_name not in (None, one.name)]
-            layer.held = nn.ModuleList(kept)
-            if not kept:
-                setattr(owner, child, layer.base)
+        self.delete_adapters(list(self.loras) if adapter_name is None else adapter_name)
 
-    @torch.no_grad()
-    def fuse_lora(self) -> None:
-        """Add all loaded LoRAs, at their scales, to the weights, in float32 and rounded once.
-
-        A fused LoRA costs no time, and cannot be removed without loading the model again.
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove these LoRAs. Unlike in peft, no other one becomes active in place of an active one.
 
         Raises:
-            ValueError: the weights do not stay in memory (see memory/residency.py).
+            ValueError: one is not loaded, or was fused. Nothing has changed then.
         """
-        require_staying(self.mmdit, [layer.base.weight for layer in _changed(self.mmdit)], "fuse_lora")
+        names = _names(adapter_names)
+        self._require_loaded(names)
         for owner, child, layer in list(_places(self.mmdit)):
-            weight = layer.base.weight
-            total = weight.float()
-            for change in layer.changes:
-                total = total + change.scale * change.factor * (change.up.float() @ change.down.float())
-            weight.copy_(total)
-            setattr(owner, child, layer.base)
+            _keep(owner, child, layer, [one for one in layer.changes if one.name not in names])
 
-    def _require_loaded(self, name: str) -> None:
+    @torch.no_grad()
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
+        """Add the active LoRAs, at their scales, to the weights, in float32 and rounded once.
+
+        A fused LoRA costs no time, and cannot be removed without loading the model again. LoRAs that are not
+        active stay beside the weights.
+
+        Args:
+            components: as in the reference; there are LoRAs of the transformer only.
+            lora_scale: factor of all scales.
+            safe_fusing: change nothing, and raise an error, if a weight would have NaN or infinity.
+            adapter_names: the LoRAs to fuse, in place of the active ones.
+
+        Raises:
+            ValueError: the weights do not stay in memory (see memory/residency.py); a name that is not
+                loaded; another component.
+        """
+        if _names(components) != ["transformer"]:
+            raise ValueError(f"components is {components!r}, wanted ['transformer']")
+        lora_scale = real_number("lora_scale", lora_scale)
+        names = _names(self.get_active_adapters() if adapter_names is None else adapter_names)
+        self._require_loaded(names)
+        places = [
+            (owner, child, layer, chosen)
+            for owner, child, layer in _places(self.mmdit)
+            if (chosen := [one for one in layer.changes if one.name in names])
+        ]
+        require_staying(self.mmdit, [layer.base.weight for _, _, layer, _ in places], "fuse_lora")
+        if safe_fusing:
+            for _, child, layer, chosen in places:
+                if not all(x.isfinite().all() for x in layer.fused(chosen, lora_scale)):
+                    raise ValueError(f"fusing the LoRAs would give {child} NaN or infinity")
+        for owner, child, layer, chosen in places:
+            weight, bias = layer.fused(chosen, lora_scale)
+            layer.base.weight.copy_(weight)
+            layer.base.bias.copy_(bias)
+            _keep(owner, child, layer, [one for one in layer.changes if one not in chosen])
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
+        """Not supported: a fused LoRA is part of the rounded weights.
+
+        Raises:
+            ValueError: always; the message says what to do.
+        """
+        raise ValueError(
+            f"a LoRA that is fused into {', '.join(_names(components))} stays: load the model again; LoRAs "
+            "that are not fused are switched by set_adapters, disable_lora and unload_lora_weights"
+        )
+
+    def _require_loaded(self, names: Iterable[str]) -> None:
         loaded = self.loras
-        if name not in loaded:
-            there = (
-                f"loaded are {', '.join(loaded)}" if loaded else "none is loaded (a fused one is for good)"
-            )
-            raise ValueError(f"no LoRA called {name!r}: {there}")
+        for name in names:
+            if name not in loaded:
+                there = (
+                    f"loaded are {', '.join(loaded)}"
+                    if loaded
+                    else "none is loaded (a fused one is for good)"
+                )
+                raise ValueError(f"no LoRA called {shown(name)!r}: {there}")
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _places(mmdit: MMDiT) -> Iterator[tuple[nn.Module, str, LowRankLinear]]:
@@ -282,24 +251,68 @@ def _places(mmdit: MMDiT) -> Iterator[tuple[nn.Module, str, LowRankLinear]]:
                 yield owner, child, layer
 
 
-def _changed(mmdit: MMDiT) -> list[LowRankLinear]:
-    return [layer for _, _, layer in _places(mmdit)]
+def _changes(mmdit: MMDiT) -> list[Change]:
+    return [change for _, _, layer in _places(mmdit) for change in layer.changes]
 
 
-def _file(source: str | os.PathLike[str], weight_name: str | None) -> Path:
+def _keep(owner: nn.Module, child: str, layer: LowRankLinear, changes: list[Change]) -> None:
+    """Keep these changes of a layer; without any, the original module takes its place again."""
+    layer.held = nn.ModuleList(changes)
+    if not changes:
+        setattr(owner, child, layer.base)
+
+
+def _free_name(source: str | os.PathLike[str] | Mapping[str, Tensor], taken: Mapping[str, float]) -> str:
+    """lora-1, lora-2, ... for a state dict; stem, stem-2, ... for a file."""
+    stem = "lora" if isinstance(source, Mapping) else shown(Path(source).stem)
+    first = [] if isinstance(source, Mapping) else [stem]
+    numbered = (f"{stem}-{number}" for number in range(1 + len(first), len(taken) + 3))
+    return next(name for name in (*first, *numbered) if name not in taken)
+
+
+def _file(
+    source: str | os.PathLike[str], weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
+) -> Path:
     """The file of a path, or `weight_name` of a folder or a hub id."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
+    if os.path.isdir(path):
+        folder = path / (subfolder or "")
+        return folder / (weight_name or _only_file(folder))
     if weight_name is None:
-        hint = "give weight_name, its file" if path.is_dir() else "no such file; a hub id needs weight_name"
-        raise ValueError(f"no LoRA at {source}: {hint}")
-    if path.is_dir():
-        return path / weight_name
+        raise ValueError(f"no LoRA at {shown(source)}: no such file; a hub id needs weight_name")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        return Path(hf_hub_download(str(source), weight_name))
+        found = Path(hf_hub_download(str(source), weight_name, subfolder=subfolder, **hub))
+        try:
+            hf_hub_download(str(source), CONFIG, subfolder=_beside(weight_name, subfolder), **hub)
+        except EntryNotFoundError as error:
+            # Without the hub, only peft's own file is known to have a config.
+            if isinstance(error, LocalEntryNotFoundError) and found.name == _FILES[1]:
+                raise
+        return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"no LoRA {weight_name} at {source}: {error}") from error
+        raise ValueError(f"no LoRA {shown(weight_name)} at {shown(source)}: {shown(error)}") from error
+
+
+def _beside(weight_name: str, subfolder: str | None) -> str | None:
+    """The folder of a file in a repository."""
+    parts = [*filter(None, [subfolder]), *weight_name.split("/")[:-1]]
+    return "/".join(parts) or None
+
+
+def _only_file(folder: Path) -> str:
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    known = [name for name in _FILES if name in found]
+    if len(found) == 1 or len(known) == 1:
+        return (known or found)[0]
+    listed = f"one of {', '.join(map(shown, found[:10]))}" if found else "it has no safetensors file"
+    raise ValueError(f"no LoRA at {shown(folder)}: give weight_name, its file; {listed}")

@@ -34,7 +34,7 @@ from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid
 from qwenedit.layered import Layers, layer_guidance, layer_rows
 from qwenedit.memory.residency import present, read_when_needed
-from qwenedit.networks.low_rank import LowRank
+from qwenedit.networks.low_rank import Change
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.reference_call import ReferenceCall, given_prompt
@@ -348,7 +348,7 @@ def _asgiven_prompt(row: BatchRow) -> BatchRow:
 @contextmanager
 def _lora_scale(mmdit: nn.Module, scale: float) -> Iterator[None]:
     """Multiply the scales of all LoRAs for the length of a `with` block."""
-    changes = [one for one in mmdit.modules() if isinstance(one, LowRank)]
+    changes = [one for one in mmdit.modules() if isinstance(one, Change)]
     before = [one.scale for one in changes]
     for one in changes:
         one.scale *= scale

@@ -11,9 +11,9 @@ from torch import nn
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.lora import read_lora
 from qwenedit.networks.mmdit import KEY_TABLE
 from qwenedit.weights.keys import ours_to_official
+from qwenedit.weights.lora_files import read_lora
 from tests.support import EPS, assert_as_close_as, assert_close
 
 LAYERS = ("blocks.0.attn.img_q", "blocks.1.attn.img_out", "blocks.1.attn.txt_out", "blocks.2.img_mlp.up",
@@ -114,6 +114,8 @@ def test_kept_apart_it_adds_up_and_leaves_no_trace(pipe, matrices, tmp_path):
     half = run(pipe)
     assert pipe.loras == {"style": 0.5}
     pipe.load_lora_weights(lora, adapter_name="again", scale=0.5)
+    assert pipe.loras == {"style": 0.0, "again": 0.5} and torch.equal(run(pipe), half)
+    pipe.set_adapters(["style", "again"], [0.5, 0.5])
     whole = run(pipe)
     assert not torch.equal(plain, half) and not torch.equal(half, whole)
 
@@ -146,6 +148,7 @@ def test_fused_equals_kept_apart_and_the_formula(pipe, matrices, dtype):
     lora = state(matrices, "transformer.{module}.{part}", None)
     pipe.load_lora_weights(lora, scale=0.25)
     pipe.load_lora_weights(lora, scale=-0.1)
+    pipe.set_adapters(["lora-1", "lora-2"], [0.25, -0.1])
     assert pipe.loras == {"lora-1": 0.25, "lora-2": -0.1}
     apart = velocity()
     exact = pipe.to(torch.float64) and velocity()
@@ -167,9 +170,8 @@ def test_what_is_no_lora_of_this_model_is_listed_and_nothing_changes(pipe, matri
     module = official(LAYERS[0])
     wrong = {
         "transformer_blocks.99": {"transformer_blocks.99.attn.to_q.lora_down.weight": torch.ones(1, 1)},
-        "lokr_w1": {f"{module}.lokr_w1": torch.ones(1, 1)},
-        "dora_scale": {f"{module}.dora_scale": torch.ones(1)},
-        "lora_B.bias": {f"{module}.lora_B.bias": torch.ones(1)},
+        "lokr_t2": {f"{module}.lokr_t2": torch.ones(1, 1)},  # of a convolution
+        "diff_b": {f"{module}.diff_b": torch.ones(1)},
         f"{module}.lora_A.weight": {f"{module}.lora_A.weight": torch.ones(1, 1)},  # a second down
     }
     plain = run(pipe)
@@ -177,6 +179,9 @@ def test_what_is_no_lora_of_this_model_is_listed_and_nothing_changes(pipe, matri
         with pytest.raises(ValueError, match=f"1 of {len(good) + 1} tensors are not: .*{message}"):
             pipe.load_lora_weights({**good, **extra})
     for cut, message in (
+        ({**good, f"{module}.lokr_w1": torch.ones(1, 1)}, "is changed in several ways: down, lokr_w1, up"),
+        ({**good, f"{module}.dora_scale": torch.ones(1)}, r"magnitude of shape \(1,\)"),
+        ({**good, f"{module}.lora_B.bias": torch.ones(1)}, r"a bias of shape \(1,\)"),
         ({k: x for k, x in good.items() if "up" not in k}, "has no up matrix"),
         ({**good, f"{module}.lora_up.weight": torch.ones(3, RANK)}, r"are .* and \(3, 4\), wanted"),
         ({**good, f"{module}.alpha": torch.ones(2)}, "wanted one number"),
@@ -185,6 +190,7 @@ def test_what_is_no_lora_of_this_model_is_listed_and_nothing_changes(pipe, matri
         with pytest.raises(ValueError, match=message):
             pipe.load_lora_weights(cut)
     (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "more.safetensors").write_text("hello")
     for source, options, message in (
         (tmp_path / "gone.safetensors", {}, "no such file"),
         (tmp_path, {}, "give weight_name"),

@@ -216,7 +216,9 @@ class Models:
     def edit_with_lora(self) -> Tensor:
         layer = "transformer.transformer_blocks.0.attn.to_q"
         width = self.load(self.folder_2511).mmdit.config.width
+        other = layer.replace("to_q", "to_k")
         weights = {f"{layer}.lora_A.weight": _random(2, width), f"{layer}.lora_B.weight": _random(width, 2)}
+        weights |= {f"{other}.lokr_w1": _random(2, 2), f"{other}.lokr_w2": _random(width // 2, width // 2)}
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             safetensors.torch.save_file(weights, file.name)
             pipe = self.load(self.folder_2511, residency="resident")

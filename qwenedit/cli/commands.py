@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,14 +19,14 @@ import torch
 from PIL import Image
 
 from qwenedit.assembly import modes_of, other_files
-from qwenedit.checks import device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
 from qwenedit.family import PRESETS, preset_of
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
-from qwenedit.lora import read_lora
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
@@ -37,6 +38,7 @@ from qwenedit.verify import describe
 from qwenedit.verify import verify as verify_checkpoint
 from qwenedit.weights.checkpoints import find_preset, read_areas, read_variant, resolve
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.lora_files import read_lora
 
 __all__ = ["ablate", "decompose", "edit", "generate", "info", "parity", "plan", "verify"]
 
@@ -186,8 +188,10 @@ def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
         **_chosen(options, "device", "dtype", "mmdit", "vae"),
         **_modes(options),
     )
-    for path, scale in loras:
-        pipe.load_lora_weights(path, scale=scale)
+    names = [f"lora-{number}" for number, _ in enumerate(loras, start=1)]
+    for name, (path, _) in zip(names, loras, strict=True):
+        pipe.load_lora_weights(path, name)
+    pipe.set_adapters(names, [scale for _, scale in loras])
     if options.model is None:
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
@@ -197,19 +201,27 @@ def _loras(options: argparse.Namespace, folder: Path) -> list[tuple[Path, float]
     """The files and scales of --lora, each file compared with the transformer's config."""
     found = []
     for text in options.lora:
-        path, colon, scale = text.rpartition(":")
-        if not colon or Path(text).is_file():  # a file's name may have a colon
-            path, scale = text, "1"
-        try:
-            found.append((Path(path), float(scale)))
-        except ValueError:
-            raise ValueError(f"--lora is {text!r}, wanted FILE or FILE:SCALE") from None
+        path, scale = text, 1.0
+        before, _, after = text.rpartition(":")
+        if before and _is_number(after) and not os.path.isfile(text):  # a file's name may have a colon
+            path, scale = before, real_number(f"the scale of --lora {shown(text)}", float(after))
+        if not os.path.lexists(path):
+            raise ValueError(f"no such LoRA: {shown(text)} (wanted FILE or FILE:SCALE)")
+        found.append((Path(path), scale))
     if found:
         with torch.device("meta"):
             transformer = MMDiT(network_config(folder, "transformer"))
         for file, _ in found:
             read_lora(file, transformer)
     return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _files(options: argparse.Namespace) -> dict[str, Path]:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenedit.files import FLOATS, TensorInfo, component_headers, read_header
+from qwenedit.files import FLOATS, TensorInfo, component_headers, read_header, read_metadata
+from qwenedit.foreign import parse_json, shown
 from qwenedit.weights.gguf_file import TYPES, GGUFFile, is_gguf
 
 __all__ = ["Contents", "Stored", "dequantise", "official_vae_names", "read_weights"]
@@ -45,7 +46,7 @@ _HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype"}
 _HOLDS = tuple(
     (what, component, re.compile(pattern))
     for what, component, pattern in (
-        ("a LoRA, which is for load_lora_weights", None, r"\.(lora_(A|B|down|up)|lokr_w\d|hada_w\d)\w*\b"),
+        ("a LoRA, which is for load_lora_weights", None, r"\.(lora[_.](A|B|down|up)|lokr_w\d|hada_w\d)\w*\b"),
         ("Nunchaku's SVDQuant, which needs kernels of its own", None, r"\.(qweight|smooth_factor|wscales)$"),
         ("llama.cpp's vision tower (mmproj)", None, r"^(v\.blk|mm)\.\d+\."),
         ("llama.cpp's language model", None, r"^(blk\.\d+\.|token_embd\.)"),
@@ -130,8 +131,9 @@ def read_weights(path: Path, component: str) -> Contents:
     names, others = _without_prefix(found, component)
     what = _require_component(path, component, names.values())
     weights, scales, ignored, unreadable = _sorted_out(found, names)
-    if path.is_file() and container == "safetensors":
-        unreadable |= _from_metadata(path, component)
+    if container == "safetensors":
+        for file in sorted({stored.path for stored in found.values()}):
+            unreadable |= _from_metadata(file, component)
     if "Wan" in what:
         renamed = official_vae_names(weights.values())
         weights = {key: renamed[name] for key, name in weights.items()}
@@ -157,10 +159,6 @@ def _tensors(path: Path) -> tuple[dict[str, Stored], str]:
     if not path.is_file() and not path.is_dir():
         raise ValueError(f"no weights at {path}: no such file or folder")
     if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head == b"PK\x03\x04" or head[:1] == b"\x80":
-            raise ValueError(f"{path} is a pickle, which can run code: wanted safetensors or GGUF")
         if is_gguf(path):
             return _gguf_tensors(path), "GGUF"
         headers = {key: (path, info) for key, info in read_header(path).items()}
@@ -243,11 +241,11 @@ _FP8_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FP8)
 def _strange(description: str) -> str | None:
     """ComfyUI's description of a layer, unless it says plain fp8."""
     try:
-        values = json.loads(description)
+        values = parse_json(description, "it")
         plain = values["format"] in _FP8_NAMES and not values.keys() - _HARMLESS
     except (ValueError, KeyError, TypeError, AttributeError):
         plain = False
-    return None if plain else f"comfy_quant {description[:80]}"
+    return None if plain else f"comfy_quant {shown(description, 80)}"
 
 
 def _text(stored: Stored) -> str:
@@ -259,14 +257,13 @@ def _text(stored: Stored) -> str:
 
 def _from_metadata(path: Path, component: str) -> dict[str, str]:
     """Layers that the file's `_quantization_metadata` describes as anything but plain fp8."""
-    with path.open("rb") as file:  # `safe_open` would map the whole file
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    text = (header.get("__metadata__") or {}).get("_quantization_metadata")
+    text = read_metadata(path).get("_quantization_metadata")
     if text is None:
         return {}
     try:
-        layers = {key: json.dumps(value) for key, value in json.loads(text)["layers"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        described = parse_json(text, "it")["layers"].items()
+        layers = {key: json.dumps(value) for key, value in described}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its _quantization_metadata cannot be read: {error!r}") from error
     names, _ = _without_prefix(layers, component)
     found = {names[key]: _strange(value) for key, value in layers.items() if key in names}
