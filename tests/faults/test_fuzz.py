@@ -280,7 +280,7 @@ LORA = save(
     {
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 128),
         "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(128, 2),
-        "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.0),
+        "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(4.0),
     },
     {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})},
 )

@@ -517,7 +517,7 @@ def test_c12_long_pictures_in_edit_plus_have_the_references_sizes(size):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     pipe = qwenedit.load(embedded_plus(), device="cpu", text_encoder=False, progress=False)
-    areas = qwenedit.inputs.geometry.Areas()
+    areas = qwenedit.inputs.geometry.Areas(token=16)
     (row,) = rows_of("x", None, [Image.new("RGB", size)], pipe.variant, areas, None, None)
     (planned,) = row.geometry.pictures
     ratio = size[0] / size[1]
@@ -529,7 +529,7 @@ def test_c12_long_pictures_in_edit_plus_have_the_references_sizes(size):
 
 def test_c12_what_the_language_model_cannot_see_is_refused_where_it_looks(edit, plus, layered):
     long = Image.new("RGB", (900, 3))
-    official = qwenedit.inputs.geometry.Areas()
+    official = qwenedit.inputs.geometry.Areas(token=16)
     for pipe, areas in ((plus, official), (edit, dataclasses.replace(official, vl=None))):
         with pytest.raises(ValueError, match=r"is 900x3, which the language model would see at "):
             rows_of("x", None, long, pipe.variant, areas, None, None)
