@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -117,8 +118,11 @@ def parity(
 def _check_output(output: Path) -> None:
     if output.suffix != ".json" or output.is_dir():
         raise ValueError(f"cannot write {output}: wanted a file name like parity.json")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ValueError(f"cannot write {output}: {output.parent} is not a writable folder")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {output.parent} is not a writable folder") from error
 
 
 def _drawn() -> Image.Image:

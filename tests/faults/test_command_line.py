@@ -346,6 +346,21 @@ def test_c18_huge_counts_of_steps_are_refused_in_python_before_any_network_runs(
         pipe.generate("a red circle", num_inference_steps=10**9)
 
 
+@pytest.mark.parametrize("words", [["parity", "-o", "x.json"], EDIT])
+def test_c18_an_output_that_cannot_be_written_is_found_first(words, monkeypatch, capsys):
+    """As in a file system that takes no files, whatever its folders' permissions say."""
+
+    def refuse(**_):
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for name in ("qwenedit.cli.commands.load", "qwenedit.parity.compare.prepare"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("too late"))
+    assert options.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("qwenedit: cannot write ")
+
+
 # C23
 
 
