@@ -231,9 +231,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
     ) -> Result[Any]:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
-        The arguments are those of `edit`; height and width default to 128 latent pixels, 1024 in the official
-        checkpoints, or to a square of the area that the checkpoint's model_index.json names. Prompts
-        are cut to max_sequence_length tokens (at most 1024), as in the reference.
+        The arguments are those of `edit`; height and width default to 128 latent pixels (1024 pixels in the
+        official checkpoints), or to a square of the area that the checkpoint's model_index.json names.
+        Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """

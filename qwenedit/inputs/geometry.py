@@ -304,8 +304,8 @@ def _picture(size: Size, areas: Areas) -> Picture:
     vl = vae if areas.vl is None else fit_area(areas.vl, ratio)
     if vae[0] % areas.token or vae[1] % areas.token:
         raise ValueError(
-            f"the VAE would see the picture at {vae[0]}x{vae[1]}, wanted sides that are multiples of "
-            f"{areas.token}, a token's"
+            f"the VAE would see the picture at {vae[0]}x{vae[1]}, wanted multiples of {areas.token}, the "
+            "side of a token"
         )
     return Picture(size=(width, height), vae=vae, vl=vl, token=areas.token)
 

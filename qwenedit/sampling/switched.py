@@ -121,7 +121,7 @@ def schedule(
         ValueError: as there; or custom sigmas together with given ones.
     """
     steps = count_steps(time, steps, custom)
-    if time.sigmas == "lightning":
+    if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
         own = dataclasses.asdict(scheduler) | {
             "use_dynamic_shifting": True,
             "time_shift_type": "exponential",
@@ -129,9 +129,7 @@ def schedule(
             "max_shift": LIGHTNING_SHIFT,
             "shift_terminal": None,
         }
-        scheduler = FlowMatchScheduler(
-            **own
-        )  # the shift is the same for any number of tokens and any variant
+        scheduler = FlowMatchScheduler(**own)
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")

@@ -257,7 +257,7 @@ def test_a18_other_sides_of_a_token(token):
 
 
 def test_a18_a_side_that_the_pipelines_sizes_do_not_have_is_refused():
-    with pytest.raises(ValueError, match="at 96x32, wanted sides that are multiples of 64"):
+    with pytest.raises(ValueError, match="at 96x32, wanted multiples of 64, the side of a token"):
         plan([(300, 100)], areas=Areas(token=64, vae=64 * 64, vl=None))
 
 
