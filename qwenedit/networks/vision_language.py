@@ -69,11 +69,10 @@ class TextConfig:
             num_hidden_layers=LAYERS, num_attention_heads=CHANNELS, num_key_value_heads=CHANNELS,
             mrope_section=CHANNELS,
         )  # fmt: skip
-        if not 0 <= self.rms_norm_eps <= 1 or not 1 <= self.rope_theta <= 1e15:
-            raise ValueError(
-                f"rms_norm_eps is {self.rms_norm_eps}, wanted 0 to 1, and rope_theta {self.rope_theta}, "
-                "wanted 1 to 1e15"
-            )
+        if not 0 <= self.rms_norm_eps <= 1:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}, wanted 0 to 1")
+        if not 1 <= self.rope_theta <= 1e15:
+            raise ValueError(f"rope_theta is {self.rope_theta}, wanted 1 to 1e15")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups or self.hidden_size % (2 * heads):
             raise ValueError(

@@ -161,7 +161,7 @@ def values_of(draw, original):
         elif how == "double" and isinstance(part, list):
             part += copy.deepcopy(part)
         else:
-            parent[key] = draw(st.sampled_from(VALUES))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))  # which later changes leave as it is
     return value[""]
 
 
