@@ -74,6 +74,7 @@ class ReferenceCall:
             ValueError: values that exclude each other or cannot be used.
         """
         order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
+        ours = () if variant.layered else ("switches",)
         if not variant.layered:
             order = (*_FIRST, "height", "width", *_LAST)
         if variant.takes_pictures:
@@ -83,7 +84,7 @@ class ReferenceCall:
         if twice := [name for name in order[: len(positional)] if name in options]:
             raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
         options = without_reference_options(options, CALL_OPTIONS)
-        require_known("__call__", options, ("image", *order, "switches"))
+        require_known("__call__", options, ("image", *order, *ours))
         call = cls(**dict(zip(order, positional, strict=False)), **options)
         if call.prompt is None and call.prompt_embeds is None and not variant.layered:  # which says more
             place = ": the picture comes first, then the prompt" if isinstance(call.image, str) else ""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from qwenedit.checks import REMEDIES, check_run, warn, whole_number
+from qwenedit.checks import REMEDIES, check_run, device_of, warn, whole_number
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.encoding.picture_switches import reference_rows, seen_rows
@@ -224,7 +224,7 @@ class ReferenceScripts(Layers):
                 prompt, None, image if illustrated else None, self.variant, self.areas, None, None
             )
             encoder = self._encoder(max_sequence_length)
-            given, _ = encoder.encode_prompts([_asgiven_prompt(row) for row in rows], False, True)
+            given, _ = encoder.encode_prompts([_as_given(row) for row in rows], False, True)
         count = torch.arange(len(given.embeds)).repeat_interleave(num_images_per_prompt)
         repeated = given.rows(count)
         mask = None if repeated.mask is None else repeated.mask.long().to(device or self.device)
@@ -247,12 +247,14 @@ class ReferenceScripts(Layers):
         self._read_when_needed("stream", gpu_id, device)
 
     def _read_when_needed(self, residency: str, gpu_id: int | None, device: Any) -> None:
+        if gpu_id is not None and device is None:
+            device = f"{self.device.type}:{gpu_id}"
+        if device is not None:
+            device = device_of(device)
         networks = [one for one in (self.vision_language, self.vae, self.mmdit) if one is not None]
         read_when_needed(networks, residency, self.progress)
         if device is not None:
             self.to(device)
-        elif gpu_id is not None:
-            self.to(f"{self.device.type}:{gpu_id}")
 
     def set_progress_bar_config(self, *, disable: bool | None = None, **_others: Any) -> None:
         """For scripts written for the reference pipelines; `disable=True` silences the progress bar."""
@@ -338,7 +340,7 @@ def _rounded(name: str, side: int | None, multiple: int) -> int | None:
     return side // multiple * multiple
 
 
-def _asgiven_prompt(row: BatchRow) -> BatchRow:
+def _as_given(row: BatchRow) -> BatchRow:
     """The row, its pictures at their own sizes."""
     pictures = tuple(dataclasses.replace(one, vl=one.size) for one in row.geometry.pictures)
     geometry: Geometry = dataclasses.replace(row.geometry, pictures=pictures)

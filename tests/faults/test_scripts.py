@@ -441,6 +441,8 @@ def test_c8_offload_keeps_changed_weights():
     with pytest.raises(ValueError, match=r"weights that were changed, .* pass residency='stage' to load"):
         pipe.enable_model_cpu_offload()
     assert not any(weight.is_meta for network in (pipe.vae, pipe.mmdit) for weight in network.parameters())
+    with pytest.raises(ValueError, match="device is 'nowhere', which cannot be used here"):
+        pipe.enable_model_cpu_offload(device="nowhere")
     small = qwenedit.load(checkpoint("edit"), device="cpu", storage="float8", progress=False)
     with pytest.raises(ValueError, match=r"another memory mode .* pass residency='stream' to load"):
         small.enable_sequential_cpu_offload()
