@@ -257,7 +257,8 @@ def _factor(
 
 def _of_header(metadata: Mapping[str, str], what: str) -> list[_Config]:
     """What a file's metadata states: entries rank and alpha, and peft's config, which diffusers writes."""
-    plain = {"lora_alpha": metadata.get("alpha"), "r": metadata.get("rank")}
+    said = {name: text for name, text in metadata.items() if text != "None"}  # Python's text of nothing
+    plain = {"lora_alpha": said.get("alpha"), "r": said.get("rank")}
     text = metadata.get("lora_adapter_metadata", "{}")
     place = f"lora_adapter_metadata of {what}"
     of_peft = parse_json(text, place)
