@@ -400,7 +400,10 @@ def test_c8_offload_calls_work_with_loras(image, offload):
         ),
         ({"attention_kwargs": {"gligen": {}}}, "attention_kwargs has gligen, .* attach `taps` instead"),
         ({"negative_prompt": " ", "negative_prompt_embeds": torch.zeros(1, 3, 24)}, "are both given"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(3, 24)}, r"have shape \(3, 24\) .*, wanted \(B, T, D\)"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(3, 24)},
+            r"have shape \(3, 24\) .*, wanted \(B, T, D\)",
+        ),
         ({"prompt": None, "prompt_embeds": [0.0]}, "wanted as tensors, as encode_prompt gives them"),
         ({"callback_on_step_end_tensor_inputs": ["sigmas"]}, "has sigmas, wanted latents or prompt_embeds"),
         ({"height": 8}, "height is 8, wanted a whole number of at least 16"),
