@@ -41,6 +41,7 @@ def executed(path: Path) -> NotebookNode:
     environment = {
         "OMP_NUM_THREADS": "2",
         "HF_HUB_OFFLINE": "1",  # a download fails at once
+        "TQDM_DISABLE": "1",  # progress bars show times
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }

@@ -124,7 +124,7 @@ def _summary(sweep: Sweep) -> str:
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
         for name, _, _, factor, decimals, _ in columns:
             value, edits = of_cell[name]
-            shown = "–" if value is None else f"{factor * value:.{decimals}f}<small>of {edits}</small>"
+            shown = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
             number = "" if value is None else repr(value)
             fields.append(f'<td class="number" data-v="{number}">{shown}</td>')
         done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)

@@ -304,10 +304,11 @@ def test_b11_sizes_out_of_range_are_refused_before_anything_is_built(
 )  # fmt: skip
 def test_b11_a_schedules_numbers(tmp_path, changes):
     config = json.loads((mini.CHECKPOINT / "scheduler/scheduler_config.json").read_text()) | changes
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    folder = tmp_path / "copy"
+    shutil.copytree(mini.CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{next(iter(changes))} is .*wanted"):
-        load_scheduler(tmp_path)
+        load_scheduler(folder)
 
 
 @pytest.mark.parametrize(

@@ -331,10 +331,10 @@ def test_the_first_chunk_is_one_frame():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(base_dim=0), "base_dim.* wanted >= 1"),
-        (dict(num_res_blocks=0), "num_res_blocks.* wanted >= 1"),
-        (dict(dim_mult=(1, 0, 2, 2)), "dim_mult.* wanted >= 1"),
-        (dict(dim_mult=()), "wanted -1 entries"),
+        (dict(base_dim=0), "base_dim.* wanted whole numbers from 1"),
+        (dict(num_res_blocks=0), "num_res_blocks.* wanted whole numbers from 1"),
+        (dict(dim_mult=(1, 0, 2, 2)), "dim_mult.* wanted whole numbers from 1"),
+        (dict(dim_mult=()), "levels is 0, wanted"),
         (
             dict(temperal_downsample=(True, False)),
             r"temperal_downsample is \(True, False\), wanted 3 entries",
