@@ -78,8 +78,10 @@ def ended_by_interrupts() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGINT, end)
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def ignore_interrupts() -> None:
