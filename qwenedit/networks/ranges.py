@@ -20,7 +20,7 @@ def require_ranges(config: object, **most: int) -> None:
     """
     for name, limit in most.items():
         value = getattr(config, name)
-        for one in value if isinstance(value, tuple) else (value,):
-            whole = isinstance(one, SupportsIndex) and not isinstance(one, bool)
-            if not whole or not 1 <= one <= limit:
-                raise ValueError(f"{name} is {reprlib.repr(value)}, wanted whole numbers from 1 to {limit:,}")
+        parts = value if isinstance(value, tuple) else (value,)
+        whole = (isinstance(one, SupportsIndex) and not isinstance(one, bool) for one in parts)
+        if not parts or not all(whole) or not all(1 <= one <= limit for one in parts):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, wanted whole numbers from 1 to {limit:,}")

@@ -334,7 +334,7 @@ def test_the_first_chunk_is_one_frame():
         (dict(base_dim=0), "base_dim.* wanted whole numbers from 1"),
         (dict(num_res_blocks=0), "num_res_blocks.* wanted whole numbers from 1"),
         (dict(dim_mult=(1, 0, 2, 2)), "dim_mult.* wanted whole numbers from 1"),
-        (dict(dim_mult=()), "levels is 0, wanted"),
+        (dict(dim_mult=()), r"dim_mult is \(\), wanted"),
         (
             dict(temperal_downsample=(True, False)),
             r"temperal_downsample is \(True, False\), wanted 3 entries",
