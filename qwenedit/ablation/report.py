@@ -124,7 +124,7 @@ def _summary(sweep: Sweep) -> str:
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
         for name, _, _, factor, decimals, _ in columns:
             value, edits = of_cell[name]
-            shown = "–" if value is None else f"{factor * value:.{decimals}f}<small>of {edits}</small>"
+            shown = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
             number = "" if value is None else repr(value)
             fields.append(f'<td class="number" data-v="{number}">{shown}</td>')
         done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
@@ -157,7 +157,7 @@ def _pictures(sweep: Sweep) -> str:
             if j == 0:
                 span = f' rowspan="{len(sweep.spec.seeds)}"' if len(sweep.spec.seeds) > 1 else ""
                 fields.append(
-                    f'<th class="fixed" scope="row"{span}>{escape(case.name)}<br>'
+                    f'<th class="fixed" scope="row"{span}>{escape(quoted(case.name))}<br>'
                     f"<small>{escape(case.prompt)}</small></th>"
                     f"<td{span}>{_figure(_data_uri(case.shown), case.shown, 'source', 'source')}</td>"
                 )
@@ -176,13 +176,13 @@ def _picture_heads(sweep: Sweep) -> str:
         if depth == 0:
             fields.append(f'<th rowspan="{len(axes)}"></th><th rowspan="{len(axes)}">seed</th>')
         plain = sweep.spec.cells[0].values
-        fields.append(_tag("th", escape(_text(plain[axis])) if plain else "unablated", "plain"))
+        fields.append(_tag("th", escape(quoted(_text(plain[axis]))) if plain else "unablated", "plain"))
         outer = [
             tuple(_text(cell.values[name]) for name in axes[: depth + 1]) for cell in sweep.spec.cells[1:]
         ]
         for values, group in itertools.groupby(outer):
             span = len(list(group))
-            fields.append(f'<th scope="colgroup" colspan="{span}">{escape(values[-1])}</th>')
+            fields.append(f'<th scope="colgroup" colspan="{span}">{escape(quoted(values[-1]))}</th>')
         rows.append(f"<tr>{''.join(fields)}</tr>")
     return "".join(rows) or '<tr><th></th><th></th><th>seed</th><th class="plain">unablated</th></tr>'
 

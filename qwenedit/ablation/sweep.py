@@ -184,8 +184,8 @@ def _require_own_file(record: Record) -> None:
     wanted = f"{PICTURES}/{record['key']}.png"
     if not re.fullmatch("[0-9a-f]{20}", str(record["key"])) or record["file"] not in (wanted, None):
         raise ValueError(
-            f"a result of {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: it was "
-            "not written by a sweep; take another folder"
+            f"a result in {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: "
+            "no sweep wrote it; take another folder"
         )
 
 

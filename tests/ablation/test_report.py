@@ -103,6 +103,11 @@ def page(sweep):
     return found
 
 
+def with_edits(*means):
+    """As the summary shows them: "success" and "strict", the last but one, are of the two judged edits."""
+    return [x if x == "–" else f"{x} of {2 if k in (4, 5) else 4}" for k, x in enumerate(means)]
+
+
 def test_the_summary_has_a_row_of_means_for_each_cell(tmp_path):
     sweep = made_up(tmp_path)
     head, *rows = page(sweep).rows("sortable")
@@ -112,23 +117,25 @@ def test_the_summary_has_a_row_of_means_for_each_cell(tmp_path):
         "sample", "runs",
     ]  # fmt: skip
     assert [[text for _, text in row] for row in rows[:3]] == [
-        ["reference", "4", "100.0", "1.000", "0.0", "0.500", "50.0", "0.0", "2.50", "4"],
-        ["reference", "1", "31.5", "0.900", "1.0", "–", "50.0", "0.0", "2.50", "4"],
-        ["none", "1", "8.2", "0.800", "2.0", "–", "50.0", "0.0", "2.50", "4"],
+        ["reference", "4", *with_edits("100.0", "1.000", "0.0", "0.500", "50.0", "0.0", "2.50"), "4"],
+        ["reference", "1", *with_edits("31.5", "0.900", "1.0", "–", "50.0", "0.0", "2.50"), "4"],
+        ["none", "1", *with_edits("8.2", "0.800", "2.0", "–", "50.0", "0.0", "2.50"), "4"],
     ]
     assert len(rows) == 6
     for row, mean in zip(rows, sweep.means(), strict=True):
         shown = dict(zip(names, (at["data-v"] for at, _ in row), strict=True))
-        assert float(shown["psnr"]) == mean["psnr"]
-        assert shown["norm_ratio"] == ("" if mean["norm_ratio"] is None else repr(mean["norm_ratio"]))
+        assert float(shown["psnr"]) == mean["psnr"].value
+        assert shown["norm_ratio"] == (
+            "" if mean["norm_ratio"].value is None else repr(mean["norm_ratio"].value)
+        )
 
 
 def test_means_are_over_the_runs_that_have_a_number(tmp_path):
     sweep = made_up(tmp_path, failed=[(1, 0, 1), (0, 1, 1)])
     mean = sweep.means()[1]
-    assert mean["sample"] == 2.5 and mean["success"] == 0 and mean["preserved"] is None
+    assert mean["sample"].value == 2.5 and mean["success"].value == 0 and mean["preserved"] == (None, 0)
     sweep.records[0, 0, 1]["metrics"]["psnr"] = None
-    assert sweep.means()[1]["psnr"] == 31.5
+    assert sweep.means()[1]["psnr"].value == 31.5
     row = page(sweep).rows("sortable")[2]
     assert row[-1][1] == "2 of 4"
 

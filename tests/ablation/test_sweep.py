@@ -261,7 +261,7 @@ def test_a_failed_edit_is_recorded_and_tried_again_next_time(tmp_path, monkeypat
     assert record["error"] == "RuntimeError: out of <memory>" and record["true_cfg_scale"] == 1
     assert [record["status"] for record in lines(tmp_path)] == ["done", "failed", "done"]
     assert "RuntimeError: out of &lt;memory&gt;" in (tmp_path / "report.html").read_text()
-    assert swept.means()[1]["psnr"] is None and swept.means()[2]["psnr"] < 100
+    assert swept.means()[1]["psnr"].value is None and swept.means()[2]["psnr"].value < 100
     with edits_counted(monkeypatch) as calls:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
