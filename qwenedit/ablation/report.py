@@ -26,6 +26,7 @@ from qwenedit.ablation.metrics import CHANGED
 from qwenedit.ablation.results import Record, Sweep, quoted
 from qwenedit.ablation.spec import CALL, Cell
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import to_pil
 
 __all__ = ["picture_grid", "write_report"]
@@ -103,7 +104,7 @@ def _failures(sweep: Sweep) -> str:
         return ""
     rows = "".join(
         f"<li>{escape(record['picture'])}, seed {record['seed']}, "
-        f"{escape(_label(sweep, sweep.spec.cells[cell]))}: <code>{escape(record['error'])}</code></li>"
+        f"{escape(_label(sweep, sweep.spec.cells[cell]))}: <code>{escape(shown(record['error']))}</code></li>"
         for (_, _, cell), record in sweep.records.items()
         if record["status"] == "failed"
     )
@@ -124,9 +125,9 @@ def _summary(sweep: Sweep) -> str:
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
         for name, _, _, factor, decimals, _ in columns:
             value, edits = of_cell[name]
-            shown = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
+            text = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
             number = "" if value is None else repr(value)
-            fields.append(f'<td class="number" data-v="{number}">{shown}</td>')
+            fields.append(f'<td class="number" data-v="{number}">{text}</td>')
         done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
         count = str(done) if done == wanted else f"{done} of {wanted}"
         fields.append(f'<td class="number" data-v="{done}">{count}</td>')
@@ -191,7 +192,7 @@ def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
     """The picture of a run with its metrics, or a note that it failed."""
     record, prompt = sweep.records[index], sweep.spec.cases[index[0]].prompt
     if record["status"] == "failed":
-        return f'<div class="failed" title="{escape(record["error"])}">failed</div>'
+        return f'<div class="failed" title="{escape(shown(record["error"]))}">failed</div>'
     file = sweep.folder / record["file"]
     with Image.open(file, formats=["PNG"]) as picture:
         picture.load()
@@ -340,7 +341,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
-        return value if value.strip() else f'"{value}"'
+        return shown(value) if value.strip() else f'"{shown(value)}"'
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -22,6 +22,7 @@ from qwenedit.assembly import modes_of, other_files
 from qwenedit.checks import device_of, dtype_of
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.family import PRESETS, preset_of
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
@@ -159,7 +160,7 @@ def ablate(options: argparse.Namespace) -> None:
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{sweep.failed[0]['error']}: see the report"
+            f"{shown(sweep.failed[0]['error'])}: see the report"
         )
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qwenedit.checks import device_of, progress_bar
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import check_prompt
 from qwenedit.parity.reference import (
@@ -203,7 +204,9 @@ class _Pair:
             for name, stored in part.items():
                 smallest, largest = torch.aminmax(self.ours.get_parameter(name))
                 if not torch.isfinite(smallest + largest):  # isfinite of all would make a mask as large
-                    raise NotFiniteError(f"{stored.key} in {stored.path.name} has NaN or infinity")
+                    raise NotFiniteError(
+                        f"{shown(stored.key)} in {shown(stored.path.name)} has NaN or infinity"
+                    )
             for stored in part.values():
                 name = reference_path(self.component, NETWORKS[self.component].hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenedit.files import append_line, read_lines, replacing_file, write_lines
+from qwenedit.foreign import shown
 from qwenedit.parity.reference import Streams
 
 __all__ = ["DTYPES", "END_TO_END", "FLOAT32", "Parity", "Progress", "Row", "compared"]
@@ -75,20 +76,20 @@ class Parity:
         if self.ok:
             return f"no difference from the reference in {len(self.rows)} comparisons"
         row = self.differing[0]
-        where = f": {row.first}" if row.first else ""
+        where = f": {shown(row.first)}" if row.first else ""
         return (
-            f"{len(self.differing)} of {len(self.rows)} comparisons differ, the first in {row.module} "
-            f"({row.dtype}){where}"
+            f"{len(self.differing)} of {len(self.rows)} comparisons differ, the first in {shown(row.module)} "
+            f"({shown(row.dtype)}){where}"
         )
 
     def __str__(self) -> str:
         by_module: dict[str, dict[str, Row]] = {}
         for row in self.rows:
-            by_module.setdefault(row.module, {})[row.dtype] = row
+            by_module.setdefault(shown(row.module), {})[row.dtype] = row
         wide = max(map(len, by_module))
         heads = ("max |Δ|", "relative", "max |Δ|", "relative", "  error", "reference's")
         lines = [
-            f"{self.folder}: {self.about['variant']}",
+            f"{shown(self.folder)}: {shown(self.about['variant'])}",
             f"{'':<{wide}}  {'float32':<17}  bfloat16",
             f"{'':<{wide}}  {'  '.join(heads)}",
         ]
@@ -101,7 +102,7 @@ class Parity:
                 line = f"{'equal' if rows['exact'].ok else '':<{len(line)}}"
             first = next((row.first or "" for row in rows.values() if not row.ok), None)
             if first is not None:
-                line += f"  DIFFERS {first}"
+                line += f"  DIFFERS {shown(first)}"
             lines.append(f"{module:<{wide}}  {line}".rstrip())
         return "\n".join([*lines, self.verdict()])
 

@@ -455,3 +455,30 @@ def test_c20_every_bar_is_made_in_one_place():
         if "tqdm(" in path.read_text() or "import tqdm" in path.read_text()
     ]
     assert users == ["checks.py"]
+
+
+def test_b6_escape_sequences_do_not_reach_the_terminal(tmp_path):
+    from qwenedit.parity.report import Parity, Row
+
+    evil = "a\x1b[31m\u202eb"
+    rows = [Row(module=evil, dtype="float32", ok=False, first=evil)]
+    text = str(Parity(tmp_path / evil, {"variant": evil}, rows))
+    assert "a\\x1b[31m\\u202eb" in text and text.replace("\n", "").isprintable()
+    sweep = made_up(tmp_path, failed=[(0, 0, 1)])
+    sweep.records[0, 0, 1]["error"] = evil
+    write_report(sweep, tmp_path / "report.html")
+    assert "\x1b" not in (tmp_path / "report.html").read_text()
+
+
+def test_b6_the_command_line_shows_a_failed_edits_error_escaped(tmp_path, monkeypatch, capsys):
+    from qwenedit.ablation import sweep as module
+    from qwenedit.cli import options as cli
+
+    def fail(*_):
+        raise RuntimeError("bad \x1b]0;title\x07")
+
+    monkeypatch.setattr(module, "_edit", fail)
+    spec = tmp_path / "x.toml"
+    spec.write_text('pictures = ["mini:1"]\nsteps = 1\n')
+    assert cli.main(["ablate", str(spec), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "\x1b" not in "".join(capsys.readouterr())
