@@ -26,6 +26,7 @@ from qwenedit.ablation.metrics import CHANGED
 from qwenedit.ablation.results import Record, Sweep, quoted
 from qwenedit.ablation.spec import CALL, Cell
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
 
 __all__ = ["picture_grid", "write_report"]
@@ -103,7 +104,7 @@ def _failures(sweep: Sweep) -> str:
         return ""
     rows = "".join(
         f"<li>{escape(record['picture'])}, seed {record['seed']}, "
-        f"{escape(_label(sweep, sweep.spec.cells[cell]))}: <code>{escape(record['error'])}</code></li>"
+        f"{escape(_label(sweep, sweep.spec.cells[cell]))}: <code>{escape(shown(record['error']))}</code></li>"
         for (_, _, cell), record in sweep.records.items()
         if record["status"] == "failed"
     )
@@ -124,9 +125,9 @@ def _summary(sweep: Sweep) -> str:
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
         for name, _, _, factor, decimals, _ in columns:
             value, edits = of_cell[name]
-            shown = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
+            text = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
             number = "" if value is None else repr(value)
-            fields.append(f'<td class="number" data-v="{number}">{shown}</td>')
+            fields.append(f'<td class="number" data-v="{number}">{text}</td>')
         done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
         count = str(done) if done == wanted else f"{done} of {wanted}"
         fields.append(f'<td class="number" data-v="{done}">{count}</td>')
@@ -157,7 +158,7 @@ def _pictures(sweep: Sweep) -> str:
             if j == 0:
                 span = f' rowspan="{len(sweep.spec.seeds)}"' if len(sweep.spec.seeds) > 1 else ""
                 fields.append(
-                    f'<th class="fixed" scope="row"{span}>{escape(case.name)}<br>'
+                    f'<th class="fixed" scope="row"{span}>{escape(quoted(case.name))}<br>'
                     f"<small>{escape(case.prompt)}</small></th>"
                     f"<td{span}>{_figure(_data_uri(case.shown), case.shown, 'source', 'source')}</td>"
                 )
@@ -176,13 +177,13 @@ def _picture_heads(sweep: Sweep) -> str:
         if depth == 0:
             fields.append(f'<th rowspan="{len(axes)}"></th><th rowspan="{len(axes)}">seed</th>')
         plain = sweep.spec.cells[0].values
-        fields.append(_tag("th", escape(_text(plain[axis])) if plain else "unablated", "plain"))
+        fields.append(_tag("th", escape(quoted(_text(plain[axis]))) if plain else "unablated", "plain"))
         outer = [
             tuple(_text(cell.values[name]) for name in axes[: depth + 1]) for cell in sweep.spec.cells[1:]
         ]
         for values, group in itertools.groupby(outer):
             span = len(list(group))
-            fields.append(f'<th scope="colgroup" colspan="{span}">{escape(values[-1])}</th>')
+            fields.append(f'<th scope="colgroup" colspan="{span}">{escape(quoted(values[-1]))}</th>')
         rows.append(f"<tr>{''.join(fields)}</tr>")
     return "".join(rows) or '<tr><th></th><th></th><th>seed</th><th class="plain">unablated</th></tr>'
 
@@ -191,7 +192,7 @@ def _result(sweep: Sweep, index: tuple[int, int, int]) -> str:
     """The picture of a run with its metrics, or a note that it failed."""
     record, prompt = sweep.records[index], sweep.spec.cases[index[0]].prompt
     if record["status"] == "failed":
-        return f'<div class="failed" title="{escape(record["error"])}">failed</div>'
+        return f'<div class="failed" title="{escape(shown(record["error"]))}">failed</div>'
     picture = open_picture(sweep.folder / record["file"])
     measured, verdict = record["metrics"], ""
     if "success" in measured:
@@ -338,7 +339,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
-        return value if value.strip() else f'"{value}"'
+        return shown(value) if value.strip() else f'"{shown(value)}"'
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -172,7 +172,9 @@ def _only_one(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"another sweep runs in {folder}: wait for it, or take another folder") from None
+        raise ValueError(
+            f"another sweep runs in {shown(folder)}: wait for it, or take another folder"
+        ) from None
     else:
         for part in (folder, folder / PICTURES):
             for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
@@ -187,8 +189,8 @@ def _require_own_file(record: Record) -> None:
     wanted = f"{PICTURES}/{record['key']}.png"
     if not re.fullmatch("[0-9a-f]{20}", str(record["key"])) or record["file"] not in (wanted, None):
         raise ValueError(
-            f"a result of {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: it "
-            "was not written by a sweep; take another folder"
+            f"a result in {RESULTS} has the file {shown(repr(record['file']))}, wanted {shown(wanted)}: "
+            "no sweep wrote it; take another folder"
         )
 
 
@@ -381,7 +383,7 @@ def _seconds(device: torch.device) -> float:
 def _require_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"cannot write into {folder}: {existing} is no folder")
+        raise ValueError(f"cannot write into {shown(folder)}: {shown(existing)} is no folder")
     for name in (RESULTS, "results.csv", "grid.png", "report.html"):
         if (folder / name).is_dir():
             raise ValueError(f"cannot write {folder / name}: it is a folder")
@@ -391,7 +393,7 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error}") from error
+        raise ValueError(f"cannot write into {shown(folder)}: {error}") from error
 
 
 def _require_meant(edits: int, yes: bool) -> None:
@@ -415,7 +417,7 @@ def _require_fitting(spec: Spec, checkpoint: Path) -> None:
                 try:
                     (row,) = rows_of(*texts, case.image, variant, areas, spec.height, spec.width)
                 except ValueError as error:
-                    raise ValueError(f"{case.name}: {error}") from error
+                    raise ValueError(f"{shown(case.name)}: {error}") from error
                 guidance_of(cell.true_cfg_scale, cell.negative_prompt)
                 schedule(scheduler, cell.switches.time, cell.steps, math.prod(row.geometry.grid))
                 require_fitting(cell.switches, pictures=[len(row.pictures)], blocks=blocks, steps=cell.steps)

@@ -156,7 +156,7 @@ def ablate(options: argparse.Namespace) -> None:
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{sweep.failed[0]['error']}: see the report"
+            f"{shown(sweep.failed[0]['error'])}: see the report"
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qwenedit.checks import device_of, progress_bar
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
 from qwenedit.parity.reference import (
@@ -91,7 +92,7 @@ def parity(
     areas = read_areas(folder, variant)
     areas = replace(areas, vae=min(areas.vae, AREA), vl=None if areas.vl is None else min(areas.vl, AREA))
     picture = _drawn() if picture is None else as_picture(picture, "picture")
-    shown = picture.convert("RGBA" if variant.layered else "RGB")
+    picture = picture.convert("RGBA" if variant.layered else "RGB")
     about = {
         "checkpoint": str(source or "the embedded model"),
         "variant": variant.name,
@@ -100,10 +101,10 @@ def parity(
         "dtypes": dtypes,
         "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS},
     }
-    mark = _fingerprint(folder, {**about, "size": shown.size}, shown)
+    mark = _fingerprint(folder, {**about, "size": picture.size}, picture)
     pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS}
     with torch.no_grad(), _without_tf32():
-        case, exact = prepare(folder, variant, areas, shown, prompt, where)
+        case, exact = prepare(folder, variant, areas, picture, prompt, where)
         run = _Run(pairs, list(stages(folder, case)), dtypes, case.streams, Progress(output, mark))
         for what, got, wanted in exact:
             run.exact(f"input.{what}", _equal(got, wanted))
@@ -208,7 +209,9 @@ class _Pair:
             for name, stored in part.items():
                 smallest, largest = torch.aminmax(self.ours.get_parameter(name))
                 if not torch.isfinite(smallest + largest):  # isfinite of all would make a mask as large
-                    raise NotFiniteError(f"{stored.key} in {stored.path.name} has NaN or infinity")
+                    raise NotFiniteError(
+                        f"{shown(stored.key)} in {shown(stored.path.name)} has NaN or infinity"
+                    )
             for stored in part.values():
                 name = reference_path(self.component, NETWORKS[self.component].hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:

@@ -83,7 +83,7 @@ class Parity:
         where = f": {shown(row.first)}" if row.first else ""
         return (
             f"{len(self.differing)} of {len(self.rows)} comparisons differ, the first in {shown(row.module)} "
-            f"({row.dtype}){where}"
+            f"({shown(row.dtype)}){where}"
         )
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Parity:
         wide = max(map(len, by_module))
         heads = ("max |Δ|", "relative", "max |Δ|", "relative", "  error", "reference's")
         lines = [
-            f"{shown(self.folder)}: {self.about['variant']}",
+            f"{shown(self.folder)}: {shown(self.about['variant'])}",
             f"{'':<{wide}}  {'float32':<17}  bfloat16",
             f"{'':<{wide}}  {'  '.join(heads)}",
         ]
