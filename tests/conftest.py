@@ -35,7 +35,7 @@ def pytest_configure(config):
 # A worker takes a file whole. The slowest start first, so that no worker ends long after the others.
 SLOW = (
     "mini/test_training.py", "pages/test_notebooks.py", "test_what_runs.py", "benchmarks/test_benchmarks.py",
-    "memory/test_residency.py", "parity/test_vae.py", "parity/test_command.py",
+    "faults/test_published.py", "memory/test_residency.py", "parity/test_vae.py", "parity/test_command.py",
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ PIPELINES = {
 }
 
 
-def _temporary() -> Path:
+def temporary() -> Path:
     """A folder that is removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="qwenedit-tiny-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -71,7 +71,7 @@ def _expanded(part, counts):
 @functools.cache
 def embedded_plus() -> Path:
     """The embedded model's weights as a multi-picture checkpoint."""
-    folder = shutil.copytree(mini.CHECKPOINT, _temporary() / "checkpoint")
+    folder = shutil.copytree(mini.CHECKPOINT, temporary() / "checkpoint")
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "QwenImageEditPlusPipeline"
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -92,7 +92,7 @@ def checkpoint(
 
     `zero_cond_t`, `layers`, `heads` and `axes` are the transformer's.
     """
-    folder = _temporary()
+    folder = temporary()
     ids = vocabulary.write(folder / "tokenizer")
     if kind != "generate":
         vocabulary.write(folder / "processor")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import diffusers
@@ -31,7 +30,7 @@ from qwenedit.sampling.scheduler import FlowMatchScheduler, LayeredScheduler, lo
 from qwenedit.weights.checkpoints import read_areas, read_variant
 from qwenedit.weights.configs import config_from
 from tests import tiny_tokenizer
-from tests.tiny import PIPELINES, checkpoint, picture, reference_pipeline, tiny_areas
+from tests.tiny import PIPELINES, checkpoint, picture, reference_pipeline, temporary, tiny_areas
 
 # The official ids of the words of the templates and of the published prompts; all others are spelt in bytes.
 IDS = {
@@ -99,7 +98,7 @@ def published(kind: str) -> Path:
         vision_token_id=151654,
     )  # fmt: skip
     text_encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
-    folder = Path(tempfile.mkdtemp(prefix="qwenedit-published-"))
+    folder = temporary()
     write_tokenizer(folder / "made")
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "made")
     parts = {} if kind == "generate" else {"processor": None}
@@ -123,7 +122,7 @@ AREAS = {"vae_area": 64 * 64, "vl_area": 48 * 48}  # those of `tiny_areas`
 @functools.cache
 def small(kind: str) -> Path:
     """The published checkpoint at areas that are quick; only our key in its index differs."""
-    folder = Path(tempfile.mkdtemp(prefix="qwenedit-small-")) / "checkpoint"
+    folder = temporary() / "checkpoint"
     shutil.copytree(published(kind), folder)
     return changed(folder, "model_index.json", _qwenedit=AREAS)
 
@@ -151,7 +150,7 @@ def ends(pixels):
 
 
 def test_a18_the_published_numbers_are_met():
-    """Those of test_qwenimage.py. The other pipelines' tests work at 1024 squared, a minute each."""
+    """Those of test_qwenimage.py. The editing pipelines are in test_published.py."""
     pipe = qwenedit.load(published("generate"), device="cpu", progress=False)
     options = {"negative_prompt": None, "true_cfg_scale": 1.0, "max_sequence_length": 16}
     got = run(pipe, None, PROMPT, height=32, width=32, **options)

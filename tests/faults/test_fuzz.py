@@ -43,7 +43,7 @@ from qwenedit.weights.formats import read_weights
 from qwenedit.weights.gguf_file import GGUFFile
 from qwenedit.weights.hub import HubError
 from tests.faults.test_doors import RECORD
-from tests.tiny import checkpoint
+from tests.tiny import checkpoint, temporary
 
 SECONDS, MEGABYTES = 2, 500  # of the processor, which a busy machine does not change
 
@@ -226,7 +226,7 @@ CONFIGS = [
 
 @functools.cache
 def small_checkpoint(kind):
-    return shutil.copytree(checkpoint(kind), Path(tempfile.mkdtemp(prefix="qwenedit-fuzz-")) / "checkpoint")
+    return shutil.copytree(checkpoint(kind), temporary() / "checkpoint")
 
 
 def read_checkpoint(home):
