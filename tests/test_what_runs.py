@@ -28,7 +28,7 @@ def test_a_changed_forward_changes_a_run(outcomes):
     assert not names(outcome for outcome in outcomes if outcome.run == "-")
 
 
-def test_a_changed_forward_acts_in_every_mode(outcomes):
+def test_a1_a_changed_forward_acts_in_every_mode(outcomes):
     """The transformer's modes are memory modes; the VAE's are its two directions, for pictures and videos."""
     assert {mode for outcome in outcomes for mode in outcome.modes} == set(what_runs.MODES)
     for outcome in outcomes:

@@ -110,7 +110,9 @@ class ImageProcessorConfig:
         if missing := [name for name in names if name not in values]:
             raise ValueError(f"preprocessor_config.json lacks {', '.join(missing)}")
         known = {*names, *cls.FIXED, *cls.IGNORED}
-        if unknown := [key for key, value in values.items() if value and key not in known and key[0] != "_"]:
+        if unknown := [
+            key for key, value in values.items() if value and key not in known and not key.startswith("_")
+        ]:
             raise ValueError(f"preprocessor_config.json has unknown keys: {shown(', '.join(unknown))}")
         for name in ("image_mean", "image_std"):
             if not isinstance(values[name], list):

@@ -321,6 +321,12 @@ def test_b11_a_processors_numbers(changes):
         ImageProcessorConfig.from_json(raw)
 
 
+def test_b11_a_key_without_a_name_is_unknown():
+    raw = json.loads((mini.CHECKPOINT / "processor/preprocessor_config.json").read_text()) | {"": True}
+    with pytest.raises(ValueError, match="unknown"):
+        ImageProcessorConfig.from_json(raw)
+
+
 # B12: edited files
 
 _ABSENT = object()
