@@ -170,6 +170,8 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no weight_map, wanted the name of a file for each tensor")
+    for name in weight_map:
+        printable_name(name, f"the name of a tensor in {index}")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if "/" in inner_name(shard, f"the file of a tensor in {index}"):

@@ -182,6 +182,16 @@ def test_b8_shards_outside_of_the_folder_are_refused(transformer, where):
         component_headers(transformer)
 
 
+@pytest.mark.parametrize("name", ["\x1b[31m", "a\u202eb", ""])
+def test_b6_an_index_with_names_that_cannot_be_shown_is_refused(tmp_path, name):
+    save_file({"a": torch.ones(1)}, tmp_path / "y.safetensors")
+    index = {"weight_map": {name: "y.safetensors", "a": "y.safetensors"}}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"the name of a tensor in .*wanted a name of printable") as error:
+        component_headers(tmp_path)
+    assert str(error.value).isprintable()
+
+
 # What a LoRA is multiplied by
 
 
