@@ -46,8 +46,18 @@ class GGUFFile:
                 f"{path} is a GGUF file, wanted the gguf package to read it ({error}): "
                 "pip install 'qwenedit[gguf]'"
             ) from error
+
+        class Reader(gguf.GGUFReader):
+            """Stops at the end of the file; the package goes on for as long as an array is said to be."""
+
+            def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
+                found = super()._get(offset, dtype, count, *order, **options)
+                if len(found) < int(count):
+                    raise ValueError(f"it ends before byte {int(offset) + 1}")
+                return found
+
         try:
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
         except (ValueError, LookupError, ArithmeticError, OSError, TypeError) as error:
             raise ValueError(f"{path} is truncated or no GGUF file: {error}; download it again") from error
         self._dequantize: Any = gguf.quants.dequantize

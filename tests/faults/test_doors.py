@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import socket
+import struct
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from qwenedit.memory.plan import plan
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.weights.checkpoints import fingerprint, read_variant, resolve
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.gguf_file import GGUFFile
 from qwenedit.weights.hub import list_files
 from tests.weights import test_downloads
 
@@ -325,6 +328,17 @@ def test_b11_a_key_without_a_name_is_unknown():
     raw = json.loads((mini.CHECKPOINT / "processor/preprocessor_config.json").read_text()) | {"": True}
     with pytest.raises(ValueError, match="unknown"):
         ImageProcessorConfig.from_json(raw)
+
+
+@pytest.mark.parametrize("kind", [gguf.GGUFValueType.UINT8, gguf.GGUFValueType.STRING])
+def test_b11_a_gguf_array_longer_than_its_file_is_refused(tmp_path, kind):
+    """Read by the package alone, it goes on for 2^40 elements."""
+    key = b"general.tags"
+    field = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, 2**40)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(24))
+    with pytest.raises(ValueError, match=r"is truncated or no GGUF file: it ends before byte"):
+        GGUFFile(path)
 
 
 # B12: edited files
