@@ -106,7 +106,7 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             text = file.read(length)
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
-    header = parse_json(text, f"{path} is no safetensors file: its header")
+    header = parse_json(text, f"{path} is no safetensors file: its header", unique=True)
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     metadata = header.pop("__metadata__", None) or {}

@@ -102,18 +102,25 @@ def read_text(path: str | os.PathLike[str], what: str = "file") -> str:
         raise ValueError(f"{what} {shown(path)} is not text in UTF-8: {error}") from error
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
-    """The value of a JSON text; `what` begins the message of an error.
+def parse_json(text: str | bytes, what: str, *, unique: bool = False) -> Any:
+    """The value of a JSON text; `what` begins the message of an error. `unique` refuses keys that come twice.
 
     Raises:
         ValueError: not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"{what} cannot be read as JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{what} cannot be read as JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key comes twice")
+    return made
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

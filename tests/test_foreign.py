@@ -105,6 +105,14 @@ def test_deep_nesting_is_one_clear_error(tmp_path):
         read_header(path)
 
 
+def test_a_tensor_that_a_header_has_twice_is_refused(tmp_path):
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="a key comes twice"):
+        read_header(tmp_path / "x")
+
+
 def test_a_text_of_many_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
