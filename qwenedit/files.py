@@ -109,7 +109,8 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     header = parse_json(text, f"{path} is no safetensors file: its header", unique=True)
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{path}: its header's __metadata__ is {shown(metadata)}, wanted texts by name")
     tensors = {

@@ -113,6 +113,14 @@ def test_a_tensor_that_a_header_has_twice_is_refused(tmp_path):
         read_header(tmp_path / "x")
 
 
+@pytest.mark.parametrize("metadata", ["false", "0", "[]", '""'])
+def test_metadata_that_is_no_object_is_refused(tmp_path, metadata):
+    header = f'{{"__metadata__": {metadata}}}'.encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"__metadata__ is .*, wanted texts by name"):
+        read_header(tmp_path / "x")
+
+
 def test_a_text_of_many_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     with path.open("wb") as file:
