@@ -24,8 +24,8 @@ from torch import Tensor
 from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name, read_json, shown
 
 __all__ = [
-    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "is_leftover", "read_header",
-    "read_lines", "read_metadata", "read_tensors", "replacing_file", "write_lines",
+    "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
+    "is_leftover", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -57,12 +57,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         ValueError: no such plain file; empty, truncated or broken otherwise; a name that is not printable.
     """
-    return _header(path)[0]
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file: texts by name. Raises as `read_header`."""
-    return _header(path)[1]
+    return header_and_metadata(path)[0]
 
 
 def read_tensors(
@@ -74,7 +69,7 @@ def read_tensors(
         ValueError: as `read_header`.
     """
     path = plain_file(path, what)
-    _, metadata = _header(path)
+    _, metadata = header_and_metadata(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
@@ -82,8 +77,8 @@ def read_tensors(
         raise ValueError(f"{what} {shown(path)} is not a safetensors file: {error}") from error
 
 
-def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The entries of the tensors, and the metadata."""
+def header_and_metadata(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The header of a safetensors file, and its metadata: texts by name. Raises as `read_header`."""
     plain_file(path)
     try:
         size = path.stat().st_size
@@ -159,12 +154,11 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
         ValueError: no weights, or several; an index that names files outside the folder; a missing shard, a
             tensor that is not in its shard, or a broken file.
     """
-    indexes = _without_variant(folder.glob("*.safetensors.index.json"))
-    files = _without_variant(path for path in folder.glob("*.safetensors") if not is_leftover(path))
-    twins = [file for file in files if file.with_name(f"{file.name}.index.json") in indexes]
-    if len(indexes) > 1 or twins or (not indexes and len(files) != 1):
-        found = ", ".join(shown(file.name) for file in (*(indexes or files), *twins)) or "none"
-        raise ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {found}")
+    found = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.safetensors")]
+    found = _without_variant(path for path in found if not is_leftover(path))
+    indexes, files = ([path for path in found if path.suffix == end] for end in (".json", ".safetensors"))
+    if len(indexes) > 1 or (not indexes and len(files) != 1):
+        raise _ambiguous(folder, indexes or files)
     if not indexes:
         return {name: (files[0], info) for name, info in read_header(files[0]).items()}
     (index,) = indexes
@@ -177,6 +171,9 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     for shard in shards:
         if "/" in inner_name(shard, f"the file of a tensor in {index}"):
             raise ValueError(f"{index} names {shown(shard)!r}, wanted names of files in its own folder")
+    twin = index.with_name(index.name.removesuffix(".index.json"))
+    if twin in files and twin.name not in shards:  # all weights in one file, beside an index of others
+        raise _ambiguous(folder, [index, twin])
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
         raise ValueError(
@@ -193,6 +190,11 @@ def component_headers(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     return {
         name: (folder / shard, info) for shard, header in headers.items() for name, info in header.items()
     }
+
+
+def _ambiguous(folder: Path, found: Iterable[Path]) -> ValueError:
+    names = ", ".join(shown(path.name) for path in found) or "none"
+    return ValueError(f"{folder} wants one *.safetensors file, or an index of several; found {names}")
 
 
 def _without_variant(paths: Iterable[Path]) -> list[Path]:

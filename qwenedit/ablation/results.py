@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from qwenedit.ablation.attention import GROUPS
 from qwenedit.ablation.spec import CALL, Spec
 from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines, replacing_file
-from qwenedit.foreign import inner_name, shown
+from qwenedit.foreign import shown
 
-__all__ = ["MEASURES", "Mean", "Record", "Sweep", "quoted", "read_results", "write_csv"]
+__all__ = [
+    "MEASURES", "PICTURES", "Mean", "Record", "Sweep", "picture_of", "quoted", "read_results", "write_csv",
+]  # fmt: skip
 
 Record = dict[str, Any]
+PICTURES = "pictures"  # the folder of the results
 T = TypeVar("T")
 Index = tuple[int, int, int]  # of a run in its spec: case, seed, cell
 
@@ -96,6 +100,11 @@ def read_results(path: Path) -> dict[str, Record]:
     return {record["key"]: record for record in records}
 
 
+def picture_of(key: str) -> str:
+    """The file of a run's picture, in the sweep's folder."""
+    return f"{PICTURES}/{key}.png"
+
+
 def _record(value: Any) -> Record:
     """A line's content with every field that is read checked. Raises a ValueError that names the field."""
     record: Record = _wanted("the line", value, dict)
@@ -109,7 +118,10 @@ def _record(value: Any) -> Record:
         return record
     if record.get("status") != "done":
         raise ValueError(f"status is {shown(repr(record.get('status')))}, wanted 'done' or 'failed'")
-    inner_name(record.get("file"), "file")
+    wanted = picture_of(record["key"])
+    if not re.fullmatch("[0-9a-f]{20}", record["key"]) or record.get("file") != wanted:
+        # The page links to the pictures and embeds them: they must be the sweep's own.
+        raise ValueError(f"file is {shown(repr(record.get('file')))}, wanted {shown(wanted)}")
     baseline = record.get("baseline")
     metrics, seconds, curves = (_wanted(x, record.get(x), dict) for x in ("metrics", "seconds", "curves"))
     for part, content in (("metrics", metrics), ("seconds", seconds)):

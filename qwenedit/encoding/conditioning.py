@@ -173,9 +173,10 @@ class Conditioning:
         The reference pipelines interleave embeddings like this, but tile masks and reference latents (p0, p1,
         p0, p1), which pairs a prompt with another prompt's mask and picture.
         """
-        if whole_number("count", count) == 1:
+        count = whole_number("count", count)
+        if count == 1:
             return self
-        index = torch.arange(self.batch).repeat_interleave(int(count))
+        index = torch.arange(self.batch).repeat_interleave(count)
         rows = index.tolist()
         return dataclasses.replace(
             self,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.checks import whole_number
-from qwenedit.files import is_leftover, read_header, read_metadata, read_tensors, replacing_file
+from qwenedit.files import header_and_metadata, is_leftover, read_tensors, replacing_file
 from qwenedit.foreign import parse_json, shown
 from qwenedit.taps import Site, current_labels
 
@@ -131,7 +131,7 @@ def _stored_key(path: Path) -> Key:
     Raises:
         ValueError: the file is no record.
     """
-    metadata, tensors = read_metadata(path), read_header(path)
+    tensors, metadata = header_and_metadata(path)
     if metadata.get("format") != _FORMAT:
         got = shown(repr(metadata.get("format")))
         raise ValueError(f"{shown(path)} has format {got}, wanted {_FORMAT!r}")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenedit.files import FLOATS, TensorInfo, component_headers, read_header, read_metadata
+from qwenedit.files import FLOATS, TensorInfo, component_headers, header_and_metadata, read_header
 from qwenedit.foreign import parse_json, shown
 from qwenedit.weights.gguf_file import TYPES, GGUFFile, is_gguf
 
@@ -257,7 +257,7 @@ def _text(stored: Stored) -> str:
 
 def _from_metadata(path: Path, component: str) -> dict[str, str]:
     """Layers that the file's `_quantization_metadata` describes as anything but plain fp8."""
-    text = read_metadata(path).get("_quantization_metadata")
+    text = header_and_metadata(path)[1].get("_quantization_metadata")
     if text is None:
         return {}
     try:

@@ -33,13 +33,14 @@ from qwenedit.weights.gguf_file import GGUFFile
 from qwenedit.weights.hub import list_files
 from tests.weights import test_downloads
 
+RUN = "0123456789abcdef0123"
 RECORD = {
-    "key": "k1", "status": "done", "model": "the embedded model", "picture": "mini:0", "prompt": "a",
+    "key": RUN, "status": "done", "model": "the embedded model", "picture": "mini:0", "prompt": "a",
     "seed": 0,
     "height": None, "width": None, "true_cfg_scale": 1.0, "steps": 2, "negative_prompt": " ", "switches": {},
     "fingerprint": "f", "qwenedit": "0", "torch": "2", "python": "3", "dtype": "torch.float32", "threads": 1,
     "commit": None, "device": "cpu", "deterministic": None, "at": "2026-01-01T00:00:00+00:00",
-    "file": "pictures/k1.png", "seconds": {"encode": 0.1, "sample": 0.2, "decode": 0.1},
+    "file": f"pictures/{RUN}.png", "seconds": {"encode": 0.1, "sample": 0.2, "decode": 0.1},
     "metrics": {"success": True, "strict": False, "preserved": None, "reason": "x", "psnr": 3.0},
     "curves": {
         "sigma": [1.0, 0.5], "velocity": [2.0, 1.0],
@@ -262,7 +263,7 @@ def test_b10_deep_json_in_metadata(tmp_path, text):
 def test_b10_a_deep_last_line_does_not_block_resuming(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + "[" * 100_000 + "\n")
-    assert read_results(path) == {"k1": RECORD}
+    assert read_results(path) == {RUN: RECORD}
 
 
 # B11: ranges

@@ -335,15 +335,18 @@ def test_gguf(folder, data):
     read(home, read_weights, home / "x.gguf", "transformer")
 
 
+GOOD = "f" * 20
+
+
 @given(st.lists(json_of(RECORD), min_size=1, max_size=2), st.booleans())
 def test_results(folder, lines, first):
     home = folder / "results"
     home.mkdir(exist_ok=True)
-    good = json.dumps({**RECORD, "key": "good"}).encode()
+    good = json.dumps({**RECORD, "key": GOOD, "file": f"pictures/{GOOD}.png"}).encode()
     whole = [good, *lines] if first else [*lines, good]
     (home / "results.jsonl").write_bytes(b"\n".join(whole) + b"\n")
     found = read(home, read_results, home / "results.jsonl")
-    assert found is None or "good" in found or RECORD["key"] in found
+    assert found is None or GOOD in found or RECORD["key"] in found
 
 
 @functools.cache

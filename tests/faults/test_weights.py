@@ -148,7 +148,8 @@ def test_a14_the_plain_index_before_a_variants(transformer):
     shard(transformer, variant=".fp16")
     found = {path.name for path, _ in component_headers(transformer).values()}
     assert found == {"x.safetensors", "y.safetensors"}
-    (transformer / "model.safetensors.index.json").unlink()
+    for name in ("model.safetensors.index.json", "x.safetensors", "y.safetensors"):
+        (transformer / name).unlink()
     found = {path.name for path, _ in component_headers(transformer).values()}
     assert found == {"a.fp16.safetensors", "b.fp16.safetensors"}
 
@@ -156,6 +157,20 @@ def test_a14_the_plain_index_before_a_variants(transformer):
 def test_a14_the_plain_file_before_a_variants(transformer):
     (file,) = transformer.glob("*.safetensors")
     shutil.copy(file, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert {path for path, _ in component_headers(transformer).values()} == {file}
+
+
+def test_a14_the_plain_file_before_a_variants_index(transformer):
+    (file,) = transformer.glob("*.safetensors")
+    shard(transformer, variant=".fp16")
+    assert {path for path, _ in component_headers(transformer).values()} == {file}
+
+
+def test_a14_an_index_of_a_single_file(transformer):
+    """As some tools write it: the index names the file beside it."""
+    (file,) = transformer.glob("*.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(file), file.name)}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
     assert {path for path, _ in component_headers(transformer).values()} == {file}
 
 
