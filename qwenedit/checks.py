@@ -20,9 +20,9 @@ from qwenedit.files import FLOATS
 from qwenedit.foreign import shown
 
 __all__ = [
-    "CALL_OPTIONS", "LOAD_OPTIONS", "OUTPUT_TYPES", "REMEDIES", "ProgressBar", "check_output_type",
-    "check_run", "device_of", "dtype_of", "hinting", "progress_bar", "real_number", "require_known", "warn",
-    "warn_of_float16", "whole_number", "without_reference_options",
+    "OUTPUT_TYPES", "ProgressBar", "check_output_type", "check_run", "device_of", "dtype_of", "hinting",
+    "progress_bar", "real_number", "require_known", "warn", "warn_of_float16", "whole_number",
+    "without_reference_options",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -30,30 +30,7 @@ R = TypeVar("R")
 
 ProgressBar: TypeAlias = tqdm
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
-# Options of the reference pipelines: the values that are accepted because they change nothing, and the
-# alternative to other values. Without values, any value is accepted and has no effect.
-_FOLDER = "they are read from the checkpoint's folder"
-LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    **dict.fromkeys(
-        ("low_cpu_mem_usage", "resume_download", "offload_state_dict", "offload_folder"), ((), "")
-    ),
-    "use_safetensors": ((None, True), "there is no other format"),
-    "variant": ((None,), "give the folder that holds the files"),
-    "cache_dir": ((None,), "set the environment variable HF_HUB_CACHE before Python starts"),
-    "token": ((None, True), "run `hf auth login`, or set the environment variable HF_TOKEN"),
-    "force_download": ((None, False), "files that differ from the hub's are found and fetched again"),
-    "proxies": ((None,), "set the environment variable HTTPS_PROXY"),
-    "custom_pipeline": ((None,), "the pipeline is this class; change its parts after loading"),
-    "max_memory": ((None,), "pass residency='stage' or 'stream'"),
-    "quantization_config": ((None,), "pass storage='float8', or mmdit=FILE with a GGUF file"),
-    "transformer": ((None,), "pass mmdit=FILE with its weights, or change pipe.mmdit after loading"),
-    "tokenizer": ((None,), _FOLDER),
-    "processor": ((None,), _FOLDER),
-}
-CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_en_prompt": ((), ""),  # the language of automatic captions, which we do not make
-}
-# What arguments are called elsewhere, and what attributes of the reference pipelines are here.
+# What arguments are called elsewhere.
 _NAMES = {
     "seed": "generator=torch.Generator().manual_seed(SEED)",
     **dict.fromkeys(("steps", "num_steps", "n_steps", "inference_steps"), "num_inference_steps"),
@@ -67,25 +44,6 @@ _NAMES = {
     "device_map": "device",
     "quantization_config": "storage='float8'",
     "callback": "callback_on_step_end",
-}
-_ATTENTION = "attention is torch's own, which needs little memory: leave the line out"
-_SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
-_TILING = "decoding needs little memory: leave the line out"
-_LEFT_OUT = "there is nothing to undo: leave the line out"
-REMEDIES = {
-    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
-    "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
-    "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
-    "enable_group_offload": "load(residency='stream')",
-    "enable_layerwise_casting": "load(storage='float8')",
-    "enable_vae_slicing": _SLICING,
-    "enable_vae_tiling": _TILING,
-    **dict.fromkeys(("disable_vae_slicing", "disable_vae_tiling", "maybe_free_model_hooks"), _LEFT_OUT),
-    **dict.fromkeys(("remove_all_hooks", "reset_device_map"), _LEFT_OUT),
-    **dict.fromkeys(("enable_attention_slicing", "disable_attention_slicing"), _ATTENTION),
-    "enable_xformers_memory_efficient_attention": _ATTENTION,
-    "disable_xformers_memory_efficient_attention": _ATTENTION,
-    "fuse_qkv_projections": "leave the line out",
 }
 
 
@@ -121,6 +79,9 @@ def without_reference_options(
     options: dict[str, Any], known: dict[str, tuple[tuple[Any, ...], str]]
 ) -> dict[str, Any]:
     """The options without the reference pipelines' own, `known`.
+
+    `known` has, by name, the values that are accepted because they change nothing, and the alternative to
+    other values. Without values, any value is accepted and has no effect.
 
     Raises:
         ValueError: one of those has a value that is not supported here; the message names the alternative.

@@ -32,7 +32,7 @@ __all__ = ["Loras"]
 # Names of a LoRA's file, in folders with several.
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {  # of the reference; see checks.py
+_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {  # of the reference
     "low_cpu_mem_usage": ((), ""),
     "use_safetensors": ((None, True), "there is no other format"),
     "proxies": ((None,), "set the environment variable HTTPS_PROXY"),

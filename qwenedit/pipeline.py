@@ -19,7 +19,6 @@ from torch import Generator, Tensor
 
 from qwenedit.assembly import assemble, modes_of, other_files
 from qwenedit.checks import (
-    LOAD_OPTIONS,
     check_output_type,
     check_run,
     device_of,
@@ -31,7 +30,7 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.reference_call import MAX_TOKENS
+from qwenedit.reference_call import LOAD_OPTIONS, MAX_TOKENS
 from qwenedit.reference_scripts import ReferenceScripts, require_euler
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Generator, Tensor
 
 from qwenedit.checks import (
-    CALL_OPTIONS,
     check_run,
     real_number,
     require_known,
@@ -20,7 +19,7 @@ from qwenedit.encoding.conditioning import Prompt
 from qwenedit.family import Variant
 from qwenedit.switches import Switches
 
-__all__ = ["MAX_TOKENS", "ReferenceCall", "given_prompt"]
+__all__ = ["LOAD_OPTIONS", "MAX_TOKENS", "ReferenceCall", "given_prompt"]
 
 MAX_TOKENS = 512  # of a text-to-image prompt, by default
 _EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
@@ -32,6 +31,28 @@ _LAST = (
     "output_type", "return_dict", "attention_kwargs", "callback_on_step_end",
     "callback_on_step_end_tensor_inputs", "max_sequence_length",
 )  # fmt: skip
+# Options of the reference, as `without_reference_options` takes them.
+_FOLDER = "they are read from the checkpoint's folder"
+LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(
+        ("low_cpu_mem_usage", "resume_download", "offload_state_dict", "offload_folder"), ((), "")
+    ),
+    "use_safetensors": ((None, True), "there is no other format"),
+    "variant": ((None,), "give the folder that holds the files"),
+    "cache_dir": ((None,), "set the environment variable HF_HUB_CACHE before Python starts"),
+    "token": ((None, True), "run `hf auth login`, or set the environment variable HF_TOKEN"),
+    "force_download": ((None, False), "files that differ from the hub's are found and fetched again"),
+    "proxies": ((None,), "set the environment variable HTTPS_PROXY"),
+    "custom_pipeline": ((None,), "the pipeline is this class; change its parts after loading"),
+    "max_memory": ((None,), "pass residency='stage' or 'stream'"),
+    "quantization_config": ((None,), "pass storage='float8', or mmdit=FILE with a GGUF file"),
+    "transformer": ((None,), "pass mmdit=FILE with its weights, or change pipe.mmdit after loading"),
+    "tokenizer": ((None,), _FOLDER),
+    "processor": ((None,), _FOLDER),
+}
+_CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_en_prompt": ((), ""),  # the language of automatic captions, which we do not make
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,7 +104,7 @@ class ReferenceCall:
             raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
         if twice := [name for name in order[: len(positional)] if name in options]:
             raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
-        options = without_reference_options(options, CALL_OPTIONS)
+        options = without_reference_options(options, _CALL_OPTIONS)
         require_known("__call__", options, ("image", *order, *ours))
         call = cls(**dict(zip(order, positional, strict=False)), **options)
         if call.prompt is None and call.prompt_embeds is None and not variant.layered:  # which says more

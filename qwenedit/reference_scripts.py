@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from qwenedit.checks import REMEDIES, check_run, device_of, warn, whole_number
+from qwenedit.checks import check_run, device_of, warn, whole_number
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
 from qwenedit.encoding.picture_switches import reference_rows, seen_rows
@@ -50,6 +50,26 @@ from qwenedit.weights.configs import config_from
 __all__ = ["ReferenceScripts", "require_euler"]
 
 _ALIASES = {"transformer": "mmdit", "text_encoder": "vision_language"}
+# What the reference's attributes are here.
+_ATTENTION = "attention is torch's own, which needs little memory: leave the line out"
+_SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
+_TILING = "decoding needs little memory: leave the line out"
+_LEFT_OUT = "there is nothing to undo: leave the line out"
+_REMEDIES = {
+    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
+    "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
+    "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
+    "enable_group_offload": "load(residency='stream')",
+    "enable_layerwise_casting": "load(storage='float8')",
+    "enable_vae_slicing": _SLICING,
+    "enable_vae_tiling": _TILING,
+    **dict.fromkeys(("disable_vae_slicing", "disable_vae_tiling", "maybe_free_model_hooks"), _LEFT_OUT),
+    **dict.fromkeys(("remove_all_hooks", "reset_device_map"), _LEFT_OUT),
+    **dict.fromkeys(("enable_attention_slicing", "disable_attention_slicing"), _ATTENTION),
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "disable_xformers_memory_efficient_attention": _ATTENTION,
+    "fuse_qkv_projections": "leave the line out",
+}
 
 
 class ReferenceScripts(Layers):
@@ -307,7 +327,7 @@ class ReferenceScripts(Layers):
             super().__setattr__(name, value)
 
         def __getattr__(self, name: str) -> Any:
-            remedy = f": {REMEDIES[name]}" if name in REMEDIES else ""
+            remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r}{remedy}", name=name, obj=self
             )

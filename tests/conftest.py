@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 import torch
 
 # Two threads in one process; one in each of pytest-xdist's workers, and in the processes that these start.
@@ -17,6 +18,23 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )  # fmt: skip
 hypothesis.settings.load_profile("qwenedit")
+
+
+@pytest.fixture(scope="module")
+def edit():
+    """The embedded model, one for each file."""
+    import qwenedit  # not by every test run: it takes seconds
+
+    return qwenedit.load(device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def plus():
+    """The embedded model as a multi-picture checkpoint."""
+    import qwenedit
+    from tests.tiny import embedded_plus
+
+    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
 
 
 def pytest_addoption(parser):

@@ -11,20 +11,9 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.taps import taps
-from tests.tiny import embedded_plus
 
 PROMPTS = ["make the circle red", "把左边的蓝色圆形变成红色 🔴", ""]
 TOLERANCE = 1e-4  # on pixels in [0, 1]
-
-
-@pytest.fixture(scope="module")
-def edit():
-    return qwenedit.load(device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def plus():
-    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
 
 
 def picture(width, height, hue):

@@ -24,20 +24,9 @@ from qwenedit.sampling.switched import changed, schedule
 from qwenedit.switches import Guidance, References, Seen, Switches, Time, VAEPath, own_generator
 from qwenedit.taps import taps
 from tests.support import FP32, assert_close
-from tests.tiny import embedded_plus
 
 PROMPT = "make the circle red"
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def edit():
-    return qwenedit.load(device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def plus():
-    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")

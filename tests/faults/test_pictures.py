@@ -32,16 +32,6 @@ ORIENTATION = 0x0112
 
 
 @pytest.fixture(scope="module")
-def edit():
-    return qwenedit.load(device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def plus():
-    return qwenedit.load(embedded_plus(), device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
 def layered():
     return qwenedit.load(checkpoint("layered"), device="cpu", progress=False)
 
