@@ -123,12 +123,14 @@ def _summary(sweep: Sweep) -> str:
         values = [quoted(_text(value)) for value in cell.values.values()]  # the table can be copied
         values = values or ["unablated"] * max(1, len(sweep.spec.axes))
         fields = [f'<td data-v="{escape(value)}">{escape(value)}</td>' for value in values]
+        done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
         for name, _, _, factor, decimals, _ in columns:
             value, edits = of_cell[name]
-            text = "–" if value is None else f"{factor * value:.{decimals}f} <small>of {edits}</small>"
+            text = "–" if value is None else f"{factor * value:.{decimals}f}"
+            if value is not None and edits != done:  # as where an oracle judges some edits only
+                text += f" <small>of {edits}</small>"
             number = "" if value is None else repr(value)
             fields.append(f'<td class="number" data-v="{number}">{text}</td>')
-        done, wanted = len(sweep.of_cell(k)), len(sweep.spec.cases) * len(sweep.spec.seeds)
         count = str(done) if done == wanted else f"{done} of {wanted}"
         fields.append(f'<td class="number" data-v="{done}">{count}</td>')
         rows.append(_tag("tr", "".join(fields), "plain" if k == 0 else ""))

@@ -179,7 +179,7 @@ def test_a16_means_say_of_how_many_edits_they_are(tmp_path):
     assert (means[0]["psnr"].edits, means[0]["success"].edits, means[0]["norm_ratio"].edits) == (4, 2, 4)
     assert means[1]["psnr"].edits == 3 and means[1]["norm_ratio"] == (None, 0)
     texts = [text for _, text in page(sweep).rows("sortable")[1]]
-    assert "50.0 of 2" in texts and "100.0 of 4" in texts
+    assert "50.0 of 2" in texts and "100.0" in texts and texts[-1] == "4"
 
 
 def test_a17_every_weight_that_is_trained_gets_a_gradient():
