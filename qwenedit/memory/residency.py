@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +36,8 @@ from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
-    "present", "read_when_needed", "remember", "require_staying", "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "files_of",
+    "home", "move", "present", "read_when_needed", "remember", "require_staying", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
@@ -223,6 +224,12 @@ class _Origin:
 def remember(module: nn.Module, component: str, found: Mapping[str, Stored]) -> None:
     """Note where the weights of a network that was just loaded came from, for `read_when_needed`."""
     module.__dict__["_origin"] = _Origin.of(module, component, found)
+
+
+def files_of(module: nn.Module) -> list[Path]:
+    """The files that a network's weights were loaded from; none for a network that was not loaded."""
+    origin: _Origin | None = module.__dict__.get("_origin")
+    return [] if origin is None else sorted({stored.path for stored in origin.found.values()})
 
 
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:

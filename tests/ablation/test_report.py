@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from qwenedit.ablation.charts import HEIGHT, WIDTH, Line, chart, nice_range
-from qwenedit.ablation.report import picture_grid, write_report
+from qwenedit.ablation.report import write_report
 from qwenedit.ablation.results import Sweep
+from qwenedit.ablation.sheet import picture_grid
 from qwenedit.ablation.spec import read_spec
 
 HOSTILE = "<script>document.title = 'bad'</script> & \"quotes\" <!--TITLE--> 中文 🔴"
