@@ -160,7 +160,8 @@ class Drawing:
             b"<< /Type /Catalog /Pages 2 0 R >>",
             b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {self.width:g} {self.height:g}] /Contents 4 0 R "
-            f"/Resources << /Font << /F1 5 0 R /F2 6 0 R /F3 9 0 R >> /ExtGState << {states} >> >> >>".encode(),
+            "/Resources << /Font << /F1 5 0 R /F2 6 0 R /F3 9 0 R >> "
+            f"/ExtGState << {states} >> >> >>".encode(),
             b"<< /Length %d >>\nstream\n%s\nendstream" % (len(content), content),
             b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
             b"<< /Type /Font /Subtype /Type0 /BaseFont /STSong-Light-UniGB-UTF16-H /Encoding /UniGB-UTF16-H "

@@ -1,4 +1,4 @@
-"""What acts on the pipeline during one edit of a sweep, a LoRA and an intervention, and if it is gone after."""
+"""What acts on a pipeline during one edit of a sweep, a LoRA and an intervention, and if it is gone after."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def _tex_interval(measure: Measure, estimate: Estimate) -> str:
 _TEX = {
     "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "$": "\\$", "&": "\\&", "#": "\\#", "%": "\\%",
     "_": "\\_", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "<": "\\textless{}",
-    ">": "\\textgreater{}", "|": "\\textbar{}", '"': "\\textquotedbl{}", "–": "--", "σ": "$\\sigma$",
+    ">": "\\textgreater{}", "|": "\\textbar{}", '"': "''", "–": "--", "σ": "$\\sigma$",
 }  # fmt: skip
 
 
