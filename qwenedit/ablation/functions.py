@@ -130,6 +130,8 @@ def _parts_of_object(value: Any, module: str | None, seen: set[int]) -> Iterator
     elif isinstance(value, (types.FunctionType, type)) and value.__module__ == module:
         yield _source(value)
         inside = _used(value) if isinstance(value, types.FunctionType) else ()
+    elif hasattr(value, "__wrapped__") and value.__module__ == module:  # as of `functools.cache`
+        inside = (value.__wrapped__,)
     elif callable(value) and hasattr(value, "__qualname__"):
         yield f"{value.__module__}.{value.__qualname__}"
         inside = ()

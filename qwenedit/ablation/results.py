@@ -46,6 +46,11 @@ class Sweep:
     def failed(self) -> list[Record]:
         return [record for record in self.records.values() if record["status"] == "failed"]
 
+    @property
+    def failed_metrics(self) -> list[tuple[str, str]]:
+        """The name and the message of each metric of the caller's that failed, for every run."""
+        return [error for record in self.records.values() for error in record.get("own_errors", {}).items()]
+
     def of_cell(self, cell: int) -> list[Record]:
         """The runs of a cell that are done, over all pictures and seeds."""
         return [
