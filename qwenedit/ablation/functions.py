@@ -145,12 +145,7 @@ def _parts_of_object(value: Any, module: str | None, seen: set[int]) -> Iterator
 
 def _used(function: types.FunctionType) -> list[Any]:
     """What a function has as defaults, closes over and names among its module's globals."""
-    names: set[str] = set()
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
     found: list[Any] = [function.__defaults__, function.__kwdefaults__]
     for cell in function.__closure__ or ():
         try:
@@ -170,9 +165,25 @@ def tensor_bytes(x: Tensor) -> bytes:
     return safetensors.torch.save({"x": real.detach().cpu().contiguous()})
 
 
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code, and that of the functions written inside of it."""
+    yield code
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _codes(one)
+
+
 def _source(value: Any) -> str:
+    """Its source; of a lambda, which may share its line with others, what tells it from them, too."""
     try:
-        return inspect.getsource(value)
+        source = inspect.getsource(value)
     except (OSError, TypeError):  # typed into a shell that keeps no source
-        code = getattr(value, "__code__", None)
-        return repr(value) if code is None else f"{code.co_code!r} {code.co_consts!r}"
+        source = ""
+    code = getattr(value, "__code__", None)
+    if code is None or (source and value.__name__ != "<lambda>"):
+        return source or value.__qualname__
+    parts = [
+        (one.co_names, one.co_varnames, [x for x in one.co_consts if not isinstance(x, types.CodeType)])
+        for one in _codes(code)
+    ]
+    return f"{source} {parts} {'' if source else [one.co_code for one in _codes(code)]}"

@@ -260,8 +260,14 @@ def test_what_a_function_holds_counts():
 
 
 def test_a_function_without_source_counts_by_its_code():
-    made = [eval(f"lambda pipe: pipe * {k}") for k in (1, 2, 1)]
-    assert code_of(made[0]) == code_of(made[2]) != code_of(made[1])
+    for text in ("lambda pipe: pipe * {}", "lambda pipe: lambda x: x + {}"):
+        made = [eval(text.format(k)) for k in (1, 2, 1)]
+        assert code_of(made[0]) == code_of(made[2]) != code_of(made[1])
+
+
+def test_functions_on_one_line_are_different():
+    first, second = (lambda _: 1), (lambda _: 2)
+    assert code_of(first) != code_of(second)
 
 
 # metrics
