@@ -18,7 +18,10 @@ from qwenedit.checks import warn, whole_number
 from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import as_picture, resize_rgb, vae_pixels
 
-__all__ = ["Region", "Source", "Sources", "crop_region", "fitted", "one_for_each", "overlaid", "sources_of"]
+__all__ = [
+    "Region", "Source", "Sources", "crop_region", "fitted", "laid_back", "one_for_each", "overlaid",
+    "sources_of",
+]  # fmt: skip
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in whole pixels
 HALF = 0.5  # a mask's grey from here on is white
@@ -59,12 +62,6 @@ class Source:
         share = pixels[::factor, ::factor].float() / 255.0
         return share if grey else (share >= HALF).float()
 
-    def laid_back(self, made: Image.Image) -> Image.Image:
-        """What was made, in its place in the picture; without a region as it is."""
-        if self.region is None or self.mask is None:
-            return made
-        return overlaid(self.mask, self.picture, made, self.region)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sources:
@@ -72,19 +69,22 @@ class Sources:
 
     Attributes:
         rows: one for each prompt.
-        pictures, masks: how many were given: one for all rows, or one for each. Each given picture has one
-            sample of the VAE's posterior, whatever the number of rows. 0 masks: everything changes.
+        pictures, masks: how many there are: one for all rows, or one for each. Each picture has one sample of
+            the VAE's posterior, whatever the number of rows. 0 masks: everything changes.
+        strength: the share of the steps that are run, in [0, 1].
     """
 
     rows: tuple[Source, ...]
     pictures: int
     masks: int
+    strength: float
 
 
 def sources_of(
     pictures: Sequence[Image.Image],
     mask_image: Any,
     padding_mask_crop: int | None,
+    strength: float,
     *,
     batch: int,
     size: Size,
@@ -98,6 +98,7 @@ def sources_of(
         pictures: one for all prompts, or one for each; as `as_picture` makes them.
         mask_image: likewise, or None.
         padding_mask_crop: pixels around the white that the region includes; None for no crop.
+        strength: as in `Sources`.
         factor: pixels along a side of a latent pixel.
         edits: True as in the editing pipeline, which resizes the picture before it crops; False as in
             inpainting, which crops the picture as given.
@@ -113,7 +114,7 @@ def sources_of(
         if padding_mask_crop is not None:
             raise ValueError("padding_mask_crop is given without a mask_image, wanted both, or neither")
         rows = tuple(Source(picture=one, mask=None, size=size) for one in pictures)
-        return Sources(rows=_for_each(rows, batch), pictures=len(pictures), masks=0)
+        return Sources(rows=_for_each(rows, batch), pictures=len(pictures), masks=0, strength=strength)
     pad = None if padding_mask_crop is None else whole_number("padding_mask_crop", padding_mask_crop, least=0)
     masks = one_for_each("mask_image", mask_image, batch)
     rows = tuple(
@@ -126,7 +127,18 @@ def sources_of(
                 f"the mask changes nothing, wanted white where the picture shall change: {_BLACK[grey]}, and "
                 f"of {factor}x{factor} pixels the top left one counts"
             )
-    return Sources(rows=rows, pictures=len(pictures), masks=len(masks))
+    own = len(pictures) if pad is None else max(len(pictures), len(masks))  # each mask has its region
+    return Sources(rows=rows, pictures=own, masks=len(masks), strength=strength)
+
+
+def laid_back(sources: Sources, made: Sequence[Image.Image]) -> list[Image.Image]:
+    """What was made of each row, in order, in its place in the picture; without a crop as it is."""
+    count = len(made) // len(sources.rows)  # outputs for each prompt
+    of_rows = [row for row in sources.rows for _ in range(count)]
+    return [
+        one if row.region is None or row.mask is None else overlaid(row.mask, row.picture, one, row.region)
+        for row, one in zip(of_rows, made, strict=True)
+    ]
 
 
 def one_for_each(name: str, value: Any, batch: int) -> list[Image.Image]:
@@ -148,9 +160,7 @@ def _for_each(given: Sequence[Any], batch: int) -> tuple[Any, ...]:
     return tuple(given) if len(given) == batch else (given[0],) * batch
 
 
-def _masked(
-    picture: Image.Image, mask: Image.Image, size: Size, pad: int | None, *, edits: bool
-) -> Source:
+def _masked(picture: Image.Image, mask: Image.Image, size: Size, pad: int | None, *, edits: bool) -> Source:
     (width, height), (mask_width, mask_height) = picture.size, mask.size
     uneven = abs(width * mask_height - height * mask_width)
     if mask.size != size and uneven > max(width, height, mask_width, mask_height):

@@ -29,12 +29,12 @@ from qwenedit.networks.mmdit_layers import (
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict
 from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
-from qwenedit.switches import Interval, References, Switches, Time, own_generator
+from qwenedit.switches import Interval, Mask, References, Switches, Time, own_generator
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
 __all__ = [
-    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
-    "switched_predictor",
+    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "require_source",
+    "schedule", "switched_predictor",
 ]  # fmt: skip
 
 STEPS = 50  # the reference pipelines' default
@@ -51,6 +51,21 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
     for name in ("references", "seen", "vae"):
         if not pictures and getattr(switches, name) != getattr(plain, name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+
+
+def require_source(mask: Mask, *, source: bool, masked: bool) -> None:
+    """Check that the switches for masks have a picture to start from, or a mask.
+
+    Raises:
+        ValueError: they have none.
+    """
+    plain = Mask()
+    for name, there, needs in (
+        ("preserve", masked, "a mask"), ("grey", masked, "a mask"),
+        ("posterior", source, "a picture to start from"), ("strength", source, "a picture to start from"),
+    ):  # fmt: skip
+        if not there and getattr(mask, name) != getattr(plain, name):
+            raise ValueError(f"switches.mask.{name} acts on {needs}, but this run has none")
 
 
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
@@ -109,15 +124,22 @@ def schedule(
     steps: int | None,
     tokens: int,
     custom: Sequence[float] | None = None,
+    strength: float = 1.0,
+    convention: str = "reference",
 ) -> list[float]:
     """The sigmas of a run under `time.sigmas`; `custom` as in `FlowMatchScheduler.sigmas`.
 
-    `steps` is as in `count_steps`.
+    `steps` is as in `count_steps`. A `strength` below 1 starts later, by the convention `mask.strength`.
 
     Raises:
-        ValueError: as there; or custom sigmas together with given ones.
+        ValueError: as there; custom sigmas together with given ones; or a strength that leaves no step.
     """
     steps = count_steps(time, steps, custom)
+    first = _first_step(steps, strength, convention)
+    if convention == "diffsynth" and strength < 1:
+        if custom is not None or not isinstance(time.sigmas, str):
+            raise ValueError("mask.strength is 'diffsynth', which makes the sigmas, but they are given")
+        custom = torch.linspace(strength, 0.0, steps + 1)[:-1].tolist()
     if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
         own = dataclasses.asdict(scheduler) | {
             "use_dynamic_shifting": True,
@@ -130,8 +152,27 @@ def schedule(
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
-        return given_sigmas(time.sigmas, steps)
-    return scheduler.sigmas(steps, tokens, custom)
+        return given_sigmas(time.sigmas, steps)[first:]
+    return scheduler.sigmas(steps, tokens, custom)[first:]
+
+
+def _first_step(steps: int, strength: float, convention: str) -> int:
+    """The first of these steps that is run, for a strength in [0, 1].
+
+    Raises:
+        ValueError: there is none.
+    Source: `get_timesteps` of the reference's image-to-image pipelines. Steps are counted, not noise: at 4
+        steps a strength of 0.25 may start at sigma 0.02, where 0.3 starts at 0.42.
+    """
+    if convention == "reference":
+        first = int(max(steps - min(steps * strength, steps), 0))
+    elif convention == "lightx2v":
+        first = steps - round(steps * strength)
+    else:
+        first = 0 if strength > 0 else steps
+    if first == steps:
+        raise ValueError(f"strength is {strength}, which leaves none of {steps} steps: wanted more of either")
+    return first
 
 
 def changed(conditioning: Conditioning, references: References) -> Conditioning:

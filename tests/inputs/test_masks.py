@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from qwenedit.inputs.masks import crop_region, fitted, one_for_each, overlaid, sources_of
+from qwenedit.inputs.masks import crop_region, fitted, laid_back, one_for_each, overlaid, sources_of
 from tests.tiny import picture
 
 PROCESSOR = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=16)
@@ -35,7 +35,7 @@ def drawn_mask(size, seed, mode="L"):
 
 def sources(mask, pad=None, size=(64, 64), one=None, *, edits=False, grey=False, batch=1, factor=8):
     pictures = [one or picture(*mask.size)] if not isinstance(one, list) else one
-    return sources_of(pictures, mask, pad, batch=batch, size=size, factor=factor, edits=edits, grey=grey)
+    return sources_of(pictures, mask, pad, 1.0, batch=batch, size=size, factor=factor, edits=edits, grey=grey)
 
 
 @settings(max_examples=150)
@@ -91,27 +91,26 @@ def test_a_narrow_region_keeps_a_pixel():
 
 def test_an_edit_resizes_the_picture_before_it_crops():
     one, mask = picture(120, 60), drawn_mask((64, 32), 3)
-    (source,) = sources(mask, 4, (64, 32), one, edits=True).rows
-    assert source.picture.size == (64, 32)
-    assert source.region == crop_region(mask, (64, 32), 4)
-    assert source.laid_back(picture(64, 32)).size == (64, 32)
-    (source,) = sources(mask, 4, (64, 32), one).rows
-    assert source.laid_back(picture(64, 32)).size == (120, 60)
-    (source,) = sources(mask, None, (64, 32), one).rows
+    edit, plain = (sources(mask, 4, (64, 32), one, edits=edits) for edits in (True, False))
+    assert edit.rows[0].picture.size == (64, 32)
+    assert edit.rows[0].region == crop_region(mask, (64, 32), 4)
     made = picture(64, 32)
-    assert source.laid_back(made) is made
+    assert [found.size for found in laid_back(edit, [made])] == [(64, 32)]
+    assert [found.size for found in laid_back(plain, [made])] == [(120, 60)]
+    whole = sources(mask, None, (64, 32), one)
+    assert laid_back(whole, [made])[0] is made
 
 
 def test_one_picture_or_mask_is_that_of_every_row():
     one, two = drawn_mask((64, 64), 1), drawn_mask((64, 64), 2)
     several = sources_of(
-        [picture(64, 64)], [one, two], None, batch=2, size=(64, 64), factor=8, edits=False, grey=False
+        [picture(64, 64)], [one, two], None, 1.0, batch=2, size=(64, 64), factor=8, edits=False, grey=False
     )
     assert (several.pictures, several.masks, len(several.rows)) == (1, 2, 2)
     assert several.rows[0].picture.tobytes() == several.rows[1].picture.tobytes()
     assert [row.mask for row in several.rows] == [one, two]
     alone = sources_of(
-        [picture(64, 64)], None, None, batch=3, size=(64, 64), factor=8, edits=False, grey=False
+        [picture(64, 64)], None, None, 1.0, batch=3, size=(64, 64), factor=8, edits=False, grey=False
     )
     assert (alone.pictures, alone.masks, len(alone.rows)) == (1, 0, 3)
 
@@ -141,7 +140,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="of 8x8 pixels the top left one counts"):
         sources(dot)
     with pytest.raises(ValueError, match="without a mask_image"):
-        sources_of([one], None, 4, batch=1, size=(64, 64), factor=8, edits=False, grey=False)
+        sources_of([one], None, 4, 1.0, batch=1, size=(64, 64), factor=8, edits=False, grey=False)
     for pad in (-1, 2.5, "4", True):
         with pytest.raises(ValueError, match="padding_mask_crop is"):
             sources(mask, pad)
