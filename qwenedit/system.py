@@ -30,13 +30,7 @@ from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.preserve import Kept, noised
 from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.sampling.switched import (
-    require_fitting,
-    require_pictures,
-    require_source,
-    schedule,
-    switched_predictor,
-)
+from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
 from qwenedit.switches import Switches, VAEPath
 from qwenedit.taps import require_finite
 
@@ -177,15 +171,15 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
-        masked = sources is not None and sources.masks > 0
-        require_source(switches.mask, source=sources is not None, masked=masked)
         strength = 1.0 if sources is None else sources.strength
         visited = schedule(
             self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas,
             strength, switches.mask.strength,
         )  # fmt: skip
         config = self.mmdit.config
-        require_fitting(switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1)
+        require_fitting(
+            switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1, sources=sources
+        )
         generators_of(call.generator, batch, self.device)
         latents, wanted = call.latents, (batch, frames * tokens, config.in_channels)
         is_tensor = isinstance(latents, Tensor)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.masks import Sources
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import (
     Rope,
@@ -33,8 +34,8 @@ from qwenedit.switches import Interval, Mask, References, Switches, Time, own_ge
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
 __all__ = [
-    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "require_source",
-    "schedule", "switched_predictor",
+    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
+    "switched_predictor",
 ]  # fmt: skip
 
 STEPS = 50  # the reference pipelines' default
@@ -53,21 +54,6 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
 
 
-def require_source(mask: Mask, *, source: bool, masked: bool) -> None:
-    """Check that the switches for masks have a picture to start from, or a mask.
-
-    Raises:
-        ValueError: they have none.
-    """
-    plain = Mask()
-    for name, there, needs in (
-        ("preserve", masked, "a mask"), ("grey", masked, "a mask"),
-        ("posterior", source, "a picture to start from"), ("strength", source, "a picture to start from"),
-    ):  # fmt: skip
-        if not there and getattr(mask, name) != getattr(plain, name):
-            raise ValueError(f"switches.mask.{name} acts on {needs}, but this run has none")
-
-
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
     """Check that the conditioning was encoded under the switches that act on encoding.
 
@@ -82,13 +68,17 @@ def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
         )
 
 
-def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
-    """Check the switches against each row's number of pictures, the transformer's blocks and the run's steps.
+def require_fitting(
+    switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int, sources: Sources | None = None
+) -> None:
+    """Check the switches against each row's number of pictures, the transformer's blocks, the run's steps,
+    and what the run starts from.
 
     Raises:
         ValueError: a switch that could not act.
     """
     require_pictures(switches, any(pictures))
+    _require_source(switches.mask, sources)
     references = switches.references
     for name, interval, count in (
         ("references.steps", references.steps, steps),
@@ -102,6 +92,16 @@ def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int,
             f"references.order is {references.order}, but the rows have {list(pictures)} pictures: wanted as "
             "many numbers"
         )
+
+
+def _require_source(mask: Mask, sources: Sources | None) -> None:
+    plain, masked = Mask(), sources is not None and sources.masks > 0
+    needs = {"preserve": "a mask", "grey": "a mask"} if not masked else {}
+    if sources is None:
+        needs |= dict.fromkeys(("posterior", "strength"), "a picture to start from")
+    for name, needed in needs.items():
+        if getattr(mask, name) != getattr(plain, name):
+            raise ValueError(f"switches.mask.{name} acts on {needed}, but this run has none")
 
 
 def count_steps(time: Time, steps: int | None, custom: Sequence[float] | None = None) -> int:
