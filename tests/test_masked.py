@@ -83,8 +83,7 @@ def test_a_white_mask_at_full_strength_is_the_plain_edit(edit, plus, scene, othe
 
 @pytest.mark.parametrize("preserve", ["latent", "velocity", "x0"])
 def test_a_black_mask_gives_back_the_reconstruction(edit, scene, preserve):
-    """All but one latent pixel is black. The latents are the picture's own, to the bit or to rounding, and the
-    far pixels are what the VAE makes of those."""
+    """All but one latent pixel is black: the others are the picture's own, to the bit or to rounding."""
     mask = boxed((0, 0, 0, 0))
     switches = Switches(mask=Mask(preserve=preserve, posterior="mode"))
     kept = latents(edit, scene, mask, switches=switches, num_inference_steps=5)
@@ -95,9 +94,7 @@ def test_a_black_mask_gives_back_the_reconstruction(edit, scene, preserve):
         assert torch.equal(kept[outside], own[outside])
     else:  # five steps, each of which rounds a few times
         assert relative_error(kept[outside], own[outside]) <= 5 * 8 * EPS
-    assert not torch.equal(kept, own)
-    pixels, wanted = edit.decode(kept, (1, 4, 4)), edit.decode(own, (1, 4, 4))
-    assert (pixels - wanted)[..., 0:16, 0:16].abs().max() > 1e-3
+    assert relative_error(kept[~outside], own[~outside]) > 0.01
 
 
 def test_what_is_kept_walks_along_the_noised_picture(edit, scene):
@@ -367,7 +364,7 @@ def test_bad_input_of_other_calls(edit, scene):
     assert made[0].size == (64, 64)
 
 
-def test_seen_pictures_are_whole(edit, scene, other):
+def test_seen_pictures_are_whole(edit, scene):
     """The language model sees the picture, not its crop or its mask."""
     plain = edit.condition(scene, PROMPT)
     seen = []
