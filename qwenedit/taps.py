@@ -97,6 +97,11 @@ class Site:
     full: str
 
     @property
+    def optional(self) -> bool:
+        """True if the tap fires in some forwards only."""
+        return isinstance(self.module, Tapped) and self.name in self.module.OPTIONAL_TAPS
+
+    @property
     def labels(self) -> dict[str, Any]:
         """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ..."""
         return current_labels()
@@ -108,11 +113,12 @@ TapFunction = Callable[[Tensor, Site], "Tensor | None"]
 class Tapped(nn.Module):
     """A module whose named intermediates can be read or replaced with `taps`.
 
-    `TAPS` lists every tap of the class. `taps` matches patterns against it, so that a wrong pattern fails
-    before anything runs.
+    `TAPS` lists every tap that fires in every forward, `OPTIONAL_TAPS` those that fire in some. `taps`
+    matches patterns against both, so that a wrong pattern fails before anything runs.
     """
 
     TAPS: tuple[str, ...] = ()
+    OPTIONAL_TAPS: tuple[str, ...] = ()
     _taps: dict[str, list[tuple[TapFunction, Site]]] | None = None  # set on instances, by `taps` alone
 
     def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002
@@ -148,7 +154,7 @@ def _sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
     for path, module in named_modules(model):
         if isinstance(module, Tapped):
-            for name in module.TAPS:
+            for name in (*module.TAPS, *module.OPTIONAL_TAPS):
                 full = f"{path}.{name}" if path else name
                 sites[full] = Site(module, name, full)
     return sites
@@ -301,7 +307,8 @@ def taps(
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
         eager: run compiled modules eagerly meanwhile, so that functions may do anything. With `eager=False`
             the functions are compiled in: they must be pure and read no labels.
-        strict: on a clean exit, raise if an attached tap never fired.
+        strict: on a clean exit, raise if an attached tap never fired. An optional one is missed only if no
+            other tap of its pattern has fired either.
         first: run before the functions of outer contexts, which then see the replacements.
 
     Raises:
@@ -328,13 +335,15 @@ def taps(
     sites = _sites(model)
     fired: set[str] = set()
     added: dict[str, list[tuple[TapFunction, Site]]] = {}
+    matched: list[list[str]] = []  # by each pattern
     if not isinstance(functions, Mapping):
         raise ValueError(f"the functions are {type(functions).__name__}, wanted a dict of pattern: function")
     for pattern, fn in functions.items():
         if not isinstance(pattern, str) or not callable(fn):
             got = f"{type(pattern).__name__}: {type(fn).__name__}"
             raise ValueError(f"the functions have {got}, wanted pattern: function of a tensor and a Site")
-        for full in _matched(pattern, list(sites)):
+        matched.append(_matched(pattern, list(sites)))
+        for full in matched[-1]:
             if (check := getattr(fn, "check", None)) is not None:  # of `patch_from`
                 check(sites[full])
             added.setdefault(full, []).append((_recording(fn, full, fired), sites[full]))
@@ -357,12 +366,21 @@ def taps(
             del module.__dict__["_taps"]
             if old_taps is not None:
                 module.__dict__["_taps"] = old_taps
-    silent = [full for full in added if full not in fired]
+    missed = {full for names in matched for full in _missed(names, sites, fired)}
+    silent = [full for full in added if full in missed]
     if strict and silent:
         raise RuntimeError(
             f"{len(silent)} of {len(added)} attached taps never fired: {', '.join(silent[:10])}"
             f"{', ...' if len(silent) > 10 else ''}; pass strict=False if that is expected"
         )
+
+
+def _missed(names: list[str], sites: dict[str, Site], fired: set[str]) -> list[str]:
+    """The taps of a pattern that should have fired and have not."""
+    silent = [full for full in names if full not in fired]
+    if len(silent) == len(names):
+        return silent
+    return [full for full in silent if not sites[full].optional]
 
 
 def _recording(fn: TapFunction, full: str, fired: set[str]) -> TapFunction:
