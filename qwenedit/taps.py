@@ -283,8 +283,8 @@ def tap_names(model: nn.Module) -> list[str]:
     """Every tap of a model by its full name, in the order of its modules.
 
     >>> import qwenedit
-    >>> tap_names(qwenedit.load(progress=False).mmdit)[:5]
-    ['img_in', 'txt_in', 'temb', 'velocity', 'time_embed.sinusoids']
+    >>> tap_names(qwenedit.load(progress=False).mmdit)[:4]
+    ['img_in', 'txt_in', 'temb', 'velocity']
     """
     return list(_sites(model))
 
@@ -307,8 +307,8 @@ def taps(
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
         eager: run compiled modules eagerly meanwhile, so that functions may do anything. With `eager=False`
             the functions are compiled in: they must be pure and read no labels.
-        strict: on a clean exit, raise if an attached tap never fired. An optional one is missed only if no
-            other tap of its pattern has fired either.
+        strict: on a clean exit, raise if an attached tap never fired. An optional tap, which fires in some
+            forwards only, is missed where no other has fired either.
         first: run before the functions of outer contexts, which then see the replacements.
 
     Raises:
@@ -335,15 +335,13 @@ def taps(
     sites = _sites(model)
     fired: set[str] = set()
     added: dict[str, list[tuple[TapFunction, Site]]] = {}
-    matched: list[list[str]] = []  # by each pattern
     if not isinstance(functions, Mapping):
         raise ValueError(f"the functions are {type(functions).__name__}, wanted a dict of pattern: function")
     for pattern, fn in functions.items():
         if not isinstance(pattern, str) or not callable(fn):
             got = f"{type(pattern).__name__}: {type(fn).__name__}"
             raise ValueError(f"the functions have {got}, wanted pattern: function of a tensor and a Site")
-        matched.append(_matched(pattern, list(sites)))
-        for full in matched[-1]:
+        for full in _matched(pattern, list(sites)):
             if (check := getattr(fn, "check", None)) is not None:  # of `patch_from`
                 check(sites[full])
             added.setdefault(full, []).append((_recording(fn, full, fired), sites[full]))
@@ -366,21 +364,12 @@ def taps(
             del module.__dict__["_taps"]
             if old_taps is not None:
                 module.__dict__["_taps"] = old_taps
-    missed = {full for names in matched for full in _missed(names, sites, fired)}
-    silent = [full for full in added if full in missed]
+    silent = [full for full in added if full not in fired and not (fired and sites[full].optional)]
     if strict and silent:
         raise RuntimeError(
             f"{len(silent)} of {len(added)} attached taps never fired: {', '.join(silent[:10])}"
             f"{', ...' if len(silent) > 10 else ''}; pass strict=False if that is expected"
         )
-
-
-def _missed(names: list[str], sites: dict[str, Site], fired: set[str]) -> list[str]:
-    """The taps of a pattern that should have fired and have not."""
-    silent = [full for full in names if full not in fired]
-    if len(silent) == len(names):
-        return silent
-    return [full for full in silent if not sites[full].optional]
 
 
 def _recording(fn: TapFunction, full: str, fired: set[str]) -> TapFunction:
