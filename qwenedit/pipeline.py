@@ -18,6 +18,15 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from qwenedit.assembly import assemble, modes_of, other_files
+from qwenedit.call import (
+    MAX_TOKENS,
+    Call,
+    EditOptions,
+    GenerateOptions,
+    SampleOptions,
+    sources_for,
+    sources_under,
+)
 from qwenedit.checks import (
     check_output_type,
     check_run,
@@ -30,14 +39,14 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.reference_call import LOAD_OPTIONS, MAX_TOKENS
+from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.reference_scripts import ReferenceScripts, require_euler
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step
-from qwenedit.sampling.switched import count_steps, require_encoded, require_pictures
-from qwenedit.switches import Switches
-from qwenedit.system import Result, RunOptions
+from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.switches import Switches, switches_of
+from qwenedit.system import Result, Run
 from qwenedit.weights.checkpoints import find_local
 
 if TYPE_CHECKING:
@@ -46,27 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["QwenImageEdit", "load"]
 
 Pictures: TypeAlias = "Image.Image | Sequence[Any]"
-
-
-class SampleOptions(RunOptions, total=False):
-    """What `sample` takes besides its conditioning, for type checkers."""
-
-    switches: Switches | None
-
-
-class EditOptions(SampleOptions, total=False):
-    """What `edit` takes besides picture and prompt, for type checkers."""
-
-    negative_prompt: str | Sequence[str] | None
-    height: int | None
-    width: int | None
-    num_images_per_prompt: int
-
-
-class GenerateOptions(EditOptions, total=False):
-    """What `generate` takes besides the prompt, for type checkers."""
-
-    max_sequence_length: int
 
 
 class QwenImageEdit(Loras, ReferenceScripts):
@@ -135,6 +123,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
         image: Pictures,
         prompt: str | Sequence[str],
         *,
+        mask_image: Pictures | None = None,
+        strength: float = 1.0,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -155,6 +146,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 A list of lists gives each prompt its own references, which may differ in number and size.
                 Pictures are turned upright by EXIF, and 16 bits of grey are scaled to 8 (`as_picture`).
             prompt: one prompt, or a list for a batch.
+            mask_image: a picture, or one for each prompt, that is white where the picture may change and
+                black where it is kept; grey below 128 is black. For the multi-picture variants it belongs to
+                the last picture, and the others stay references. The VAE then sees that picture at the
+                output's size. docs/masks.md says what is kept exactly.
+            strength: the share of the steps that are run, in [0, 1], from the picture with as much noise as
+                the first of them has. At 1 the run starts from noise alone.
+            padding_mask_crop: make only a region around the mask's white, with so many pixels about it, at
+                the whole size of the output, and lay it back into the picture.
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
@@ -165,7 +164,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
-            latents: packed noise (B, S, 64) in place of the generator's.
+            latents: packed noise (B, S, 64) in place of the generator's, also for a run with a mask.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
@@ -173,17 +172,24 @@ class QwenImageEdit(Loras, ReferenceScripts):
         Raises:
             ValueError: bad input, before any network runs.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
-        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
-            differ in turning pictures upright and scaling their levels, in batches (the reference pairs
-            prompts with other prompts' masks and pictures, refuses batches for the multi-picture variants,
-            and shows Edit's language model the pictures of a list at their original sizes) and in refusing
-            sizes that it would round.
+        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` and, with a mask,
+            `QwenImageEditInpaintPipeline.__call__` of diffusers 0.39.0. We differ in turning pictures upright
+            and scaling their levels, in batches (the reference pairs prompts with other prompts' masks and
+            pictures, refuses batches for the multi-picture variants, and shows Edit's language model the
+            pictures of a list at their original sizes) and in refusing sizes that it would round. With a mask
+            we also differ in the default strength (0.6 there), in taking several references, a size and
+            `latents`, and in refusing a mask that changes nothing.
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
-        return self._edit_or_generate(
-            image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type, switches,
+        return self._run(
+            Call(
+                image=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+                prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
+                generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
+                output_type=output_type, switches=switches,
+            )
         )  # fmt: skip
 
     @overload
@@ -215,6 +221,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         prompt: str | Sequence[str],
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -228,17 +238,29 @@ class QwenImageEdit(Loras, ReferenceScripts):
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
     ) -> Result[Any]:
-        """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
+        """Make pictures from text, also from a picture to start from, with the weights of any variant.
 
         The arguments are those of `edit`; height and width default to 128 latent pixels (1024 pixels in the
         official checkpoints), or to a square of the area that the checkpoint's model_index.json names.
         Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
-        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
+        Args: those that are not listed here are the same as in `edit`.
+            image: the picture to start from, or one for each prompt; it is stretched to the output's size.
+            mask_image: what of it may change.
+            strength: as in `edit`; by default 0.6 with an image.
+
+        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0; with an image
+            `QwenImageImg2ImgPipeline.__call__`, with a mask `QwenImageInpaintPipeline.__call__`. We differ in
+            given latents, which are the noise: the first of these starts from them, the second fails.
         """
-        return self._edit_or_generate(
-            None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type, switches, max_sequence_length,
+        return self._run(
+            Call(
+                source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+                prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
+                generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
+                output_type=output_type, switches=switches, max_sequence_length=max_sequence_length,
+            )
         )  # fmt: skip
 
     @hinting
@@ -261,7 +283,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         """
         require_flat(self.variant)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        switches = switches or Switches()
+        switches = switches_of(switches)
         require_pictures(switches, image is not None)
         return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
@@ -270,6 +292,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -279,18 +305,17 @@ class QwenImageEdit(Loras, ReferenceScripts):
     ) -> Iterator[Step]:
         """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
 
+        `image` is the picture to start from, or one for each row; it takes a mask and a strength as in
+        `edit`. By default the strength is 1 if the conditioning has pictures, else 0.6.
+
         Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
         """
-        switches = switches or Switches()
-        pictures = [len(row) for row in conditioning.reference_grids]
-        run = self.prepare(
-            conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
-        )
-        require_encoded(switches, conditioning)
-        # The default negative prompt " " gives no warning if the run is unguided.
-        negative = None if conditioning.negative is None else " "
-        guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
-        return self._steps(conditioning, run, guidance, switches)
+        call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
+            generator=generator, latents=latents, switches=switches,
+        )  # fmt: skip
+        return self._steps(conditioning, self._run_under(conditioning, call))
 
     @overload
     def sample(
@@ -321,6 +346,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -331,47 +360,43 @@ class QwenImageEdit(Loras, ReferenceScripts):
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
-        steps = self.steps(
-            conditioning,
-            true_cfg_scale=true_cfg_scale,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
-            generator=generator,
-            latents=latents,
-            switches=switches,
-        )
-        count = count_steps((switches or Switches()).time, num_inference_steps, sigmas)
-        return self._finish(steps, count, conditioning.target_grid, output_type)
+        call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
+            generator=generator, latents=latents, output_type=output_type, switches=switches,
+        )  # fmt: skip
+        run = self._run_under(conditioning, call)
+        return self._finish(self._steps(conditioning, run), run, output_type)
 
-    def _edit_or_generate(
-        self,
-        image: Any,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None,
-        true_cfg_scale: float,
-        num_inference_steps: int | None,
-        sigmas: Sequence[float] | None,
-        height: int | None,
-        width: int | None,
-        generator: Generator | Sequence[Generator] | None,
-        num_images_per_prompt: int,
-        latents: Tensor | None,
-        output_type: str,
-        switches: Switches | None,
-        max_tokens: int = MAX_TOKENS,
-    ) -> Result[Any]:
-        """`generate` if the image is None, else `edit`."""
+    def _run_under(self, conditioning: Conditioning, call: Call) -> Run:
+        """The checked run of a call under a conditioning that is there already."""
+        switches = switches_of(call.switches)
+        # The default negative prompt " " gives no warning if the run is unguided.
+        negative = None if conditioning.negative is None else " "
+        guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
+        pictures = [len(row) for row in conditioning.reference_grids]
+        sources = sources_under(call, conditioning, self.areas.token)
+        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance, sources)
+        require_encoded(switches, conditioning)
+        return run
+
+    def _run(self, call: Call) -> Result[Any]:
+        """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)
-        check_run(output_type, num_images_per_prompt, max_tokens)
-        rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        switches = switches or Switches()
-        grid, count = rows[0].geometry.grid, int(num_images_per_prompt)
+        check_run(call.output_type, call.num_images_per_prompt, call.max_sequence_length)
+        prompts = call.prompt, call.negative_prompt
+        rows = rows_of(
+            *prompts, call.image, self.variant, self.areas, call.height, call.width, starts=call.starts
+        )
+        switches = switches_of(call.switches)
+        guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches.guidance)
+        count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
-        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
-        guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
-        conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
-        steps = self._steps(conditioning.repeat(count), run, guidance, switches)
-        return self._finish(steps, len(run[1]) - 1, grid, output_type)
+        sources = sources_for(call, rows, self.variant, self.areas)
+        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance, sources)
+        guided, most = guidance is not None, call.max_sequence_length
+        conditioning = self._encode(rows, switches, guided=guided, max_tokens=most).repeat(count)
+        return self._finish(self._steps(conditioning, run), run, call.output_type)
 
 
 @hinting

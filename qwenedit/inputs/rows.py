@@ -34,17 +34,20 @@ class BatchRow:
 
 
 def rows_of(
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     negative_prompt: str | Sequence[str] | None,
     image: Any,
     variant: Variant,
     areas: Areas,
     height: int | None,
     width: int | None,
+    *,
+    starts: bool = False,
 ) -> list[BatchRow]:
     """One row per prompt; without an image the rows have no pictures.
 
-    All checks of prompts, pictures and sizes are here; they need no network.
+    With `starts` the run starts from the picture that the output follows, which the VAE then sees at the
+    output's size. All checks of prompts, pictures and sizes are here; they need no network.
 
     Raises:
         ValueError: bad input.
@@ -59,6 +62,8 @@ def rows_of(
     for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         plan = geometry.plan(sizes, areas=areas, height=height, width=width)
+        if starts and plan.follows is not None:
+            plan = geometry.at_output(plan)
         if not variant.layered:  # there the language model sees no picture
             require_visible(plan)
         rows.append(BatchRow(text, negative, of_row, plan))
@@ -78,7 +83,7 @@ def rows_of(
     return rows
 
 
-def _prompts(name: str, value: str | Sequence[str], *, illustrated: bool) -> list[str]:
+def _prompts(name: str, value: str | Sequence[str] | None, *, illustrated: bool) -> list[str]:
     if not isinstance(value, Sequence) or not (isinstance(value, str) or value):
         raise ValueError(f"{name} is {_describe(value)}, wanted a string or a list of at least one")
     prompts = [value] if isinstance(value, str) else list(value)
