@@ -12,7 +12,7 @@ from qwenedit.ablation.metrics import distances, source_distances
 from qwenedit.checks import real_number
 from qwenedit.inputs.pictures import open_picture
 
-__all__ = ["Functions", "add_floor", "measure"]
+__all__ = ["Functions", "add_floor", "mask_hash", "measure"]
 
 Functions = dict[str, tuple[Any, str]]  # the caller's metrics: a function and the hash of its code
 _NOTHING: dict[str, Any] = {"psnr": None, "ssim": None, "changed": None}
@@ -24,7 +24,7 @@ def measure(folder: Path, case: Case, record: Record, plain: Record, metrics: Fu
     """
     if record["status"] != "done":
         return
-    mask = None if case.mask is None else hashlib.sha256(case.mask.convert("L").tobytes()).hexdigest()[:20]
+    mask = mask_hash(case)
     baseline = plain["key"] if plain["status"] == "done" and plain is not record else None
     if "source_psnr" not in record["metrics"] or record.get("mask") != mask:
         of_parts = source_distances(open_picture(folder / record["file"]), case.source, case.mask)
@@ -36,6 +36,13 @@ def measure(folder: Path, case: Case, record: Record, plain: Record, metrics: Fu
         between = _distances(folder, record, plain) if baseline else _NOTHING
         record |= {"metrics": {**record["metrics"], **between}, "baseline": baseline}
     _measure_own(folder, case, record, plain, metrics)
+
+
+def mask_hash(case: Case) -> str | None:
+    if case.mask is None:
+        return None
+    grey = case.mask.convert("L")
+    return hashlib.sha256(f"{grey.size}".encode() + grey.tobytes()).hexdigest()[:20]
 
 
 def _distances(folder: Path, record: Record, other: Record) -> dict[str, float]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from qwenedit.ablation.cases import Case
 from qwenedit.ablation.functions import tensor_bytes
-from qwenedit.ablation.spec import Spec
+from qwenedit.ablation.spec import Cell, Spec
+from qwenedit.call import Call, sources_for
 from qwenedit.family import Variant
 from qwenedit.foreign import shown
 from qwenedit.inputs.geometry import Areas
@@ -63,25 +65,33 @@ class Model:
             warnings.simplefilter("ignore")  # the runs themselves warn
             for case in spec.cases:
                 for cell in spec.cells:
-                    texts = (case.prompt, cell.negative_prompt)
-                    try:
-                        (row,) = rows_of(
-                            *texts, case.image, self.variant, self.areas, spec.height, spec.width
-                        )
-                    except ValueError as error:
-                        raise ValueError(f"{shown(case.name)}: {error}") from error
-                    guidance_of(cell.true_cfg_scale, cell.negative_prompt)
-                    tokens, blocks = math.prod(row.geometry.grid), self.config.num_layers
-                    schedule(self.scheduler, cell.switches.time, cell.steps, tokens)
-                    require_fitting(
-                        cell.switches, pictures=[len(row.pictures)], blocks=blocks, steps=cell.steps
-                    )
+                    self._require_fitting(case, cell, spec.height, spec.width)
         files = dict.fromkeys(cell.lora_file for cell in spec.cells if cell.lora_file is not None)
         if files:
             with torch.device("meta"):
                 transformer = MMDiT(self.config)
             for file in files:
                 read_lora(file, transformer)
+
+    def _require_fitting(self, case: Case, cell: Cell, height: int | None, width: int | None) -> None:
+        texts, mask = (case.prompt, cell.negative_prompt), case.mask if cell.masked else None
+        try:
+            rows = rows_of(
+                *texts, case.image, self.variant, self.areas, height, width, starts=cell.starts
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{shown(case.name)}: {error}") from error
+        guidance_of(cell.true_cfg_scale, cell.negative_prompt)
+        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
+        sources = sources_for(call, rows, self.variant, self.areas)
+        sigmas = schedule(
+            self.scheduler, cell.switches.time, cell.steps, math.prod(rows[0].geometry.grid), None,
+            cell.strength, cell.switches.mask.strength,
+        )  # fmt: skip
+        require_fitting(
+            cell.switches, pictures=[len(rows[0].pictures)], blocks=self.config.num_layers,
+            steps=len(sigmas) - 1, sources=sources,
+        )  # fmt: skip
 
 
 def pipe_fingerprint(pipe: QwenImageEdit) -> str:

@@ -109,10 +109,13 @@ def _record(value: Any) -> Record:
         _wanted("metrics.reason", metrics.get("reason"), str)
     _own(record)
     ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
+    steps = record["steps"]
+    if record.get("strength", 1) != 1:  # then some of them are not run
+        steps = len(_wanted("curves.sigma", curves.get("sigma"), list))
     for name in ("sigma", "velocity"):
-        _numbers(f"curves.{name}", curves.get(name), record["steps"])
+        _numbers(f"curves.{name}", curves.get(name), steps)
     for name in ("mean", "min", "max"):
-        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), record["steps"], holes=True)
+        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), steps, holes=True)
     for group, blocks in _wanted("attention", record.get("attention", {}), dict).items():
         if group not in GROUPS:
             raise ValueError(f"attention has {shown(repr(group))}, wanted {', '.join(GROUPS)}")

@@ -7,10 +7,11 @@
     prompts = ["give the cat a hat"]      # for the pictures that are files
     pairing = "each"                      # one prompt per such picture, in order; "all": every combination
     masks = ["mask.png"]                  # one for each such picture, "" for none: white where the edit may
-                                          # change something; distances are measured inside and outside of it
+                                          # change something; distances are measured inside and outside of it,
+    masked = true                         # and with this, edits keep what is black (`mask_image` of `edit`)
     seeds = [0, 1]                        # of the noise
     true_cfg_scale = 4.0                  # arguments of every run: also steps, negative_prompt, height, width
-    steps = 20                            # also intervention, lora, lora_scale
+    steps = 20                            # also strength, intervention, lora, lora_scale
     attention = true                      # record attention maps of the first picture's target tokens
     deterministic = true                  # run under `qwenedit.deterministic`
 
@@ -21,6 +22,7 @@
                                           # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
     true_cfg_scale = [1, 4]                                 # or true_cfg_scale, steps, negative_prompt,
+    masked = [false, true]                                  # strength,
     intervention = ["none", "halve"]                        # a name of [interventions],
     lora = ["none", "style.safetensors"]                    # a file,
     lora_scale = [0.5, 1.0]                                 # its scale
@@ -65,15 +67,15 @@ from qwenedit.ablation.measures import MEASURES
 from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import plain_file, read_toml, shown
 from qwenedit.inputs.pictures import as_picture
-from qwenedit.switches import NAMES, Guidance, Switches
+from qwenedit.switches import NAMES, Guidance, Mask, Switches
 from qwenedit.weights.checkpoints import pieces_of
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
 NONE = "none"  # the name of no intervention, and of no LoRA
 CALL: dict[str, Any] = {  # with their defaults
-    "true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " ", "intervention": NONE, "lora": NONE,
-    "lora_scale": 1.0,
+    "true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " ", "masked": False, "strength": 1.0,
+    "intervention": NONE, "lora": NONE, "lora_scale": 1.0,
 }  # fmt: skip
 FLAGS = ("attention", "deterministic")
 KEYS = (
@@ -91,9 +93,9 @@ OTHERS = {"references.picture": "references.latents", "seen.other": "seen.pictur
 class Cell:
     """One setting. `combinations` are those of the grid that come to it, as values by name.
 
-    There is none for a run outside of the grid. In an unguided run the switches that only guidance reads have
-    their defaults, and so has `lora_scale` without a LoRA. `hashes` are of the LoRA's file and of the
-    intervention's code.
+    There is none for a run outside of the grid. What a run does not read has its default: switches of
+    guidance in an unguided run, those of masks in a run without one, `lora_scale` without a LoRA. `hashes`
+    are of the LoRA's file and of the intervention's code.
     """
 
     combinations: tuple[dict[str, Any], ...]
@@ -101,11 +103,18 @@ class Cell:
     true_cfg_scale: float
     steps: int
     negative_prompt: str
+    masked: bool
+    strength: float
     intervention: str
     lora: str
     lora_scale: float
     lora_file: Path | None
     hashes: dict[str, str]
+
+    @property
+    def starts(self) -> bool:
+        """True if its runs start from the source, and not from noise alone."""
+        return self.masked or self.strength != 1
 
     @property
     def values(self) -> dict[str, Any]:
@@ -207,9 +216,15 @@ def _spec(raw: Mapping[str, Any], base: Path, given: Mapping[str, Mapping[str, A
     files = {name: plain_file(base / name, "LoRA") for name in {*axes.get("lora", ()), call["lora"]} - {NONE}}
     named = _Named(base, codes, {name: (file, _hash(file)) for name, file in files.items()})
     cells, impossible = _cells(call, switches, axes, named)
+    cases = tuple(cases_of(raw, base))
+    for case in cases:
+        if case.mask is None and any(cell.masked for cell in cells):
+            raise ValueError(
+                f"masked is true, but {shown(case.name)} has no mask: wanted one for every picture"
+            )
     return Spec(
         model=model,
-        cases=tuple(cases_of(raw, base)),
+        cases=cases,
         seeds=tuple(seeds_of(raw.get("seeds", [0]))),
         interventions=interventions,
         metrics=metrics,
@@ -258,8 +273,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _call_value(name: str, value: Any) -> Any:
-    if name in ("true_cfg_scale", "lora_scale"):
-        return real_number(name, value)
+    if name in ("true_cfg_scale", "lora_scale", "strength"):
+        number = real_number(name, value)
+        require(name != "strength" or 0 < number <= 1, name, value, "a number above 0, at most 1")
+        return number
+    if name == "masked":
+        require(isinstance(value, bool), name, value, "true or false")
+        return value
     if name == "steps":
         return whole_number(name, value)
     require(is_text(value), name, value, "a text")
@@ -344,6 +364,12 @@ def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], n
     if called["true_cfg_scale"] <= 1:
         seen = dataclasses.replace(switches.seen, negative=True)
         switches = dataclasses.replace(switches, guidance=Guidance(), seen=seen)
+    if not called["masked"]:
+        starts = called["strength"] != 1
+        mask = (
+            dataclasses.replace(switches.mask, preserve=Mask.preserve, grey=Mask.grey) if starts else Mask()
+        )
+        switches = dataclasses.replace(switches, mask=mask)
     hashes, file = {}, None
     if (name := called["intervention"]) != NONE:
         if name not in named.interventions:

@@ -37,7 +37,7 @@ from qwenedit.ablation.figures import FIGURES, write_figures
 from qwenedit.ablation.functions import code_of
 from qwenedit.ablation.intervening import acting, state_of
 from qwenedit.ablation.measures import Record
-from qwenedit.ablation.measuring import add_floor, measure
+from qwenedit.ablation.measuring import add_floor, mask_hash, measure
 from qwenedit.ablation.metrics import curves
 from qwenedit.ablation.model import Model, pipe_fingerprint
 from qwenedit.ablation.report import write_report
@@ -250,6 +250,7 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
                         __version__, model, device.type, str(dtype), source, case.prompt,
                         case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
                         *(["deterministic"] if spec.deterministic else []),
+                        *([mask_hash(case)] if cell.masked else []),
                     ]  # fmt: skip
                     text = json.dumps(settings, sort_keys=True)
                     key = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -340,6 +341,7 @@ def _edit(
             num_inference_steps=run.cell.steps,
             generator=torch.Generator().manual_seed(run.seed),
             switches=run.cell.switches,
+            **_start(run),
         )
     )
     require_finite(latents, "sampler: the final latents")
@@ -352,6 +354,15 @@ def _edit(
         "curves": steps,
     }
     return picture, made
+
+
+def _start(run: Run) -> dict[str, Any]:
+    """The arguments of a run that starts from its source; none for one from noise alone."""
+    case, cell = run.case, run.cell
+    if not cell.starts:
+        return {}
+    mask = case.mask if cell.masked else None
+    return {"image": case.source, "mask_image": mask, "strength": cell.strength}
 
 
 def _judge(case: Case, picture: Image.Image) -> Record:

@@ -379,6 +379,43 @@ def test_distances_inside_and_outside_of_a_mask(tmp_path, monkeypatch):
     assert again["metrics"] == plain.records[0, 0, 0]["metrics"]  # without the mask's
 
 
+@pytest.fixture
+def half(tmp_path):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "half.png")
+    return tmp_path / "half.png"
+
+
+def test_masked_edits_and_strengths_are_axes(tmp_path, pipe, half):
+    grid = {"masked": [False, True], "strength": [0.5, 1.0], "mask.preserve": ["latent", "velocity"]}
+    spec = {**SMALL, "steps": 4, "masks": [str(half)], "grid": grid}
+    swept = run(spec, tmp_path / "out", pipe=pipe, device=None)
+    # Without a mask nothing is kept, in whatever way.
+    assert [len(cell.combinations) for cell in swept.spec.cells] == [2, 2, 1, 1, 1, 1]
+    mask, found = Image.open(half), {}
+    for (_, _, k), record in swept.records.items():
+        cell = swept.spec.cells[k]
+        assert record["status"] == "done", record
+        generator = torch.Generator().manual_seed(0)
+        wanted = pipe.edit(
+            Image.open(mini.EXAMPLE), PROMPT, num_inference_steps=4, generator=generator,
+            strength=cell.strength, mask_image=mask if cell.masked else None, switches=cell.switches,
+        ).images[0]  # fmt: skip
+        assert same(Image.open(swept.folder / record["file"]), wanted)
+        found[cell.masked, cell.strength, cell.switches.mask.preserve] = record["metrics"]
+    assert found[True, 1.0, "latent"]["outside_psnr"] > found[False, 1.0, "latent"]["outside_psnr"] + 3
+
+
+def test_another_mask_is_another_masked_run_and_the_same_plain_one(tmp_path, half, monkeypatch):
+    spec = {**SMALL, "masks": [str(half)], "grid": {"masked": [False, True]}}
+    run(spec, tmp_path / "out")
+    Image.open(half).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(half)
+    with edits_counted(monkeypatch) as calls:
+        run(spec, tmp_path / "out")
+    assert len(calls) == 1
+
+
 # LoRAs and a given pipeline
 
 
@@ -519,6 +556,9 @@ def test_functions_by_name_from_a_module_beside_the_spec(folder):
         ({"rest": "lora_scale = 0.5\n"}, "lora_scale is given, but lora is never another than 'none'"),
         ({"rest": 'masks = ["x.png"]\n'}, "there are 1 masks, wanted 0"),
         ({"rest": 'masks = "x.png"\n'}, "masks is 'x.png', wanted a list of"),
+        ({"rest": "masked = true\n"}, "masked is true, but mini:0 has no mask"),
+        ({"rest": "masked = 1\n"}, "masked is 1, wanted true or false"),
+        ({"rest": "strength = 0\n"}, "strength is 0, wanted a number above 0, at most 1"),
     ],
 )
 def test_what_is_refused_before_anything_runs(folder, monkeypatch, changes, message):
