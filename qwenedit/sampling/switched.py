@@ -214,7 +214,8 @@ def switched_predictor(
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
     def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
-        now = current_labels()["step"]
+        labels = current_labels()
+        now = labels.get("interval", labels["step"])  # a sampler may predict several times in one
         return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
 
     return predict
