@@ -29,8 +29,8 @@ from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import Predict, Preserve, Step, Transition, euler, require_interval, step_at
 
 __all__ = [
-    "SAMPLERS", "Generators", "Sampler", "count_predictions", "dpmpp_2m", "flow_sde", "heun", "require_sampler",
-    "sampler_of", "stochastic", "unipc",
+    "SAMPLERS", "Generators", "Sampler", "count_predictions", "dpmpp_2m", "flow_sde", "heun",
+    "require_sampler", "sampler_of", "stochastic", "unipc",
 ]  # fmt: skip
 
 Generators = Generator | Sequence[Generator] | None
@@ -219,7 +219,8 @@ def unipc(
     return _multistep(_corrected_and_extrapolated, predict, latents, sigmas, guidance, preserve)
 
 
-_Past = tuple["tuple[float, Tensor]", ...]  # sigma and x0 of up to two steps before, the newest last
+_Past = tuple[tuple[float, Tensor], ...]  # sigma and x0 of up to two steps before, the newest last
+_NO_PAST: _Past = ()
 
 
 def _multistep(
@@ -232,7 +233,7 @@ def _multistep(
 ) -> Iterator[Step]:
     """The loop of the samplers that remember x0 of the steps before, as the caller left them."""
     require_interval(guidance, len(sigmas) - 1)
-    average, past = None, ()
+    average, past = None, _NO_PAST
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         advance = partial(rule, past)
         step = step_at(predict, latents, index, sigma, sigma_next, guidance, average, preserve, advance)

@@ -28,7 +28,7 @@ from qwenedit.networks.mmdit_layers import (
 )
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict
-from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
+from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler, given_sigmas
 from qwenedit.switches import Interval, References, Switches, Time, own_generator
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
@@ -129,7 +129,9 @@ def schedule(
             "max_shift": LIGHTNING_SHIFT,
             "shift_terminal": None,
         }
-        scheduler = FlowMatchScheduler(**own)
+        scheduler = FlowMatchScheduler(**own).curved(None)
+    elif time.sigmas in CURVES:
+        scheduler = scheduler.curved(str(time.sigmas))
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
