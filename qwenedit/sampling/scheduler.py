@@ -210,7 +210,7 @@ def _exponential(last: float, first: float, steps: int) -> Tensor:
 
 def _beta(last: float, first: float, steps: int) -> Tensor:
     """Quantiles of the beta distribution with both parameters 0.6. Source: arXiv 2407.12173."""
-    return last + _beta_quantile(1 - _ramp(steps)) * (first - last)
+    return last + beta_quantile(1 - _ramp(steps)) * (first - last)
 
 
 CURVES = {"karras": _karras, "exponential": _exponential, "beta": _beta}
@@ -220,7 +220,7 @@ def _ramp(steps: int) -> Tensor:
     return torch.tensor(_line(0.0, 1.0, steps), dtype=torch.float64)
 
 
-def _beta_quantile(p: Tensor, a: float = 0.6) -> Tensor:
+def beta_quantile(p: Tensor, a: float = 0.6) -> Tensor:
     """The inverse of the regularised incomplete beta function I_x(a, a), to about 1e-15.
 
     With u = x^a, I_x is u / B times a power series in x, convex up to x = 1/2 where its inverse is found by
