@@ -83,6 +83,11 @@ class FlowMatchScheduler:
         return dataclasses.replace(self, **flags)
 
     @property
+    def sampler(self) -> str:
+        """The sampler of runs that name none."""
+        return "stochastic" if self.stochastic_sampling else "euler"
+
+    @property
     def config(self) -> dict[str, Any]:
         """The keys of scheduler_config.json, for `from_config` of the reference's schedulers."""
         return {**dataclasses.asdict(self), **self.FIXED}
