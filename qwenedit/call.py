@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from torch import Generator, Tensor
 
+from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Switches
 
 __all__ = ["MAX_TOKENS", "Call", "EditOptions", "GenerateOptions", "RunOptions", "SampleOptions"]
@@ -30,6 +31,7 @@ class Call:
     generator: Generator | Sequence[Generator] | None = None
     num_images_per_prompt: int = 1
     latents: Tensor | None = None
+    sampler: str | Sampler | None = None
     output_type: str = "pil"
     switches: Switches | None = None
     max_sequence_length: int = MAX_TOKENS
@@ -43,6 +45,7 @@ class RunOptions(TypedDict, total=False):
     sigmas: Sequence[float] | None
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    sampler: str | Sampler | None
 
 
 class SampleOptions(RunOptions, total=False):

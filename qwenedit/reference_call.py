@@ -56,7 +56,7 @@ _CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReferenceCall(Call):
-    """The arguments of a call of the reference's pipelines, with their defaults; `switches` is ours."""
+    """A call's arguments of the reference's pipelines, their defaults; `sampler` and `switches` are ours."""
 
     negative_prompt: str | Sequence[str] | None = None
     layers: int = 4
@@ -82,7 +82,7 @@ class ReferenceCall(Call):
             ValueError: values that exclude each other or cannot be used.
         """
         order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
-        ours = () if variant.layered else ("switches",)
+        ours = ("sampler",) if variant.layered else ("sampler", "switches")
         if not variant.layered:
             order = (*_FIRST, "height", "width", *_LAST)
         if variant.takes_pictures:

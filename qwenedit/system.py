@@ -25,7 +25,8 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
+from qwenedit.sampling.sampler import Predict, Preserve, Step
+from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
 from qwenedit.switches import Switches
@@ -58,6 +59,7 @@ class Run:
         sigmas: those that the sampler visits, noise first, with the final 0.
         generator: one for the batch, or a list with one for each row.
         latents: given noise (B, S, C), or None.
+        sampler: the name of the way from noise to latents, or a function (`qwenedit.sampling.samplers`).
         guidance: how the two predictions of a step become one; None for an unguided run.
         switches: changes to the system.
     """
@@ -67,8 +69,14 @@ class Run:
     sigmas: list[float]
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    sampler: str | Sampler
     guidance: TrueCFG | None
     switches: Switches
+
+    @property
+    def predictions(self) -> int:
+        """How many steps the sampler takes, with one prediction each."""
+        return count_predictions(self.sampler, self.sigmas)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -101,6 +109,7 @@ class System:
             pictures included: about half the time, and the last bits differ. False, as in the reference.
         micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
             with one generator per row, each row equals its single run bit by bit.
+        sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
     """
 
     vision_language: VisionLanguage | None
@@ -113,6 +122,7 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
+    sampler: str | Sampler | None = None
 
     @property
     def device(self) -> torch.device:
@@ -163,6 +173,9 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
+        named = (call.sampler, self.sampler, self.scheduler.sampler)
+        sampler = next(one for one in named if one is not None)
+        require_sampler(sampler)
         visited = schedule(self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas)
         config = self.mmdit.config
         require_fitting(switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1)
@@ -174,7 +187,7 @@ class System:
             raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
-            guidance=guidance, switches=switches,
+            sampler=sampler, guidance=guidance, switches=switches,
         )  # fmt: skip
 
     def begin(self, run: Run) -> Start:
@@ -219,12 +232,12 @@ class System:
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:
-        return euler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+        sampler = sampler_of(run.sampler, run.generator)
+        return sampler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
 
     def _finish(self, steps: Iterator[Step], run: Run, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
-        count = len(run.sigmas) - 1
-        bar = progress_bar(steps, progress=self.progress, total=count, desc="sampling")
+        bar = progress_bar(steps, progress=self.progress, total=run.predictions, desc="sampling")
         (last,) = deque(bar, maxlen=1)
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":

@@ -12,12 +12,14 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwenedit
 from qwenedit.sampling.samplers import SAMPLERS, sampler_of
 from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler
 from qwenedit.sampling.switched import schedule
 from qwenedit.switches import Time
 from tests.parity.test_scheduler import CONFIGS, KINDS, LIGHTNING, OFFICIAL, reference_sigmas
 from tests.support import FP32, assert_as_close_as, assert_close
+from tests.tiny import checkpoint, picture, reference_pipeline, tiny_areas
 
 FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 MULTI_STEP = {
@@ -176,3 +178,46 @@ def test_curves_of_custom_sigmas_equal_the_reference_bit_by_bit(curve, custom):
     custom, config = sorted(custom, reverse=True), {**OFFICIAL, f"use_{curve}_sigmas": True}
     ours = FlowMatchScheduler(**config).sigmas(len(custom), 777, custom)
     assert torch.equal(torch.tensor(ours), reference_sigmas(config, len(custom), 777, custom).sigmas)
+
+
+# Whole runs, with the scheduler of a script
+
+
+class WithExactTimesteps(diffusers.UniPCMultistepScheduler):
+    """The pipelines pass its timesteps on to the transformer, and it truncates them to whole numbers."""
+
+    def set_timesteps(self, *args, **options):
+        super().set_timesteps(*args, **options)
+        self.timesteps = self.sigmas[:-1] * 1000
+
+
+@pytest.mark.parametrize("kind", ["edit", "plus", "generate"])
+@pytest.mark.parametrize(
+    "scheduler, options",
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True}),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"use_exponential_sigmas": True}),
+        (WithExactTimesteps, FLOW),
+    ],
+)
+def test_whole_runs_with_a_scheduler_equal_the_reference(monkeypatch, kind, scheduler, options):
+    """The reference's stochastic steps draw from torch's global generator, and so does a run without one."""
+    tiny_areas(monkeypatch)
+    folder = checkpoint(kind)
+    ours, reference = qwenedit.load(folder, device="cpu", progress=False), reference_pipeline(folder)
+    theirs = scheduler.from_config(reference.scheduler.config, **options)
+    reference.scheduler = theirs
+    if scheduler is WithExactTimesteps:
+        theirs = diffusers.UniPCMultistepScheduler.from_config(ours.scheduler.config, **options)
+    ours.scheduler = theirs
+    images = {} if kind == "generate" else {"image": picture(64, 48)}
+    call = {
+        "prompt": "把圆形变成红色", "negative_prompt": " ", "true_cfg_scale": 3.0, "height": 48, "width": 64,
+        "num_inference_steps": 4, "output_type": "latent", **images,
+    }  # fmt: skip
+    torch.manual_seed(11)
+    wanted = reference(**call).images
+    torch.manual_seed(11)
+    got = ours(**call).images
+    assert_close(got, wanted, 1e-4)
