@@ -186,8 +186,8 @@ def test_curves_of_custom_sigmas_equal_the_reference_bit_by_bit(curve, custom):
 class WithExactTimesteps(diffusers.UniPCMultistepScheduler):
     """The pipelines pass its timesteps on to the transformer, and it truncates them to whole numbers."""
 
-    def set_timesteps(self, *args, **options):
-        super().set_timesteps(*args, **options)
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
         self.timesteps = self.sigmas[:-1] * 1000
 
 
