@@ -127,6 +127,25 @@ def test_switches_of_steps_count_intervals(edit, image):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["latent", "velocity", "x0"])
+def test_every_sampler_keeps_what_a_mask_leaves_out(edit, image, way):
+    """Whatever is drawn: the same latents at the end, those of the picture."""
+    mask = Image.new("L", image.size, 0)
+    mask.paste(255, (0, 0, 32, 64))
+    switches = Switches.from_flat({"mask.preserve": way, "mask.posterior": "mode"})
+    options = {**QUICK, "mask_image": mask, "strength": 1.0, "switches": switches, "true_cfg_scale": 1.0}
+
+    def made(name, seed):
+        latents = edit.edit(image, PROMPT, generator=seeded(seed), sampler=name, **options).images
+        return latents.unflatten(1, (4, 4))
+
+    kept = made("euler", 1)[:, :, 2:]
+    for name in SAMPLERS:
+        latents = made(name, 2)
+        torch.testing.assert_close(latents[:, :, 2:], kept, rtol=0, atol=1e-6)
+        assert (latents[:, :, :2] - made(name, 3)[:, :, :2]).abs().max() > 0.1
+
+
 def test_a_function_is_a_sampler(edit, image):
     generator = seeded()
     sampler = partial(flow_sde, eta=0.3, window=(0, 1), generator=generator)
