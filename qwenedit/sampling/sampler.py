@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from qwenedit.taps import require_finite, scope
+from qwenedit.taps import current_labels, require_finite, scope
 
 if TYPE_CHECKING:  # not at run time: this file also works without the rest of the package
     from qwenedit.sampling.guidance import TrueCFG
 
 __all__ = [
-    "Predict", "Preserve", "Step", "Transition", "euler", "euler_step", "predict_at", "require_interval",
-    "step_at",
+    "Predict", "Preserve", "Step", "Transition", "current_interval", "euler", "euler_step", "predict_at",
+    "require_interval", "step_at",
 ]  # fmt: skip
 
 # latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
@@ -272,6 +272,12 @@ def step_at(
         index, sigma, sigma_next, latents, cond, uncond, guidance, average,
         advance=advance, preserve=preserve, transition=transition,
     )  # fmt: skip
+
+
+def current_interval() -> int:
+    """The interval of the schedule that is being predicted in: the label `interval`, by default `step`."""
+    labels = current_labels()
+    return int(labels.get("interval", labels["step"]))
 
 
 def require_interval(guidance: TrueCFG | None, steps: int) -> None:

@@ -28,10 +28,10 @@ from qwenedit.networks.mmdit_layers import (
     sinusoids,
 )
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import Predict
+from qwenedit.sampling.sampler import Predict, current_interval
 from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler, given_sigmas
 from qwenedit.switches import Interval, Mask, References, Switches, Time, own_generator
-from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
+from qwenedit.taps import Site, TapFunction, named_modules, taps
 
 __all__ = [
     "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
@@ -254,9 +254,8 @@ def switched_predictor(
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
     def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
-        labels = current_labels()
-        now = labels.get("interval", labels["step"])  # a sampler may predict several times in one
-        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
+        now = steps[0] <= current_interval() < steps[1]
+        return (inside if now else outside)(latents, sigma, **only)
 
     return predict
 
