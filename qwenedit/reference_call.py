@@ -63,7 +63,7 @@ _CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReferenceCall(Call):
-    """The arguments of a call of the reference's pipelines, with their defaults; `switches` is ours."""
+    """A call's arguments of the reference's pipelines, their defaults; `sampler` and `switches` are ours."""
 
     negative_prompt: str | Sequence[str] | None = None
     layers: int = 4
@@ -89,7 +89,7 @@ class ReferenceCall(Call):
             ValueError: values that exclude each other or cannot be used.
         """
         order = _order(variant, positional)
-        ours = () if variant.layered else (*_MASKS, *_CONTROL, "switches")
+        ours = ("sampler",) if variant.layered else (*_MASKS, *_CONTROL, "sampler", "switches")
         if len(positional) > len(order):
             raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
         if twice := [name for name in order[: len(positional)] if name in options]:

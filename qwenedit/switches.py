@@ -233,8 +233,9 @@ class Time:
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
             "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
-            every size, no terminal stretch); or the sigmas themselves, noise first, one per step, without
-            the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
+            every size, no terminal stretch); "karras", "exponential" or "beta", that curve between the first
+            and the last sigma of the checkpoint's; or the sigmas themselves, noise first, one per step,
+            without the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
         values in Qwen-Image-Lightning's `generate_with_diffusers.py`.
@@ -242,7 +243,7 @@ class Time:
 
     zero_cond_t: bool | None = None
     rounding: Literal["reference", "exact"] = "reference"
-    sigmas: Literal["official", "lightning"] | tuple[float, ...] = "official"
+    sigmas: Literal["official", "lightning", "karras", "exponential", "beta"] | tuple[float, ...] = "official"
 
     def __post_init__(self) -> None:
         _check_types(self, "time")
