@@ -19,6 +19,7 @@ from qwenedit.ablation.spec import Spec
 from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines
 from qwenedit.foreign import shown
+from qwenedit.sampling.samplers import count_predictions
 
 __all__ = ["PICTURES", "Sweep", "picture_of", "read_results"]
 
@@ -109,13 +110,14 @@ def _record(value: Any) -> Record:
         _wanted("metrics.reason", metrics.get("reason"), str)
     _own(record)
     ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
-    steps = record["steps"]
-    if record.get("strength", 1) != 1:  # then some of them are not run
-        steps = len(_wanted("curves.sigma", curves.get("sigma"), list))
+    sampler = _wanted("sampler", record.get("sampler", "euler"), str)  # older records have none
+    count = count_predictions(sampler, [*[1.0] * record["steps"], 0.0])
+    if record.get("strength", 1) != 1:  # then some of the steps are not run
+        count = len(_wanted("curves.sigma", curves.get("sigma"), list))
     for name in ("sigma", "velocity"):
-        _numbers(f"curves.{name}", curves.get(name), steps)
+        _numbers(f"curves.{name}", curves.get(name), count)
     for name in ("mean", "min", "max"):
-        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), steps, holes=True)
+        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), count, holes=True)
     for group, blocks in _wanted("attention", record.get("attention", {}), dict).items():
         if group not in GROUPS:
             raise ValueError(f"attention has {shown(repr(group))}, wanted {', '.join(GROUPS)}")

@@ -10,8 +10,9 @@
                                           # change something; distances are measured inside and outside of it,
     masked = true                         # and with this, edits keep what is black (`mask_image` of `edit`)
     seeds = [0, 1]                        # of the noise
-    true_cfg_scale = 4.0                  # arguments of every run: also steps, negative_prompt, height, width
-    steps = 20                            # also strength, intervention, lora, lora_scale
+    true_cfg_scale = 4.0                  # arguments of every run: also negative_prompt, height, width,
+    steps = 20                            # strength, intervention, lora, lora_scale
+    sampler = "euler"                     # or another of `qwenedit.sampling.samplers`
     attention = true                      # record attention maps of the first picture's target tokens
     deterministic = true                  # run under `qwenedit.deterministic`
 
@@ -21,11 +22,10 @@
     [grid]                                # all combinations are run, except those that contradict themselves
                                           # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
-    true_cfg_scale = [1, 4]                                 # or true_cfg_scale, steps, negative_prompt,
-    masked = [false, true]                                  # strength,
+    true_cfg_scale = [1, 4]                                 # or an argument, like steps,
+    masked = [false, true]
     intervention = ["none", "halve"]                        # a name of [interventions],
-    lora = ["none", "style.safetensors"]                    # a file,
-    lora_scale = [0.5, 1.0]                                 # its scale
+    lora = ["none", "style.safetensors"]                    # a file
 
     [interventions]                       # "module:function", the module installed or beside the spec; a
     halve = "methods:halve"               # function of the pipeline that returns a context manager, inside of
@@ -67,6 +67,7 @@ from qwenedit.ablation.measures import MEASURES
 from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import plain_file, read_toml, shown
 from qwenedit.inputs.pictures import as_picture
+from qwenedit.sampling.samplers import require_sampler
 from qwenedit.switches import NAMES, Guidance, Mask, Switches
 from qwenedit.weights.checkpoints import pieces_of
 
@@ -74,8 +75,8 @@ __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
 NONE = "none"  # the name of no intervention, and of no LoRA
 CALL: dict[str, Any] = {  # with their defaults
-    "true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " ", "masked": False, "strength": 1.0,
-    "intervention": NONE, "lora": NONE, "lora_scale": 1.0,
+    "true_cfg_scale": 4.0, "steps": 20, "sampler": "euler", "negative_prompt": " ", "masked": False,
+    "strength": 1.0, "intervention": NONE, "lora": NONE, "lora_scale": 1.0,
 }  # fmt: skip
 FLAGS = ("attention", "deterministic")
 KEYS = (
@@ -102,6 +103,7 @@ class Cell:
     switches: Switches
     true_cfg_scale: float
     steps: int
+    sampler: str
     negative_prompt: str
     masked: bool
     strength: float
@@ -283,6 +285,8 @@ def _call_value(name: str, value: Any) -> Any:
     if name == "steps":
         return whole_number(name, value)
     require(is_text(value), name, value, "a text")
+    if name == "sampler":
+        require_sampler(value)
     return value
 
 
