@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor, nn
 
 from qwenedit.call import Call
@@ -49,16 +51,52 @@ __all__ = ["Result", "Run", "Start", "System", "as_array"]
 Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
 
+_SHOWN, _GAP = 512, 8  # pixels a side of pictures in notebooks, at most, and between them
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Result(Generic[Images]):
     """A run's output, in the form of its `output_type`.
 
     "pil" is a list of PIL pictures, "pt" (B, 3, H, W) pixels in [0, 1], "np" an array (B, H, W, 3) of them,
-    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these.
+    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these. Notebooks show pictures.
     """
 
     images: Images
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(dict.fromkeys(f"{one.width}x{one.height}" for one in _pictures_in(self.images)))
+        if isinstance(self.images, list):
+            return f"Result of {len(_pictures_in(self.images))} picture(s), {sizes}"
+        shape, dtype = tuple(self.images.shape), self.images.dtype  # type: ignore[attr-defined]
+        return f"Result of shape {shape}, {dtype}"
+
+    def _repr_png_(self) -> bytes | None:
+        """All pictures beside each other, for notebooks; nothing for latents."""
+        pictures = _pictures_in(self.images)
+        if not pictures:
+            return None
+        for one in pictures:
+            one.thumbnail((_SHOWN, _SHOWN))
+        width = sum(one.width + _GAP for one in pictures) - _GAP
+        page = Image.new("RGBA", (width, max(one.height for one in pictures)))
+        for k, one in enumerate(pictures):
+            page.paste(one, (sum(before.width + _GAP for before in pictures[:k]), 0))
+        file = io.BytesIO()
+        page.save(file, "PNG")
+        return file.getvalue()
+
+
+def _pictures_in(images: Any) -> list[Image.Image]:
+    """Copies of the pictures of a result of any form, RGBA; none of latents."""
+    if isinstance(images, Image.Image):
+        return [images.convert("RGBA")]
+    if isinstance(images, list):
+        return [picture for one in images for picture in _pictures_in(one)]
+    pixels = images if isinstance(images, Tensor) else torch.as_tensor(images).movedim(-1, -3)
+    if pixels.ndim < 4 or pixels.shape[-3] not in (3, 4):
+        return []
+    return [picture.convert("RGBA") for picture in to_pil(pixels.flatten(0, -4))]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,6 +184,17 @@ class System:
     micro_batch: int | None = None
     controlnets: list[ControlNet] = field(default_factory=list)
     sampler: str | Sampler | None = None
+
+    def __repr__(self) -> str:
+        """The kind of system, and a line for each network: its weights, and how many blocks it has."""
+        lines = [f"{type(self).__name__}: {self.variant.name}, {self.dtype}, on {self.device}"]
+        named = {"text encoder": self.vision_language, "transformer": self.mmdit, "VAE": self.vae}
+        for name, network in (*named.items(), *(("ControlNet", one) for one in self.controlnets)):
+            count = 0 if network is None else sum(x.numel() for x in network.parameters())
+            blocks = getattr(getattr(network, "language", network), "blocks", ())
+            text = f"{count / 1e6:,.1f} million weights" + (f" in {len(blocks)} blocks" if blocks else "")
+            lines.append(f"  {name}: {'none' if network is None else text}")
+        return "\n".join(lines)
 
     @property
     def device(self) -> torch.device:
