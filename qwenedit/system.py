@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor, nn
 
 from qwenedit.call import Call
@@ -21,7 +19,7 @@ from qwenedit.family import Variant
 from qwenedit.inputs.controls import ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
-from qwenedit.inputs.pictures import denormalise_pixels, to_pil
+from qwenedit.inputs.pictures import denormalise_pixels, output_text, pictures_in, side_by_side, to_pil
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
@@ -51,8 +49,6 @@ __all__ = ["Result", "Run", "Start", "System", "as_array"]
 Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
 
-_SHOWN, _GAP = 512, 8  # pixels a side of pictures in notebooks, at most, and between them
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result(Generic[Images]):
@@ -65,38 +61,11 @@ class Result(Generic[Images]):
     images: Images
 
     def __repr__(self) -> str:
-        sizes = ", ".join(dict.fromkeys(f"{one.width}x{one.height}" for one in _pictures_in(self.images)))
-        if isinstance(self.images, list):
-            return f"Result of {len(_pictures_in(self.images))} picture(s), {sizes}"
-        shape, dtype = tuple(self.images.shape), self.images.dtype  # type: ignore[attr-defined]
-        return f"Result of shape {shape}, {dtype}"
+        return f"Result of {output_text(self.images)}"
 
     def _repr_png_(self) -> bytes | None:
         """All pictures beside each other, for notebooks; nothing for latents."""
-        pictures = _pictures_in(self.images)
-        if not pictures:
-            return None
-        for one in pictures:
-            one.thumbnail((_SHOWN, _SHOWN))
-        width = sum(one.width + _GAP for one in pictures) - _GAP
-        page = Image.new("RGBA", (width, max(one.height for one in pictures)))
-        for k, one in enumerate(pictures):
-            page.paste(one, (sum(before.width + _GAP for before in pictures[:k]), 0))
-        file = io.BytesIO()
-        page.save(file, "PNG")
-        return file.getvalue()
-
-
-def _pictures_in(images: Any) -> list[Image.Image]:
-    """Copies of the pictures of a result of any form, RGBA; none of latents."""
-    if isinstance(images, Image.Image):
-        return [images.convert("RGBA")]
-    if isinstance(images, list):
-        return [picture for one in images for picture in _pictures_in(one)]
-    pixels = images if isinstance(images, Tensor) else torch.as_tensor(images).movedim(-1, -3)
-    if pixels.ndim < 4 or pixels.shape[-3] not in (3, 4):
-        return []
-    return [picture.convert("RGBA") for picture in to_pil(pixels.flatten(0, -4))]
+        return side_by_side(pictures_in(self.images))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
