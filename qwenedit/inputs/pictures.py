@@ -15,8 +15,8 @@ from torch import Tensor
 from qwenedit.foreign import plain_file, shown
 
 __all__ = [
-    "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "output_text", "pictures_in",
-    "resize_rgb", "rgba_pixels", "side_by_side", "to_pil", "vae_pixels",
+    "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "output_text",
+    "pictures_in", "resize_rgb", "rgba_pixels", "side_by_side", "to_pil", "vae_pixels",
 ]  # fmt: skip
 
 # The formats of Pillow that hold pixels. Left out are those that Pillow hands to another program (EPS, WMF),
