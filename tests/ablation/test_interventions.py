@@ -342,7 +342,7 @@ def test_a_metric_that_fails_is_noted_and_its_edit_stays_done(tmp_path, monkeypa
     (record,) = swept.records.values()
     assert record["status"] == "done" and record["own_errors"] == {"fragile": error}
     assert record["own"]["fragile"] is None and record["own"]["worst"] > 0
-    assert "metric fragile" in (tmp_path / "report.html").read_text()
+    assert "the metric fragile for 1 of 1 runs, the first with" in (tmp_path / "report.html").read_text()
     monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("weights were read"))
     state[0] = torch.tensor(0.5)
     (record,) = run(SMALL, tmp_path, metrics=metrics).records.values()
