@@ -19,7 +19,7 @@ from torch import Tensor
 import qwenedit
 from benchmarks.mini import Case, cases, verdicts_of
 from benchmarks.report import table
-from qwenedit.ablation.metrics import outside, pixels
+from qwenedit.ablation.metrics import changed_area, pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.pairs import CELLS
@@ -80,12 +80,12 @@ def reconstructed(pipe: QwenImageEdit, todo: list[Case]) -> Tensor:
 
 def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[float, float]:
     """Mean PSNR, and share of changed pixels, outside of the masks."""
-    of_each = [
-        outside(one, other, pixels(mask)[0]) for one, other, mask in zip(made, wanted, masks, strict=True)
-    ]
-    return (
-        statistics.mean(one["psnr_outside"] for one in of_each),
-        statistics.mean(one["changed_outside"] for one in of_each),
+    parts = []
+    for one, other, mask in zip(made, wanted, masks, strict=True):
+        black = pixels(mask)[0] == 0
+        parts.append((one[:, black, None], other[:, black, None]))  # as pictures of one column
+    return statistics.mean(psnr(*part) for part in parts), statistics.mean(
+        changed_area(*part) for part in parts
     )
 
 
@@ -105,8 +105,8 @@ def main() -> None:
         success = statistics.mean(verdict.success for verdict in verdicts_of(todo, pictures))
         row = [name, "" if pictures is vae else f"{success:.2f}"]
         for wanted in (given, vae):
-            psnr, changed = kept(pictures, wanted, masks)
-            row += ["", ""] if wanted is pictures else [f"{100 * changed:.2f} %", f"{psnr:.1f}"]
+            ratio, changed = kept(pictures, wanted, masks)
+            row += ["", ""] if wanted is pictures else [f"{100 * changed:.2f} %", f"{ratio:.1f}"]
         rows.append(row)
     print(table(["", "success", "changed", "PSNR, dB", "changed, from the VAE's", "PSNR, dB"], rows))
     if options.out is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.sampling.sampler import Step
 
-__all__ = ["CHANGED", "changed_area", "curves", "distances", "outside", "pixels", "psnr", "ssim"]
+__all__ = ["CHANGED", "changed_area", "curves", "distances", "pixels", "psnr", "ssim"]
 
 CHANGED = 0.1  # difference of a channel, in [0, 1], above which a pixel counts as changed
 LEAST_ERROR = 1e-10  # of the mean squared error in PSNR: identical pictures have 100 dB, as in the oracle
@@ -93,21 +93,6 @@ def distances(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
     """PSNR, SSIM and changed area of a picture against another."""
     x, y = pixels(picture), pixels(reference)
     return {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}
-
-
-def outside(picture: Tensor, reference: Tensor, mask: Tensor) -> dict[str, float]:
-    """PSNR and changed area where a mask (H, W) is 0: what an edit should have kept.
-
-    Raises:
-        ValueError: pictures of different shapes, or a mask that is 0 nowhere.
-    """
-    _require_alike(picture, reference)
-    kept = mask == 0
-    if mask.shape != picture.shape[1:] or not bool(kept.any()):
-        got = f"{tuple(mask.shape)}, {int(kept.sum())} of it 0"
-        raise ValueError(f"the mask is {got}, wanted {tuple(picture.shape[1:])} with a 0")
-    x, y = picture[:, kept, None], reference[:, kept, None]  # a column of pixels
-    return {"psnr_outside": psnr(x, y), "changed_outside": changed_area(x, y)}
 
 
 def curves(steps: Iterable[Step]) -> tuple[Tensor, dict[str, Any]]:
