@@ -357,8 +357,10 @@ def test_bad_input_of_other_calls(edit, scene):
         edit.generate(PROMPT, image=[scene, scene])
     with pytest.raises(ValueError, match="masked_image_latents is Tensor, wanted None"):
         edit(scene, PROMPT, mask_image=WHITE, masked_image_latents=torch.zeros(1))
-    with pytest.raises(TypeError, match="did you mean"):
+    with pytest.raises(TypeError, match="did you mean mask_image"):
         edit(scene, PROMPT, mask=WHITE)
+    with pytest.raises(TypeError, match="did you mean strength"):
+        edit.edit(scene, PROMPT, mask_image=WHITE, denoise=0.5)
     with pytest.warns(UserWarning, match="height and width have no effect with a mask"):
         made = edit(scene, PROMPT, " ", mask_image=WHITE, height=32, width=32, num_inference_steps=2).images
     assert made[0].size == (64, 64)
