@@ -54,6 +54,11 @@ class Call:
     output_type: str = "pil"
     switches: Switches | None = None
     max_sequence_length: int = MAX_TOKENS
+    control_image: Any = None
+    control_mask: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
     @property
     def starts(self) -> bool:
@@ -80,6 +85,11 @@ class SwitchedOptions(RunOptions, total=False):
     strength: float
     padding_mask_crop: int | None
     switches: Switches | None
+    control_image: Any
+    control_mask: Any
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
 
 
 class SampleOptions(SwitchedOptions, total=False):

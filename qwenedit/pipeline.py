@@ -140,6 +140,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Change pictures as the prompt says.
 
@@ -176,6 +181,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
+            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output. A list is
+                for several controls: one picture for each net, or several for one, whose residuals are
+                summed. A list in the list gives each prompt its own.
+            control_mask: for inpainting nets: white hides the picture from the net. Likewise a list, with
+                None for nets that take no mask.
+            controlnet_conditioning_scale: factor on what a net adds to the target's tokens, or a list.
+            control_guidance_start, control_guidance_end: shares of the run between which a net acts, or
+                lists.
 
         Raises:
             ValueError: bad input, before any network runs.
@@ -197,6 +210,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
                 sampler=sampler, output_type=output_type, switches=switches,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -246,6 +262,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         output_type: str = "pil",
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Make pictures from text, also from a picture to start from, with the weights of any variant.
 
@@ -270,6 +291,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
                 sampler=sampler, output_type=output_type, switches=switches,
                 max_sequence_length=max_sequence_length,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -313,6 +337,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         latents: Tensor | None = None,
         sampler: str | Sampler | None = None,
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Iterator[Step]:
         """The sampler's loop under a conditioning, one `Step` at a time; the result is the last's `after`.
 
@@ -325,6 +354,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
             source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
             generator=generator, latents=latents, sampler=sampler, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         return self._steps(conditioning, self._run_under(conditioning, call))
 
@@ -369,6 +401,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
@@ -376,6 +413,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
             source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
             generator=generator, latents=latents, sampler=sampler, output_type=output_type, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         run = self._run_under(conditioning, call)
         return self._finish(self._steps(conditioning, run), run, output_type)
