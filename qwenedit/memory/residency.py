@@ -194,13 +194,14 @@ def require_staying(module: nn.Module, weights: Sequence[Tensor], what: str) -> 
     """Require that changes of these weights last.
 
     Raises:
-        ValueError: the weights are read from the files again and again.
+        ValueError: the weights are read from the files again and again. The message begins with `what` is
+            done to them.
     """
     managed = _managed(module)
     if managed is not None and (not managed.stays or any(weight.is_meta for weight in weights)):
         raise ValueError(
-            f"{what} changes weights, but those of the {managed.component} come from the files again and "
-            "again: load with residency='resident', modulation='live' and storage=None"
+            f"{what}, but those of the {managed.component} come from the files again and again: load with "
+            "residency='resident', modulation='live' and storage=None"
         )
 
 
@@ -214,8 +215,10 @@ class _Origin:
 
     @classmethod
     def of(cls, module: nn.Module, component: str, found: Mapping[str, Stored]) -> _Origin:
-        weights = {  # a LoRA, which may be loaded meanwhile, puts the layer into its `base`
-            name.replace(".base.", "."): (id(x), x._version, x.dtype) for name, x in module.named_parameters()
+        weights = {  # a LoRA, which may be there meanwhile, puts the layer into its `base`
+            name.replace(".base.", "."): (id(x), x._version, x.dtype)
+            for name, x in module.named_parameters()
+            if ".held." not in name
         }
         return cls(component, found, weights)
 
