@@ -52,7 +52,7 @@ class Weighting:
     name: str = "none"
 
     def __post_init__(self) -> None:
-        if self.name not in WEIGHTINGS:
+        if self.name not in list(WEIGHTINGS):
             got = shown(repr(self.name))
             raise ValueError(f"the weighting is {got}, wanted one of {', '.join(WEIGHTINGS)}")
 
@@ -156,7 +156,7 @@ def convention(name: str) -> Convention:
     Raises:
         ValueError: there is no such convention.
     """
-    if name not in CONVENTIONS:
+    if name not in list(CONVENTIONS):
         got = shown(repr(name))
         raise ValueError(f"the convention is {got}, wanted one of {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
