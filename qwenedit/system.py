@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -113,6 +114,7 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:

@@ -326,7 +326,6 @@ def test_c8_what_from_pretrained_cannot_take_says_what_to_write(options, message
 @pytest.mark.parametrize(
     "name, remedy",
     [
-        ("save_pretrained", "copy the checkpoint's folder"),
         ("components", "pipe.mmdit"),
         ("enable_xformers_memory_efficient_attention", "leave the line out"),
         ("enable_group_offload", r"load\(residency='stream'\)"),
