@@ -251,8 +251,8 @@ def test_what_layouts_hold_of_dora_bias_and_lokr(pipe, tmp_path):
     kinds = {
         "dora": {**lora, f"{key}.lora_magnitude_vector": magnitude},
         "bias": {**lora, f"{key}.lora_B.bias": bias},
-        "lokr": {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones_like(layer.weight[::2, ::2])},
-    }  # fmt: skip
+        "lokr": {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": layer.weight[::2, ::2].clone()},
+    }
     for name, tensors in kinds.items():
         pipe.load_lora_weights(tensors, adapter_name=name)
     for layout in LAYOUTS:
