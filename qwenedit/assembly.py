@@ -70,6 +70,7 @@ def assemble(
         processor=tokens_and_patches,
         variant=variant,
         areas=areas,
+        folder=folder,
     )
     system.progress = progress
     return system

@@ -47,6 +47,7 @@ from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
 from qwenedit.system import Result, Run
 from qwenedit.weights.checkpoints import find_local
@@ -87,6 +88,21 @@ class QwenImageEdit(Loras, ReferenceScripts):
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
+
+    @hinting
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the checkpoint to a new folder in the official layout, whole or not at all.
+
+        The reference loads it, and so does `load`, bit by bit in the networks' dtypes. Files of weights have
+        at most 5 GB; one at a time is in memory. Weights that are not in memory are read from the
+        checkpoint's files. Tokenizer, processor and configs are copied from there.
+
+        Raises:
+            ValueError: LoRAs that are not fused; a pipeline without its text encoder, or that `load` did not
+                make; a folder that is not empty or cannot be made; files of the checkpoint that are gone.
+        Source: `DiffusionPipeline.save_pretrained` of diffusers 0.39.0, which writes into any folder.
+        """
+        save(self, folder)
 
     @overload
     def edit(

@@ -59,7 +59,6 @@ _SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
 _TILING = "decoding needs little memory: leave the line out"
 _LEFT_OUT = "there is nothing to undo: leave the line out"
 _REMEDIES = {
-    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
     "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
     "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
     "enable_group_offload": "load(residency='stream')",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -146,6 +147,7 @@ class System:
     micro_batch: int | None = None
     controlnets: list[ControlNet] = field(default_factory=list)
     sampler: str | Sampler | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
