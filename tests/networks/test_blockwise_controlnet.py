@@ -1,0 +1,135 @@
+"""DiffSynth's blockwise ControlNet: held to their module, and what must hold of it whatever its weights."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenedit.networks.blockwise_controlnet import (
+    KEY_TABLE,
+    BlockwiseControlNet,
+    BlockwiseControlNetConfig,
+)
+from qwenedit.taps import tap_names, taps
+from tests import oracles
+from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_, shapes_checked
+
+theirs = oracles.diffsynth("models.qwen_image_controlnet")
+
+
+def pair(layers=3, width=24, channels=12, extra=0, seed=0, dtype=torch.float32):
+    reference = theirs.QwenImageBlockWiseControlNet(layers, channels, extra, width)
+    randomise_(reference, seed).to(dtype).requires_grad_(False)
+    config = BlockwiseControlNetConfig(
+        num_layers=layers, width=width, in_channels=channels, extra_condition_channels=extra
+    )
+    with torch.device("meta"):
+        ours = BlockwiseControlNet(config)
+    copy_weights(ours, reference, KEY_TABLE)
+    return ours.requires_grad_(False), reference
+
+
+def inputs(net, batch=2, tokens=15, seed=0, dtype=torch.float32):
+    """Latents of a control picture, and the target's tokens after each block."""
+    generator = torch.Generator().manual_seed(seed)
+    cond = torch.randn(batch, tokens, net.control_in.in_features, generator=generator, dtype=dtype)
+    shape = (len(net.blocks), batch, tokens, net.config.width)
+    return cond, torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def run(net, cond, after):
+    residual = net.residuals(net(cond))
+    return torch.stack([residual(number, img) for number, img in enumerate(after)])
+
+
+def run_theirs(net, cond, after):
+    control = net.process_controlnet_conditioning(cond)
+    return torch.stack([net.blockwise_forward(img, control, number) for number, img in enumerate(after)])
+
+
+SIZES = dict(
+    layers=st.integers(1, 5), width=st.integers(1, 40), channels=st.integers(1, 20),
+    extra=st.sampled_from([0, 4]), seed=st.integers(0, 1000),
+)  # fmt: skip
+
+
+@given(**SIZES, batch=st.integers(1, 3), tokens=st.integers(1, 30))
+def test_it_is_their_module_fp32(batch, tokens, **sizes):
+    ours, reference = pair(**sizes)
+    case = inputs(ours, batch, tokens, sizes["seed"])
+    assert_close(run(ours, *case), run_theirs(reference, *case), FP32)
+
+
+@given(**SIZES)
+def test_it_is_their_module_fp64(**sizes):
+    """Both take the norms' mean square in float32, and round nowhere else."""
+    ours, reference = pair(**sizes, dtype=torch.float64)
+    case = inputs(ours, dtype=torch.float64)
+    assert_close(run(ours, *case), run_theirs(reference, *case), FP64_CAST)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_theirs_to_the_bit(dtype):
+    ours, reference = pair(width=64, dtype=dtype)
+    case = inputs(ours, dtype=dtype)
+    assert torch.equal(run(ours, *case), run_theirs(reference, *case))
+
+
+def test_each_pass_through_the_blocks_starts_at_the_first():
+    ours, _ = pair()
+    cond, after = inputs(ours)
+    control = ours(cond)
+    first = ours.residuals(control)
+    first(0, after[0])  # a pass that is broken off
+    assert torch.equal(run(ours, cond, after), run(ours, cond, after))
+    one, other = ours.residuals(control), ours.residuals(control)  # of two branches of guidance
+    assert all(torch.equal(one(n, img), other(n, img)) for n, img in enumerate(after))
+
+
+def test_rows_do_not_depend_on_their_batch():
+    ours, _ = pair()
+    cond, after = inputs(ours, batch=3)
+    whole = run(ours, cond, after)
+    for row in range(3):
+        one = slice(row, row + 1)
+        assert_close(whole[:, one], run(ours, cond[one], after[:, one]), FP32)
+
+
+@given(batch=st.integers(1, 3), tokens=st.integers(1, 9), extra=st.sampled_from([0, 4]))
+def test_shape_comments_hold(batch, tokens, extra):
+    ours, _ = pair(extra=extra)
+    with shapes_checked(), taps(ours, {"*": lambda x, site: None}):
+        run(ours, *inputs(ours, batch, tokens))
+
+
+def test_every_tensor_has_a_name_and_identity_taps_change_no_bit():
+    ours, _ = pair(layers=2)
+    names = ["control_in"] + [
+        f"blocks.{n}.{one}" for n in (0, 1) for one in ("mlp_in", "mlp_hidden", "img_add")
+    ]
+    assert tap_names(ours) == names
+    case = inputs(ours)
+    plain = run(ours, *case)
+    with taps(ours, {name: lambda x, site: x for name in names}):
+        assert torch.equal(run(ours, *case), plain)
+    with taps(ours, {"blocks.1.mlp_hidden": lambda x, site: torch.zeros_like(x)}):
+        changed = run(ours, *case)
+    assert torch.equal(changed[0], plain[0])
+    assert torch.equal(changed[1], ours.blocks[1].down.bias.expand_as(changed[1]))
+
+
+def test_every_module_fires():
+    ours, _ = pair()
+    fired = set()
+    for name, module in ours.named_modules():
+        module.register_forward_hook(lambda *_, name=name: fired.add(name))
+    run(ours, *inputs(ours))
+    assert {name for name, _ in ours.named_modules()} - fired == {"blocks"}
+
+
+@pytest.mark.parametrize("field", ["num_layers", "width", "in_channels", "extra_condition_channels"])
+@pytest.mark.parametrize("value", [-1, 10**9, 2.5, None])
+def test_bad_sizes_are_named(field, value):
+    sizes = {"num_layers": 2, "width": 8, "in_channels": 4, "extra_condition_channels": 0, field: value}
+    with pytest.raises(ValueError, match=f"{field} is {value!r}"):
+        BlockwiseControlNetConfig(**sizes)
