@@ -1,8 +1,8 @@
 """DiffSynth's blockwise ControlNet: a small network beside each block of the transformer.
 
-Source: DiffSynth-Studio 2.1.12, models/qwen_image_controlnet.py (`QwenImageBlockWiseControlNet`). Names are ours
-(`KEY_TABLE`), the arithmetic is theirs. The checkpoints Qwen-Image-Blockwise-ControlNet-Canny, -Depth and
--Inpaint have 60 blocks and no config: the tensors say what they are.
+Source: DiffSynth-Studio 2.1.12, models/qwen_image_controlnet.py (`QwenImageBlockWiseControlNet`). Names are
+ours (`KEY_TABLE`), the arithmetic is theirs. The checkpoints Qwen-Image-Blockwise-ControlNet-Canny, -Depth
+and -Inpaint have 60 blocks and no config: the tensors say what they are.
 
     img      B S D   the target's tokens, as they leave a block of the transformer
     control  B S D   the tokens of the control picture, which has the target's size
