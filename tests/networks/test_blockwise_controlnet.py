@@ -32,14 +32,14 @@ def pair(layers=3, width=24, channels=12, extra=0, seed=0, dtype=torch.float32):
 def inputs(net, batch=2, tokens=15, seed=0, dtype=torch.float32):
     """Latents of a control picture, and the target's tokens after each block."""
     generator = torch.Generator().manual_seed(seed)
-    cond = torch.randn(batch, tokens, net.control_in.in_features, generator=generator, dtype=dtype)
+    cond = torch.randn(batch, tokens, net.cond_in.in_features, generator=generator, dtype=dtype)
     shape = (len(net.blocks), batch, tokens, net.config.width)
     return cond, torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def run(net, cond, after):
-    residual = net.residuals(net(cond))
-    return torch.stack([residual(number, img) for number, img in enumerate(after)])
+    control = net.control(net(cond))
+    return torch.stack([control(number, img) for number, img in enumerate(after)])
 
 
 def run_theirs(net, cond, after):
@@ -78,11 +78,11 @@ def test_in_half_precision_it_is_theirs_to_the_bit(dtype):
 def test_each_pass_through_the_blocks_starts_at_the_first():
     ours, _ = pair()
     cond, after = inputs(ours)
-    control = ours(cond)
-    first = ours.residuals(control)
+    embedded = ours(cond)
+    first = ours.control(embedded)
     first(0, after[0])  # a pass that is broken off
     assert torch.equal(run(ours, cond, after), run(ours, cond, after))
-    one, other = ours.residuals(control), ours.residuals(control)  # of two branches of guidance
+    one, other = ours.control(embedded), ours.control(embedded)  # of two branches of guidance
     assert all(torch.equal(one(n, img), other(n, img)) for n, img in enumerate(after))
 
 
@@ -104,8 +104,8 @@ def test_shape_comments_hold(batch, tokens, extra):
 
 def test_every_tensor_has_a_name_and_identity_taps_change_no_bit():
     ours, _ = pair(layers=2)
-    names = ["control_in"] + [
-        f"blocks.{n}.{one}" for n in (0, 1) for one in ("mlp_in", "mlp_hidden", "img_add")
+    names = ["cond_in"] + [
+        f"blocks.{n}.{one}" for n in (0, 1) for one in ("mlp_in", "mlp_hidden", "residual")
     ]
     assert tap_names(ours) == names
     case = inputs(ours)
