@@ -49,7 +49,7 @@ class BlockwiseControlNetConfig:
 class BlockwiseControlNet(Tapped):
     """Embed a control picture, and add to the target's tokens after every block of the transformer.
 
-    Shapes: `cond` (B, S, condition_channels) packed latents of the control picture, for inpainting joined with
+    Shapes: `cond` (B, S, condition_channels) packed latents of the control picture, for inpainting with
         those of the mask; one token for each of the target's. Returns it embedded (B, S, D), for `control`.
     Units: latents are normalised; the mask is 1 where the picture is kept.
     Source: `process_controlnet_conditioning` and `blockwise_forward`. Their pipeline takes the mode of the

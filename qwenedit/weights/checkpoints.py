@@ -43,7 +43,8 @@ _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
     "Img2Img": "a Qwen-Image image-to-image pipeline",
-    "QwenImage21": "Qwen-Image 2.1, another architecture (Qwen3-VL, single stream)",
+    "QwenImage21": "Qwen-Image 2.1, another network: 32 single-stream blocks, 4096 wide, with SwiGLU and one "
+    "modulation for all, block-causal attention, a VAE of 64 channels at a 16th of the size, and Qwen3-VL",
     "QwenImage2": "a later generation of Qwen-Image, another architecture",
 }
 
@@ -57,8 +58,9 @@ def resolve(
 ) -> Path:
     """The folder of a checkpoint: a folder, a hub id ("Qwen/Qwen-Image-Edit"), or None, the embedded model.
 
-    A hub id is downloaded to the hub's cache. Only the files that a run reads are downloaded; of the
-    components in `without`, only the config. If the hub does not answer, a complete cached snapshot is used.
+    A hub id is downloaded to the hub's cache: its configs, and its weights if they are of this family. Only
+    the files that a run reads are downloaded; of the components in `without`, only the config. If the hub
+    does not answer, a complete cached snapshot is used.
 
     Raises:
         ValueError: no such folder, no checkpoint, or the reason why the hub does not give it, in one line.
@@ -66,7 +68,8 @@ def resolve(
     if (path := _path(source)) is not None:
         return _local(path)
     try:
-        return _local(download(str(source), revision, _needed(without), progress=progress))
+        files, own = _needed(without), lambda folder: read_variant(_local(folder))
+        return _local(download(str(source), revision, files, progress=progress, check=own))
     except HubError as error:
         at = f"{source}" if revision is None else f"{source} at revision {revision}"
         folder = cached_snapshot(str(source), revision)
@@ -287,7 +290,7 @@ def find_preset(
     """
     if is_local(source, revision):
         return preset_of(find_local(source, revision))
-    return PRESETS.get(str(source).removeprefix("Qwen/"))
+    return PRESETS.get(str(source).removeprefix("Qwen/").removeprefix("FireRedTeam/"))
 
 
 def fingerprint(folder: Path) -> str:
