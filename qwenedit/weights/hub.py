@@ -130,7 +130,7 @@ def _at(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
-    """Ask the hub which files match the patterns.
+    """Ask the hub which files match the patterns, whose * stands for a name, not for folders.
 
     Raises:
         HubError: the reason why it does not say.
@@ -146,13 +146,17 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
     try:
         folder = root / "snapshots" / _single(info.sha, "the commit")
         named = [(one, str(one.rfilename)) for one in info.siblings or []]
-        wanted = [one for one, name in named if any(fnmatch(name, pattern) for pattern in patterns)]
+        wanted = [one for one, name in named if any(_matches(name, pattern) for pattern in patterns)]
         files = [_hub_file(one, root, folder) for one in wanted]
     except ValueError as error:
         raise HubError(
             f"{_at(repo, revision)}: the hub's list of its files cannot be used: {error}"
         ) from error
     return Listing(repo, revision, files, folder)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
 
 
 def _hub_file(listed: Any, root: Path, folder: Path) -> HubFile:
