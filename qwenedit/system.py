@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
@@ -101,6 +101,7 @@ class System:
             pictures included: about half the time, and the last bits differ. False, as in the reference.
         micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
             with one generator per row, each row equals its single run bit by bit.
+        controlnets: the ControlNets, in the order in which they were loaded.
     """
 
     vision_language: VisionLanguage | None
@@ -113,6 +114,7 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
+    controlnets: list[nn.Module] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +125,8 @@ class System:
         return next(self.mmdit.parameters()).dtype
 
     def to(self: Own, *args: Any, **kwargs: Any) -> Own:
-        """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        networks = (self.vision_language, self.vae, self.mmdit)
+        """Move the networks, with the arguments of `torch.nn.Module.to`."""
+        networks = (self.vision_language, self.vae, self.mmdit, *self.controlnets)
         move([network for network in networks if network is not None], *args, **kwargs)
         warn_of_float16(self.dtype)
         return self
@@ -210,7 +212,7 @@ class System:
         """The steps of the run under a conditioning."""
         start = self.begin(run)
         predict = self._predictor(conditioning, run)
-        return while_present(self.mmdit, self._sampled(predict, run, start))
+        return while_present([self.mmdit, *self.controlnets], self._sampled(predict, run, start))
 
     def _predictor(self, conditioning: Conditioning, run: Run) -> Predict:
         return switched_predictor(

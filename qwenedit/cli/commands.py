@@ -38,6 +38,7 @@ from qwenedit.verify import describe
 from qwenedit.verify import verify as verify_checkpoint
 from qwenedit.weights.checkpoints import find_preset, read_areas, read_variant, resolve
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import sources_of
 from qwenedit.weights.lora_files import read_lora
 
 __all__ = ["ablate", "decompose", "edit", "generate", "info", "parity", "plan", "verify"]
@@ -107,13 +108,15 @@ def _save(images: Iterable[Any], outputs: list[Path]) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    say(describe(options.model, revision=options.revision, files=_files(options)))
+    nets = sources_of(options.controlnet)
+    say(describe(options.model, revision=options.revision, files=_files(options), controlnets=nets))
     if preset := find_preset(options.model, revision=options.revision):
         say(f"  {preset}")
 
 
 def verify(options: argparse.Namespace) -> None:
-    report = verify_checkpoint(options.model, revision=options.revision, files=_files(options))
+    nets, files = sources_of(options.controlnet), _files(options)
+    report = verify_checkpoint(options.model, revision=options.revision, files=files, controlnets=nets)
     say(report)
     if not report.ok:
         raise ValueError(
@@ -125,7 +128,8 @@ def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
     names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
-    say(plan(options.model, **_chosen(options, *names, "revision"), files=_files(options)))
+    nets, files = sources_of(options.controlnet), _files(options)
+    say(plan(options.model, **_chosen(options, *names, "revision"), files=files, controlnets=nets))
 
 
 def parity(options: argparse.Namespace) -> int:

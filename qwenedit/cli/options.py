@@ -230,6 +230,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
 def _checkpoint_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     _file_options(command)
+    _controlnet_option(command)
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -246,6 +247,16 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _controlnet_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="ID_FOLDER_OR_FILE",
+        help="a ControlNet for the transformer, InstantX's or DiffSynth's blockwise kind; repeatable",
+    )
 
 
 def _device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> None:

@@ -97,7 +97,7 @@ def invert(
         sigmas=run.sigmas,
     )  # fmt: skip
     start = pipe.begin(run).latents
-    return while_present(pipe.mmdit, inverse_euler(predict, start, run.sigmas, guidance, iterations))
+    return while_present([pipe.mmdit], inverse_euler(predict, start, run.sigmas, guidance, iterations))
 
 
 def inverse_euler(

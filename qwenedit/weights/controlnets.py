@@ -27,8 +27,8 @@ from qwenedit.weights.keys import BLOCKWISE_CONTROLNET, CONTROLNET
 from qwenedit.weights.report import Compared, compare_weights
 
 __all__ = [
-    "compare_controlnet", "controlnet_download", "find_controlnet", "remote_controlnet", "resolve_controlnet",
-    "sources_of",
+    "Source", "compare_controlnet", "controlnet_download", "find_controlnet", "remote_controlnet",
+    "resolve_controlnet", "sources_of",
 ]  # fmt: skip
 
 CLASS = "QwenImageControlNetModel"
@@ -138,7 +138,7 @@ def compare_controlnet(path: Path, transformer: MMDiTConfig) -> Compared:
     weights = read_weights(path, "controlnet")
     shapes = {stored.name: stored.shape for stored in weights.tensors.values()}
     network = CONTROLNET
-    if config is None and "controlnet_blocks.0.x_rms.weight" in shapes:
+    if config is None and any(".x_rms." in name for name in shapes):
         network, config = BLOCKWISE_CONTROLNET, _blockwise_config(shapes, transformer, path)
     config = config or _config_of(shapes, transformer, path)
     _require_fit(config, transformer, path)
@@ -178,9 +178,10 @@ def _config_of(
             patch_size=transformer.patch_size, in_channels=channels,
             out_channels=channels // transformer.patch_size**2, num_layers=_blocks(shapes),
             attention_head_dim=head_dim, num_attention_heads=width // head_dim, joint_attention_dim=joint,
-            axes_dims_rope=transformer.axes_dims_rope, extra_condition_channels=condition - channels,
+            axes_dims_rope=transformer.axes_dims_rope,
+            extra_condition_channels=_extra_channels(condition, channels, path),
         )  # fmt: skip
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError) as error:  # a head without channels
         raise ValueError(f"{path} has tensors of no ControlNet for this transformer: {error}") from error
 
 
@@ -188,7 +189,7 @@ def _blockwise_config(
     shapes: Mapping[str, tuple[int, ...]], transformer: MMDiTConfig, path: Path
 ) -> BlockwiseControlNetConfig:
     width, condition = _shape(shapes, "img_in.weight", 2, path)
-    extra = condition - transformer.in_channels
+    extra = _extra_channels(condition, transformer.in_channels, path)
     try:
         return BlockwiseControlNetConfig(
             num_layers=_blocks(shapes), width=width, in_channels=transformer.in_channels,
@@ -232,8 +233,14 @@ def _require_fit(config: Config, transformer: MMDiTConfig, path: Path) -> None:
         got, wanted = getattr(config, name), getattr(transformer, name)
         if got != wanted:
             raise ValueError(f"{path}: its {name} is {got}, wanted the transformer's, {wanted}")
-    if config.extra_condition_channels not in (0, PATCH**2):
+    _extra_channels(config.condition_channels, config.in_channels, path)
+
+
+def _extra_channels(condition: int, own: int, path: Path) -> int:
+    """The number of a control picture's channels that are a mask's: 0, or 4 in an inpainting net."""
+    if (extra := condition - own) not in (0, PATCH**2):
         raise ValueError(
-            f"{path}: a control picture's token has {config.condition_channels} channels, wanted "
-            f"{config.in_channels}, or with a mask {config.in_channels + PATCH**2}"
+            f"{path}: a control picture's token has {condition} channels, wanted {own}, or with a mask "
+            f"{own + PATCH**2}"
         )
+    return extra
