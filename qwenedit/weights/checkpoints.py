@@ -40,7 +40,7 @@ _CLASSES = {
 _SAMPLE = 128  # latent pixels along a side of a picture from text alone
 _PIECES, _PIECE = 1024, 16384  # pieces of a large file that are hashed: number and bytes
 _REFUSED = {
-    "ControlNet": "a Qwen-Image ControlNet, which goes with a checkpoint as its controlnet",
+    "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
     "Img2Img": "a Qwen-Image image-to-image pipeline",
     "QwenImage21": "Qwen-Image 2.1, another network: 32 single-stream blocks, 4096 wide, with SwiGLU and one "
