@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from qwenedit.checks import warn_of_float16
 from qwenedit.family import Variant
 from qwenedit.foreign import shown
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
@@ -103,10 +103,10 @@ def compare_controlnets(
     return compared
 
 
-def add_controlnets(system: System, compared: Sequence[Compared]) -> list[nn.Module]:
+def add_controlnets(system: System, compared: Sequence[Compared]) -> list[AnyControlNet]:
     """Read ControlNets in the transformer's dtype, on its device and in its memory modes; add them."""
     modes = current_modes(system.mmdit)
-    loaded = read_networks(
+    loaded: list[Any] = read_networks(
         compared, device=system.device, dtype=system.dtype, progress=system.progress, manage=modes.manage
     )
     for one, network in zip(compared, loaded, strict=True):

@@ -33,6 +33,11 @@ class Call:
     output_type: str = "pil"
     switches: Switches | None = None
     max_sequence_length: int = MAX_TOKENS
+    control_image: Any = None
+    control_mask: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
 
 class RunOptions(TypedDict, total=False):
@@ -49,6 +54,11 @@ class SampleOptions(RunOptions, total=False):
     """What `sample` takes besides its conditioning, for type checkers."""
 
     switches: Switches | None
+    control_image: Any
+    control_mask: Any
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
 
 
 class EditOptions(SampleOptions, total=False):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from qwenedit.assembly import add_controlnets, assemble, compare_controlnets, modes_of, other_files
 from qwenedit.call import MAX_TOKENS, Call, EditOptions, GenerateOptions, SampleOptions
@@ -28,6 +28,7 @@ from qwenedit.checks import (
     without_reference_options,
 )
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
@@ -79,7 +80,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
             pipe.scheduler = scheduler
         return pipe
 
-    def load_controlnet(self, source: Source) -> nn.Module:
+    def load_controlnet(self, source: Source) -> AnyControlNet:
         """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
 
         It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
@@ -145,6 +146,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         latents: Tensor | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Change pictures as the prompt says.
 
@@ -168,6 +174,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
+            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output. A list is
+                for several controls: one picture for each net, or several for one, whose residuals are
+                summed. A list in the list gives each prompt its own.
+            control_mask: for inpainting nets: white hides the picture from the net. Likewise a list, with
+                None for nets that take no mask.
+            controlnet_conditioning_scale: factor on what a net adds to the target's tokens, or a list.
+            control_guidance_start, control_guidance_end: shares of the run between which a net acts, or
+                lists.
 
         Raises:
             ValueError: bad input, before any network runs.
@@ -186,6 +200,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
                 output_type=output_type, switches=switches,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -230,6 +247,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         output_type: str = "pil",
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
 
@@ -245,6 +267,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
                 output_type=output_type, switches=switches, max_sequence_length=max_sequence_length,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -283,6 +308,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Iterator[Step]:
         """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
 
@@ -291,6 +321,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
         call = Call(
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
             generator=generator, latents=latents, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         return self._steps(conditioning, self._run_under(conditioning, call))
 
@@ -330,12 +363,20 @@ class QwenImageEdit(Loras, ReferenceScripts):
         latents: Tensor | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         call = Call(
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
             generator=generator, latents=latents, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         run = self._run_under(conditioning, call)
         return self._finish(self._steps(conditioning, run), run, output_type)

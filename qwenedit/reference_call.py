@@ -24,6 +24,10 @@ __all__ = ["LOAD_OPTIONS", "ReferenceCall", "given_prompt"]
 _EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
 _TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
 _FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
+_CONTROL = (  # by name alone; the pipelines that take them have other places for them
+    "control_image", "control_mask", "controlnet_conditioning_scale", "control_guidance_start",
+    "control_guidance_end",
+)  # fmt: skip
 _LAST = (
     "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
     "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
@@ -82,7 +86,7 @@ class ReferenceCall(Call):
             ValueError: values that exclude each other or cannot be used.
         """
         order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
-        ours = () if variant.layered else ("switches",)
+        ours = () if variant.layered else ("switches", *_CONTROL)
         if not variant.layered:
             order = (*_FIRST, "height", "width", *_LAST)
         if variant.takes_pictures:

@@ -176,13 +176,13 @@ class ReferenceScripts(Layers):
             yield from self._steps(conditioning, run)
             return
         start = self.begin(run)
-        predict = self._predictor(conditioning, run)
+        predict = self._predictor(conditioning, run, start)
 
         def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:
             return predict(*args, **only)
 
         embeds = conditioning.to(self.device, self.dtype).prompt.embeds
-        with present(self.mmdit):
+        with present(*self._sampling_networks(start)):
             for step in self._sampled(current, run, start):
                 tensors = {"latents": step.after, "prompt_embeds": embeds}
                 got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs or ()}
@@ -204,7 +204,7 @@ class ReferenceScripts(Layers):
                     embeds = changed
                     prompt = Prompt(embeds, conditioning.prompt.mask)
                     conditioning = dataclasses.replace(conditioning, prompt=prompt)
-                    predict = self._predictor(conditioning, run)
+                    predict = self._predictor(conditioning, run, start)
                 yield step
                 if self._interrupt:
                     return

@@ -29,8 +29,8 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator",
-    "switches_of",
+    "NORMS", "Controls", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath",
+    "own_generator", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
@@ -249,6 +249,24 @@ class Time:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Controls:
+    """How ControlNets run.
+
+    Attributes:
+        branches: "cond", as in the reference: once a step with the prompt, and the same residuals are added
+            in both branches of the guidance; "each": once for each branch, with that branch's prompt.
+            (DiffSynth's blockwise nets follow the branch that they are in, whatever this says.)
+
+    Source: `QwenImageControlNetPipeline.__call__`.
+    """
+
+    branches: Literal["cond", "each"] = "cond"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "control")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Switches:
     """All changes to a run; the default changes nothing.
 
@@ -258,6 +276,7 @@ class Switches:
         vae: how the VAE's posterior becomes reference latents.
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
         time: the transformer's timesteps, and the sigmas.
+        control: how ControlNets run.
 
     Raises:
         ValueError: a value without meaning; the message has the switch's dotted name.
@@ -274,6 +293,7 @@ class Switches:
     vae: VAEPath = field(default_factory=VAEPath)
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
+    control: Controls = field(default_factory=Controls)
 
     def __post_init__(self) -> None:
         for name, kind in GROUPS.items():

@@ -15,6 +15,7 @@ from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.family import Variant
+from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
 from qwenedit.inputs.processor import Processor
@@ -24,10 +25,17 @@ from qwenedit.memory.residency import home, move, present, while_present
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
+from qwenedit.sampling.switched import (
+    require_controls,
+    require_fitting,
+    require_pictures,
+    schedule,
+    switched_predictor,
+)
 from qwenedit.switches import Switches
 from qwenedit.taps import require_finite
 
@@ -60,6 +68,7 @@ class Run:
         latents: given noise (B, S, C), or None.
         guidance: how the two predictions of a step become one; None for an unguided run.
         switches: changes to the system.
+        controls: control pictures, each with the ControlNet that reads it.
     """
 
     grid: Grid
@@ -69,6 +78,7 @@ class Run:
     latents: Tensor | None
     guidance: TrueCFG | None
     switches: Switches
+    controls: tuple[ControlInput, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,10 +88,12 @@ class Start:
     Attributes:
         latents: (B, S, C) at the run's first sigma.
         preserve: what keeps a part of a picture in every step, or None.
+        controls: the control pictures' latents, each with its ControlNet.
     """
 
     latents: Tensor
     preserve: Preserve | None = None
+    controls: tuple[RunControl, ...] = ()
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -101,7 +113,8 @@ class System:
             pictures included: about half the time, and the last bits differ. False, as in the reference.
         micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
             with one generator per row, each row equals its single run bit by bit.
-        controlnets: the ControlNets, in the order in which they were loaded.
+        controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
+            all of them.
     """
 
     vision_language: VisionLanguage | None
@@ -114,7 +127,7 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
-    controlnets: list[nn.Module] = field(default_factory=list)
+    controlnets: list[AnyControlNet] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -174,20 +187,28 @@ class System:
         if latents is not None and (not is_tensor or tuple(latents.shape) != wanted):
             got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
             raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+        controls = controls_of(
+            self.controlnets, call.control_image, call.control_mask, call.controlnet_conditioning_scale,
+            call.control_guidance_start, call.control_guidance_end, config=config, batch=batch,
+            prompts=batch // int(call.num_images_per_prompt), steps=len(visited) - 1,
+            size=(columns * self.areas.token, rows * self.areas.token),
+        )  # fmt: skip
+        require_controls(switches, bool(controls))
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
-            guidance=guidance, switches=switches,
+            guidance=guidance, switches=switches, controls=controls,
         )  # fmt: skip
 
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
+        controls = drawn(run.controls, self.vae, run.generator, self.device, self.dtype)
         if run.latents is not None:
-            return Start(latents=run.latents.to(self.device, self.dtype))
+            return Start(latents=run.latents.to(self.device, self.dtype), controls=controls)
         noise = initial_noise(
             run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
             device=self.device, dtype=self.dtype,
         )  # fmt: skip
-        return Start(latents=noise)
+        return Start(latents=noise, controls=controls)
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
@@ -211,13 +232,17 @@ class System:
     def _steps(self, conditioning: Conditioning, run: Run) -> Iterator[Step]:
         """The steps of the run under a conditioning."""
         start = self.begin(run)
-        predict = self._predictor(conditioning, run)
-        return while_present([self.mmdit, *self.controlnets], self._sampled(predict, run, start))
+        predict = self._predictor(conditioning, run, start)
+        return while_present(self._sampling_networks(start), self._sampled(predict, run, start))
 
-    def _predictor(self, conditioning: Conditioning, run: Run) -> Predict:
+    def _sampling_networks(self, start: Start) -> list[nn.Module]:
+        return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
+
+    def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
         return switched_predictor(
             self.mmdit, conditioning.to(self.device, self.dtype), run.switches,
             guided=run.guidance is not None, micro_batch=self.micro_batch, sigmas=run.sigmas[:-1],
+            controls=start.controls,
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:

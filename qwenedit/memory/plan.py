@@ -150,7 +150,7 @@ def _gib(size: int) -> str:
 
 
 def plan(
-    source: str | os.PathLike[str] | None = None,
+    source: Source | None = None,
     *,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,

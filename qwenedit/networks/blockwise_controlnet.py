@@ -10,12 +10,12 @@ and -Inpaint have 60 blocks and no config: the tensors say what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwenedit.networks.mmdit import Control
 from qwenedit.networks.mmdit_layers import RMSNorm
 from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
 from qwenedit.taps import Tapped
@@ -67,7 +67,7 @@ class BlockwiseControlNet(Tapped):
     def forward(self, cond: Tensor) -> Tensor:
         return self.tap("cond_in", self.cond_in(cond), "B S D")
 
-    def control(self, embedded: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def control(self, embedded: Tensor) -> Control:
         """What is added after each block, as a function of its number and the target's tokens (B, S, D).
 
         The function is for one pass through the transformer. It follows the transformer's blocks in a loop of

@@ -7,6 +7,7 @@ switches. The default switches change nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -26,15 +27,16 @@ from qwenedit.networks.mmdit_layers import (
     rope_table,
     sinusoids,
 )
+from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict
 from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
-from qwenedit.switches import Interval, References, Switches, Time, own_generator
+from qwenedit.switches import Controls, Interval, References, Switches, Time, own_generator
 from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
 
 __all__ = [
-    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
-    "switched_predictor",
+    "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
+    "schedule", "switched_predictor",
 ]  # fmt: skip
 
 STEPS = 50  # the reference pipelines' default
@@ -51,6 +53,16 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
     for name in ("references", "seen", "vae"):
         if not pictures and getattr(switches, name) != getattr(plain, name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+
+
+def require_controls(switches: Switches, controls: bool) -> None:
+    """Check that the switches for controls have a control to act on.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if not controls and switches.control != Controls():
+        raise ValueError("switches.control changes how ControlNets run, but this run has no control_image")
 
 
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
@@ -175,6 +187,7 @@ def switched_predictor(
     guided: bool,
     micro_batch: int | None = None,
     sigmas: Sequence[float] = (),
+    controls: Sequence[RunControl] = (),
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -183,17 +196,20 @@ def switched_predictor(
     """
     references, time = switches.references, switches.time
     conditioning = changed(conditioning, references)
-    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
+    plain = functools.partial(
+        predictor, mmdit, guided=guided, micro_batch=micro_batch, sigmas=sigmas, controls=controls,
+        each=switches.control.branches == "each",
+    )  # fmt: skip
+    predict = plain(conditioning)
     if references.steps is not None:
-        bare = _without_references(conditioning)
-        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
-        predict = _in_steps(references.steps, predict, without)
+        predict = _in_steps(references.steps, predict, plain(_without_references(conditioning)))
 
     functions: dict[str, TapFunction] = {}
     if references.frame == "target":
         functions["rope.img"] = _in_the_targets_frame
     if time.rounding == "exact":
         functions["time_embed.sinusoids"] = _of_exact_sigma
+    nets = {control.net for control in controls}
     if not functions and time.zero_cond_t is None and references.blocks is None:
         return predict
 
@@ -204,6 +220,10 @@ def switched_predictor(
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
                 stack.enter_context(_visible_in(mmdit, references.blocks))
+            if time.rounding == "exact":
+                for net in nets:
+                    own = {"time_embed.sinusoids": _of_exact_sigma}
+                    stack.enter_context(taps(net, own, first=True, strict=False))  # it may be off in a step
             return predict(latents, sigma, **only)
 
     return under_switches
