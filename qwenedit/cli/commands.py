@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from qwenedit.assembly import modes_of, other_files
+from qwenedit.assembly import compare_controlnets, modes_of, other_files
+from qwenedit.call import Call
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
 from qwenedit.family import PRESETS, preset_of
 from qwenedit.foreign import shown
+from qwenedit.inputs.controls import controls_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
@@ -32,7 +34,7 @@ from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.scheduler import load_scheduler
-from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.sampling.switched import require_controls, require_fitting, schedule
 from qwenedit.switches import Switches
 from qwenedit.verify import describe
 from qwenedit.verify import verify as verify_checkpoint
@@ -63,7 +65,7 @@ def _prepare(
     options: argparse.Namespace, pictures: list[Image.Image] | None
 ) -> tuple[QwenImageEdit, dict[str, Any]]:
     """The pipeline and the arguments of its call, after all checks: weights may be many gigabytes."""
-    switches = _switches(options)
+    switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
     require_flat(variant)
@@ -76,11 +78,49 @@ def _prepare(
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
     schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
     require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=steps)
-    pipe = _load(options, folder)
+    require_controls(switches, bool(controls))
+    _check_controls(options, folder, controls, steps, row.geometry.size)
+    pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
     return pipe, {
-        **vars(run), **size, "num_images_per_prompt": count, "generator": generator, "switches": switches,
+        **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
+        "switches": switches,
     }  # fmt: skip
+
+
+def _controls(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call under control; none without --control-image, which then nothing may need."""
+    given = {
+        "control_mask": None if options.control_mask is None else open_picture(options.control_mask),
+        "controlnet_conditioning_scale": options.control_scale,
+        "control_guidance_start": options.control_start,
+        "control_guidance_end": options.control_end,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    pictures = [open_picture(path) for path in options.control_image]
+    if (given or options.controlnet) and not pictures:
+        raise ValueError("a --control-image is missing: the ControlNet and its options act on one")
+    if pictures and not options.controlnet:
+        raise ValueError("--control-image is given without --controlnet, wanted both")
+    return {"control_image": pictures, **given} if pictures else {}
+
+
+def _check_controls(
+    options: argparse.Namespace, folder: Path, controls: dict[str, Any], steps: int, size: tuple[int, int]
+) -> None:
+    """Compare the ControlNets with the transformer, and their pictures with them."""
+    config, quiet = network_config(folder, "transformer"), options.quiet
+    sources = sources_of(options.controlnet)
+    compared = compare_controlnets(sources, config, read_variant(folder), progress=not quiet)
+    nets: list[Any] = [one.module for one in compared]
+    call, count = Call(**controls), options.num_images
+    _silent(
+        lambda: controls_of(
+            nets, call.control_image, call.control_mask,
+            call.controlnet_conditioning_scale, call.control_guidance_start, call.control_guidance_end,
+            config=config, batch=count, prompts=1, steps=steps, size=size,
+        )
+    )  # fmt: skip
 
 
 def decompose(options: argparse.Namespace) -> None:
@@ -182,7 +222,7 @@ def _folder(options: argparse.Namespace) -> Path:
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
 
 
-def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
+def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImageEdit:
     """The pipeline with its LoRAs, whose files are checked first."""
     loras = _loras(options, folder)
     pipe = load(
@@ -191,6 +231,7 @@ def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
         text_encoder=options.text_encoder or True,
         **_chosen(options, "device", "dtype", "mmdit", "vae"),
         **_modes(options),
+        **others,
     )
     names = [f"lora-{number}" for number, _ in enumerate(loras, start=1)]
     for name, (path, _) in zip(names, loras, strict=True):
