@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from qwenedit.assembly import compare_controlnets, modes_of, other_files
-from qwenedit.call import Call
+from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
@@ -51,20 +50,28 @@ T = TypeVar("T")
 def edit(options: argparse.Namespace) -> None:
     outputs = output_files(options.output, options.num_images)
     pictures = [open_picture(path) for path in options.pictures]
-    pipe, settings = _prepare(options, pictures)
-    _save(pipe.edit(pictures, options.prompt, **settings).images, outputs)
+    masks = _masks(options)
+    pipe, settings = _prepare(options, Call(image=pictures, **masks))
+    _save(pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
     outputs = output_files(options.output, options.num_images)
-    pipe, settings = _prepare(options, None)
-    _save(pipe.generate(options.prompt, **settings).images, outputs)
+    image = None if options.image is None else open_picture(options.image)
+    masks = _masks(options)
+    pipe, settings = _prepare(options, Call(source=image, **masks))
+    _save(pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
 
 
-def _prepare(
-    options: argparse.Namespace, pictures: list[Image.Image] | None
-) -> tuple[QwenImageEdit, dict[str, Any]]:
-    """The pipeline and the arguments of its call, after all checks: weights may be many gigabytes."""
+def _masks(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call about its mask, where they are given."""
+    mask = None if options.mask is None else open_picture(options.mask)
+    all_of = {"mask_image": mask, "strength": options.strength, "padding_mask_crop": options.mask_crop}
+    return {name: value for name, value in all_of.items() if value is not None}
+
+
+def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
+    """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
     switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
@@ -73,23 +80,29 @@ def _prepare(
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
     size = {"height": options.height, "width": options.width}
     areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
-    (row,) = _silent(lambda: rows_of(*prompts, pictures, variant, areas, **size))
+    (row,) = rows = _silent(lambda: rows_of(*prompts, call.image, variant, areas, **size, starts=call.starts))
+    call = dataclasses.replace(call, switches=switches)
+    sources = _silent(lambda: sources_for(call, rows, variant, areas))
     _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
-    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=steps)
+    strength = 1.0 if sources is None else sources.strength
+    scheduler, tokens = load_scheduler(folder), math.prod(row.geometry.grid)
+    sigmas = schedule(scheduler, switches.time, steps, tokens, None, strength, switches.mask.strength)
+    pictures = [len(row.pictures)]
+    require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
     require_controls(switches, bool(controls))
-    _check_controls(options, folder, controls, steps, row.geometry.size)
+    _check_controls(options, folder, controls, len(sigmas) - 1, row.geometry.size)
     pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
     return pipe, {
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
-        "switches": switches,
+        "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
 
 
 def _controls(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a call under control; none without --control-image, which then nothing may need."""
+    """The arguments of a call under control, where they are given, for ControlNets that are there."""
+    sources_of(options.controlnet)
     given = {
         "control_mask": None if options.control_mask is None else open_picture(options.control_mask),
         "controlnet_conditioning_scale": options.control_scale,
@@ -109,9 +122,8 @@ def _check_controls(
     options: argparse.Namespace, folder: Path, controls: dict[str, Any], steps: int, size: tuple[int, int]
 ) -> None:
     """Compare the ControlNets with the transformer, and their pictures with them."""
-    config, quiet = network_config(folder, "transformer"), options.quiet
-    sources = sources_of(options.controlnet)
-    compared = compare_controlnets(sources, config, read_variant(folder), progress=not quiet)
+    config, sources = network_config(folder, "transformer"), sources_of(options.controlnet)
+    compared = compare_controlnets(sources, config, read_variant(folder), progress=not options.quiet)
     nets: list[Any] = [one.module for one in compared]
     call, count = Call(**controls), options.num_images
     _silent(
@@ -138,7 +150,8 @@ def decompose(options: argparse.Namespace) -> None:
     areas = read_areas(folder, variant)
     (row,) = layer_rows(picture, *prompts, variant, areas, layering.layers, layering.resolution)
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
-    settings = {**vars(run), **vars(layering), "generator": _generator(options)}
+    generator, sampler = _generator(options), options.sampler
+    settings = {**vars(run), **vars(layering), "generator": generator, "sampler": sampler}
     _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
 
 

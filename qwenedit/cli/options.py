@@ -20,6 +20,7 @@ from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.family import LIGHTNING
 from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
+from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.sampling.scheduler import MAX_STEPS
 from qwenedit.version import __version__
 
@@ -94,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(edit)
     _picture_options(edit)
 
-    generate = command(commands.generate, "make a picture from a prompt alone")
+    generate = command(commands.generate, "make a picture from a prompt, alone or from another picture")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
+    generate.add_argument("--image", type=Path, metavar="PICTURE", help="a picture to start from")
     _run_options(generate)
     _picture_options(generate)
 
@@ -170,7 +172,8 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--steps", type=_steps, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--steps", type=_steps, metavar="N", help="of the sampler (default: the preset's, 50 for Edit)")
+    add("--sampler", choices=SAMPLERS, help="from noise to the picture (default: the checkpoint's, euler)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
@@ -211,6 +214,11 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     for option, letter in (("--height", "H"), ("--width", "W")):
         help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
         add(option, type=_side, metavar=letter, help=help)
+    add("--mask", type=Path, metavar="PICTURE", help="white where the (last) picture may change, else black")
+    help = "share of the steps that run, from the picture under noise (default: 1 for edit, 0.6 for --image)"
+    add("--strength", type=float, metavar="X", help=help)
+    help = "make only what is around the mask's white, with N pixels about it, at the whole size"
+    add("--mask-crop", type=_whole, metavar="N", help=help)
     add(
         "--num-images",
         type=_batch,
