@@ -1,10 +1,17 @@
 """DiffSynth's blockwise ControlNet: held to their module, and what must hold of it whatever its weights."""
 
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwenedit
 from qwenedit.networks.blockwise_controlnet import (
     KEY_TABLE,
     BlockwiseControlNet,
@@ -12,7 +19,17 @@ from qwenedit.networks.blockwise_controlnet import (
 )
 from qwenedit.taps import tap_names, taps
 from tests import oracles
-from tests.support import FP32, FP64_CAST, assert_close, copy_weights, randomise_, shapes_checked
+from tests.support import (
+    FP32,
+    FP64_CAST,
+    assert_close,
+    copy_weights,
+    randomise_,
+    relative_error,
+    shapes_checked,
+)
+from tests.tiny import checkpoint, picture
+from tests.tiny_controlnet import blockwise
 
 theirs = oracles.diffsynth("models.qwen_image_controlnet")
 
@@ -133,3 +150,104 @@ def test_bad_sizes_are_named(field, value):
     sizes = {"num_layers": 2, "width": 8, "in_channels": 4, "extra_condition_channels": 0, field: value}
     with pytest.raises(ValueError, match=f"{field} is {value!r}"):
         BlockwiseControlNetConfig(**sizes)
+
+
+# --- in a run: beside the transformer's blocks, as DiffSynth's `model_fn_qwen_image` has it
+
+
+def in_their_order(pipe, image, mask=None):
+    """The control picture's tokens as `QwenImageUnit_BlockwiseControlNet` makes them."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).movedim(-1, 0)[None] / 127.5 - 1
+    if mask is not None:
+        white = torch.from_numpy(np.asarray(mask.convert("L")) > 127)
+        pixels = pixels.masked_fill(white, -1.0)
+    mean = pipe.vae.encode(pixels[:, :, None]).mode()[:, :, 0]
+    config = pipe.vae.config
+    wide = [torch.tensor(x)[None, :, None, None] for x in (config.latents_mean, config.latents_std)]
+    latents = (mean - wide[0]) / wide[1]
+    if mask is not None:
+        visible = 1 - F.interpolate(white[None, None].float(), size=latents.shape[-2:])
+        latents = torch.cat([latents, visible], dim=1)
+    return rearrange(latents, "B C (H P) (W Q) -> B (H W) (C P Q)", P=2, Q=2)
+
+
+@contextmanager
+def added_by_hand(pipe, nets, tokens):
+    """Their nets add to the first tokens of the image stream after every block, all from the same tokens."""
+
+    def after(number):
+        def hook(_block, _inputs, output):
+            img, txt = output
+            own = img[:, :tokens]
+            added = sum(net.blockwise_forward(own, cond, number) * scale for net, cond, scale in nets)
+            return torch.cat([own + added, img[:, tokens:]], dim=1), txt
+
+        return hook
+
+    handles = [block.register_forward_hook(after(n)) for n, block in enumerate(pipe.mmdit.blocks)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:the output's token grid")
+@pytest.mark.parametrize("kind", ["generate", "edit", "plus"])
+@pytest.mark.parametrize("extras", [(0,), (4,), (0, 4)])
+def test_a_run_adds_what_their_pipeline_adds(kind, extras):
+    base = checkpoint(kind, zero_cond_t=kind == "plus", layers=3)
+    files = [blockwise(layers=3, extra_condition_channels=extra, seed=extra) for extra in extras]
+    pipe, plain = (
+        qwenedit.load(base, device="cpu", progress=False, controlnet=some) for some in (files, None)
+    )
+    images, mask = [picture(80, 48, seed) for seed in range(len(extras))], picture(80, 48, seed=9)
+    scales = [0.6, -0.3][: len(extras)]
+    call, image = (
+        {"num_inference_steps": 3, "height": 48, "width": 80, "output_type": "latent"},
+        picture(80, 48),
+    )
+    words = (
+        ("一只猫",) if kind == "generate" else (image if kind == "edit" else [image, picture(40, 60)], "猫")
+    )
+
+    def run(pipe, **control):
+        method = pipe.generate if kind == "generate" else pipe.edit
+        return method(*words, generator=torch.manual_seed(0), **call, **control).images
+
+    got = run(
+        pipe, control_image=images, control_mask=mask if 4 in extras else None,
+        controlnet_conditioning_scale=scales,
+    )  # fmt: skip
+    nets = []
+    for file, extra, image_, scale in zip(files, extras, images, scales, strict=True):
+        reference = theirs.QwenImageBlockWiseControlNet(3, 64, extra, 32)
+        reference.load_state_dict(safetensors.torch.load_file(file))
+        cond = reference.process_controlnet_conditioning(
+            in_their_order(pipe, image_, mask if extra else None)
+        )
+        nets.append((reference, cond, scale))
+    with added_by_hand(plain, nets, 15):
+        wanted = run(plain)
+    assert_close(got, wanted, FP32)
+    assert relative_error(run(plain), wanted) > 1e-2  # the nets do something
+
+
+@torch.no_grad()
+def test_a_net_draws_nothing_and_keeps_to_its_interval():
+    pipe = qwenedit.load(checkpoint("edit"), device="cpu", progress=False, controlnet=blockwise())
+    call = {"num_inference_steps": 3, "height": 48, "width": 80, "output_type": "latent"}
+
+    def run(**options):
+        generator = torch.manual_seed(0)
+        latents = pipe.generate("x", generator=generator, **call, **options).images
+        return latents, generator.get_state()
+
+    (plain, state), control = run(), {"control_image": picture(80, 48)}
+    off, same_state = run(**control, controlnet_conditioning_scale=0.0)
+    assert torch.equal(off, plain) and torch.equal(state, same_state)  # the posterior's mode
+    seen = []
+    with taps(pipe.controlnets[0], {"cond_in": lambda _, site: seen.append(site.labels["step"])}):
+        run(**control, control_guidance_start=0.3, control_guidance_end=0.7)
+    assert set(seen) == {1}
