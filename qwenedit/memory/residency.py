@@ -35,8 +35,8 @@ from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
-    "origin_of", "present", "read_when_needed", "remember", "require_staying", "weight_value",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
+    "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying", "weight_value",
     "while_present",
 ]  # fmt: skip
 
@@ -44,7 +44,12 @@ RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the
 MODULATIONS = ("live", "precomputed")
 STORAGES = (None, "float8")
 
-BLOCK_LISTS = {"text_encoder": ("vision.blocks", "language.blocks"), "transformer": ("blocks",), "vae": ()}
+BLOCK_LISTS = {
+    "text_encoder": ("vision.blocks", "language.blocks"),
+    "transformer": ("blocks",),
+    "vae": (),
+    "controlnet": ("blocks",),
+}
 MODULATION_LAYERS = ("img_mod.", "txt_mod.")  # layers of a transformer block whose only input is the timestep
 
 T = TypeVar("T")
@@ -120,7 +125,7 @@ class Modes:
                 parent, _, leaf = path.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, streamed)
                 lists.append(streamed)
-        managed = _Managed(component, source, list(base.values()), lists, progress)
+        managed = _Managed(component, self, source, list(base.values()), lists, progress)
         module.__dict__["_managed"] = managed
         if self.residency == "resident":
             managed.__enter__()  # and never leaves
@@ -152,6 +157,12 @@ def while_present(modules: Sequence[nn.Module], items: Iterator[T]) -> Iterator[
     """Yield the items. The networks' weights are loaded from the first item until the generator ends."""
     with present(*modules):
         yield from items
+
+
+def current_modes(module: nn.Module) -> Modes:
+    """The memory modes that a network is in."""
+    managed = _managed(module)
+    return Modes() if managed is None else managed.modes
 
 
 def home(module: nn.Module) -> torch.device:
@@ -281,12 +292,14 @@ class _Managed:
     def __init__(
         self,
         component: str,
+        modes: Modes,
         source: Source,
         base: list[Place],
         lists: list[Streamed],
         progress: bool,
     ) -> None:
         self.component = component
+        self.modes = modes
         self.source = source
         self.base = Part(source, base)
         self.lists = lists
