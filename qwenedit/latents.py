@@ -14,7 +14,10 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-__all__ = ["PATCH", "Grid", "Layout", "denormalise", "initial_noise", "normalise", "pack", "unpack"]
+__all__ = [
+    "PATCH", "Grid", "Layout", "denormalise", "generators_of", "initial_noise", "normalise", "pack",
+    "standard_normal", "unpack",
+]  # fmt: skip
 
 PATCH = 2  # latent pixels along a token's side, as the reference's pipelines pack, whatever a config says
 
@@ -98,11 +101,47 @@ def initial_noise(
     all rows in order; with a list each row has its own, so that a row does not depend on its batch.
 
     Raises:
-        ValueError: a list with another number of generators than rows, or a generator on another accelerator.
-    Source: `prepare_latents` of the pipelines with diffusers' `randn_tensor`.
+        ValueError: as `generators_of`.
+    Source: `prepare_latents` of the pipelines.
     """
     frames, rows, columns = grid
     shape = (frames, channels, PATCH * rows, PATCH * columns)
+    noise = standard_normal(batch, shape, generator=generator, device=device, dtype=dtype)
+    return pack(noise.transpose(1, 2))
+
+
+def standard_normal(
+    batch: int,
+    shape: tuple[int, ...],
+    *,
+    generator: Generator | Sequence[Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(batch, *shape) standard normal numbers: one generator draws all rows in order, a list one row each.
+
+    Raises:
+        ValueError: as `generators_of`.
+    Source: diffusers' `randn_tensor`.
+    """
+    generators = generators_of(generator, batch, device)
+    size = (batch // len(generators), *shape)
+    parts = [
+        torch.randn(size, generator=one, device=one.device if one else device, dtype=dtype).to(device)
+        for one in generators
+    ]
+    return torch.cat(parts)
+
+
+def generators_of(
+    generator: Generator | Sequence[Generator] | None, batch: int, device: torch.device
+) -> list[Generator | None]:
+    """One generator for the batch, which may be None, or one for each row.
+
+    Raises:
+        ValueError: a list with another number of generators than rows, or a generator on another accelerator.
+    """
+    generators: list[Generator | None]
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     if isinstance(generator, Sequence) and len(generators) != batch:
         raise ValueError(
@@ -115,9 +154,4 @@ def initial_noise(
             )
         if one is not None and one.device.type not in ("cpu", device.type):
             raise ValueError(f"generator is on {one.device}, wanted cpu or {device}")
-    size = (batch // len(generators), *shape)
-    parts = [
-        torch.randn(size, generator=one, device=one.device if one else device, dtype=dtype).to(device)
-        for one in generators
-    ]
-    return pack(torch.cat(parts).transpose(1, 2))
+    return generators

@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "qwenedit"
 GROUND = ("version", "taps", "switches", "latents", "foreign", "files", "family", "checks")
-TIED = ("lora", "system", "layered", "reference_call", "reference_scripts", "verify", "assembly", "pipeline")
+TIED = (
+    "call",
+    "lora",
+    "system",
+    "layered",
+    "reference_call",
+    "reference_scripts",
+    "verify",
+    "assembly",
+    "pipeline",
+)
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up
     GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", TIED,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,26 @@ from qwenedit.taps import require_finite, scope
 if TYPE_CHECKING:  # not at run time: this file also works without the rest of the package
     from qwenedit.sampling.guidance import TrueCFG
 
-__all__ = ["Predict", "Step", "euler", "predict_at", "require_interval"]
+__all__ = ["Predict", "Preserve", "Step", "euler", "euler_step", "predict_at", "require_interval", "step_at"]
 
 # latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
 Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+class Preserve(Protocol):
+    """What keeps a part of a picture during a run: a change at any of three places of a step."""
+
+    def before(self, latents: Tensor, sigma: float) -> Tensor:
+        """The latents that the step starts from and the transformer sees."""
+        ...
+
+    def velocity(self, velocity: Tensor, latents: Tensor, sigma: float) -> Tensor:
+        """The step's velocity, after guidance."""
+        ...
+
+    def after(self, latents: Tensor, sigma: float) -> Tensor:
+        """The step's result, at the next sigma."""
+        ...
 
 
 class Step:
@@ -32,12 +48,12 @@ class Step:
         index, sigma, sigma_next: which step; sigma in [0, 1], 1 = noise.
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
-        velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction. Writing `cond`
-            or `uncond` has it computed anew. If guidance gives NaN or infinity, reading it raises
-            NonFiniteError.
+        velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction, and then what
+            `preserve` makes of it. Writing `cond` or `uncond` has it computed anew. If guidance gives NaN or
+            infinity, reading it raises NonFiniteError.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
-        after: the latents at `sigma_next`; writing it replaces the result of the step, whatever else is
-            written.
+        after: the latents at `sigma_next`: what the sampler's rule `advance` and then `preserve` make of the
+            values above. Writing it replaces the result of the step, whatever else is written.
         norm_ratio: (B, S), |cond| over the norm of the combined prediction for each token: the factor in the
             reference's guidance, whatever norm this run has. None without guidance.
         average: the state of guidance with momentum for the next step (see `TrueCFG.average`), or None.
@@ -53,6 +69,9 @@ class Step:
         uncond: Tensor | None,
         guidance: TrueCFG | None,
         average: Tensor | None = None,
+        *,
+        advance: Callable[[Step], Tensor] | None = None,
+        preserve: Preserve | None = None,
     ) -> None:
         self.index = index
         self.sigma = sigma
@@ -63,6 +82,8 @@ class Step:
         self._guidance = guidance
         self._at = latents, sigma  # where the predictions were made, also if `latents` is replaced
         self._average = average
+        self._advance = advance or euler_step
+        self._preserve = preserve
         self._velocity: Tensor | None = None
         self._after: Tensor | None = None
 
@@ -94,6 +115,8 @@ class Step:
                     f"guidance: the guided velocity at step {self.index}, sigma {self.sigma:.4f},",
                     "the predictions cancel out, or overflow",
                 )
+            if self._preserve is not None:
+                self._velocity = self._preserve.velocity(self._velocity, self.latents, self.sigma)
         return self._velocity
 
     @velocity.setter
@@ -112,9 +135,8 @@ class Step:
     def after(self) -> Tensor:
         if self._after is not None:
             return self._after
-        # The sum in float32, the product in the velocity's dtype: the reference's casts.
-        sigma, sigma_next = torch.tensor([self.sigma, self.sigma_next], device=self.latents.device)
-        return (self.latents.float() + (sigma_next - sigma) * self.velocity).to(self.velocity.dtype)
+        after = self._advance(self)
+        return after if self._preserve is None else self._preserve.after(after, self.sigma_next)
 
     @after.setter
     def after(self, value: Tensor) -> None:
@@ -134,7 +156,11 @@ class Step:
 
 
 def euler(
-    predict: Predict, latents: Tensor, sigmas: Sequence[float], guidance: TrueCFG | None = None
+    predict: Predict,
+    latents: Tensor,
+    sigmas: Sequence[float],
+    guidance: TrueCFG | None = None,
+    preserve: Preserve | None = None,
 ) -> Iterator[Step]:
     """Yield every step of the flow from `sigmas[0]` to `sigmas[-1]`; the last one's `after` is the result.
 
@@ -158,11 +184,39 @@ def euler(
     require_interval(guidance, len(sigmas) - 1)
     average = None
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        with scope(step=index, sigma=sigma):
-            cond, uncond = predict_at(predict, latents, sigma, index, guidance)
-        step = Step(index, sigma, sigma_next, latents, cond, uncond, guidance, average)
+        step = step_at(predict, latents, index, sigma, sigma_next, guidance, average, preserve)
         yield step
         latents, average = step.after, step.average
+
+
+def euler_step(step: Step) -> Tensor:
+    """latents + (sigma_next - sigma) * velocity: the rule of `euler`.
+
+    Source: `FlowMatchEulerDiscreteScheduler.step`: the sum in float32, the product in the velocity's dtype.
+    """
+    sigma, sigma_next = torch.tensor([step.sigma, step.sigma_next], device=step.latents.device)
+    return (step.latents.float() + (sigma_next - sigma) * step.velocity).to(step.velocity.dtype)
+
+
+def step_at(
+    predict: Predict,
+    latents: Tensor,
+    index: int,
+    sigma: float,
+    sigma_next: float,
+    guidance: TrueCFG | None,
+    average: Tensor | None = None,
+    preserve: Preserve | None = None,
+    advance: Callable[[Step], Tensor] | None = None,
+) -> Step:
+    """Predict at these latents: the step as its sampler yields it. `advance` is the sampler's rule."""
+    if preserve is not None:
+        latents = preserve.before(latents, sigma)
+    with scope(step=index, sigma=sigma):
+        cond, uncond = predict_at(predict, latents, sigma, index, guidance)
+    return Step(
+        index, sigma, sigma_next, latents, cond, uncond, guidance, average, advance=advance, preserve=preserve
+    )
 
 
 def require_interval(guidance: TrueCFG | None, steps: int) -> None:
