@@ -100,17 +100,17 @@ def flow_matching_loss(
             errors.append(
                 velocity_error(
                     pipe.mmdit,
-                    clean[group.rows],
+                    clean[group.index],
                     references,
                     group.prompt.embeds,
                     group.prompt.mask,
-                    sigma[group.rows],
-                    noise[group.rows],
+                    sigma[group.index],
+                    noise[group.index],
                     group.grids,
                 )
             )
-        order.extend(group.rows)
-    weight = None if batch.weight is None else batch.weight.to(pipe.device)[order]
+        order.append(group.index)
+    weight = None if batch.weight is None else batch.weight.to(pipe.device)[torch.cat(order)]
     return weighted_mean(torch.cat(errors), weight)
 
 

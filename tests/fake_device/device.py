@@ -179,7 +179,7 @@ def where() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         if (path := frame.f_code.co_filename).startswith(PACKAGE):
-            return f"{path[len(PACKAGE) + 1:]} {frame.f_code.co_name}"
+            return f"{path[len(PACKAGE) + 1 :]} {frame.f_code.co_name}"
         frame = frame.f_back
     return "outside"
 
