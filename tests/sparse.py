@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,16 +41,19 @@ def write_sparse(
     variant: str = "Qwen-Image-Edit-2511",
     *,
     areas: Mapping[str, int] | None = None,
+    blocks: int | None = None,
 ) -> Path:
     """Write a variant of tests/data/official_configs.json into a folder, made if need be.
 
-    `areas` goes to model_index.json: {"vae_area": 256 * 256, "vl_area": 112 * 112} makes a run short. The
+    `blocks` of the transformer's 60; None: all. `areas` goes to model_index.json: {"vae_area": 256 * 256, "vl_area": 112 * 112} makes a run short. The
     tokenizer has the official number of tokens, most of which no text is made of.
     """
     folder = Path(folder)
     files = json.loads((_DATA / "official_configs.json").read_text())[variant]
     if areas is not None:
         files["model_index.json"]["_qwenedit"] = dict(areas)
+    if blocks is not None:
+        files["transformer/config.json"]["num_layers"] = blocks
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         tiny_tokenizer.dump(folder / name, content)
@@ -57,8 +61,17 @@ def write_sparse(
     if "processor/preprocessor_config.json" in files:
         write_tokenizer(folder / "processor")
     several = "2509" in variant or "2511" in variant  # these two came in larger shards
+    own = json.loads((_DATA / "keys" / "layered.json").read_text()) if "Layered" in variant else {}
     for component, limit in (("text_encoder", 5), ("transformer", 10 if several else 5), ("vae", 10)):
         shapes = json.loads((_DATA / "keys" / f"{_KEYS[component]}.json").read_text())
+        shapes |= own.get(component, {})
+        if component == "transformer" and blocks is not None:
+            number = re.compile(r"transformer_blocks\.(\d+)\.")
+            shapes = {
+                name: shape
+                for name, shape in shapes.items()
+                if (found := number.match(name)) is None or int(found[1]) < blocks
+            }
         stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         _write_weights(folder / component, stem, shapes, limit * 10**9)
     return folder

@@ -2,7 +2,8 @@
 
 A run has four stages, one after the other: text encoding, the VAE's encoder, sampling, the VAE's decoder. The
 peak of a stage is the weights in memory plus what the networks compute. Weights are counted exactly.
-Activations are estimated with formulas fitted to measured peaks (benchmarks/plan.py).
+Activations are estimated with formulas fitted to measured peaks on the CPU (benchmarks/plan.py), and for
+accelerators to the storages of a run without data (benchmarks/fake_device.py).
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ _PROMPT = 100  # tokens of a prompt
 _TEMPLATE = 70  # tokens of the template around it
 _STEPS = 50
 _BLOCK = re.compile("(" + "|".join(path for paths in BLOCK_LISTS.values() for path in paths) + r")\.\d+\.")
+# By place (on the CPU?) and dtype (of 16 bits?): widths a token in sampling, base widths a pixel in the VAE.
+_COMPUTED = {
+    (True, False): (20, 2.8, 5.8),
+    (True, True): (23, 6.5, 6.5),
+    (False, False): (15, 3, 4),
+    (False, True): (18.5, 7, 8),
+}
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -84,11 +92,11 @@ class NetworkSize:
     def all(self) -> int:
         return sum(block.all for block in self.blocks.values()) + self.rest
 
-    def in_memory(self, mode: Modes) -> int:
-        """Bytes in memory while the network runs.
+    def in_memory(self, mode: Modes, *, runs: bool = True) -> int:
+        """Bytes in memory while the network runs, or waits in memory for its turn.
 
-        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits and
-        two widened ones.
+        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits
+        and, while it runs, two widened ones.
         """
         gone = mode.modulation == "precomputed"
         whole, shrunk = (
@@ -96,7 +104,7 @@ class NetworkSize:
             for blocks in (self.blocks, self.float8)
         )
         if mode.storage == "float8":
-            return sum(shrunk) + sum(whole[-2:]) + self.rest
+            return sum(shrunk) + sum(whole[-2:]) * runs + self.rest
         return sum(whole[-2:] if mode.residency == "stream" else whole) + self.rest
 
 
@@ -217,7 +225,8 @@ def plan(
     sketch = _sketch(folder, variant, pictures, height, width)
     names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]
     found = {one.report.component: one.found for one in compare_networks(folder, names, files)}
-    sizes, computed = network_sizes(found, wanted), activations(folder, sketch, wanted, layers=layers)
+    sizes = network_sizes(found, wanted)
+    computed = activations(folder, sketch, wanted, layers=layers, on_cpu=on_cpu)
     peaks = _peaks(_MODES, sizes, computed, _table(folder, wanted, steps))
     made = Plan(
         str(source or "the embedded model"),
@@ -253,8 +262,10 @@ def choose(
         return candidates[0]
     variant = read_variant(folder)
     sketch = _sketch(folder, variant, int(variant.takes_pictures))
-    peaks = _peaks(candidates, sizes, activations(folder, sketch, dtype), _table(folder, dtype, _STEPS))
-    memory = host_free() if device.type == "cpu" else device_free(device)
+    on_cpu = device.type == "cpu"
+    computed = activations(folder, sketch, dtype, on_cpu=on_cpu)
+    peaks = _peaks(candidates, sizes, computed, _table(folder, dtype, _STEPS))
+    memory = host_free() if on_cpu else device_free(device)
     fitting = (mode for mode in candidates if max(peaks[mode].values()) <= SPARE * memory)
     return next(fitting, candidates[-1])
 
@@ -280,9 +291,11 @@ def _peaks(
     for mode in modes:
         size = {name: network.in_memory(mode) for name, network in sizes.items()}
         size["transformer"] += table if mode.modulation == "precomputed" else 0
-        kept = [size.get("text_encoder", 0), size["vae"], size["transformer"], size["vae"]]
+        running = ["text_encoder", "vae", "transformer", "vae"]
+        kept = [size.get(name, 0) for name in running]
         if mode.residency == "resident":
-            kept = [sum(size.values())] * 4
+            idle = {name: network.in_memory(mode, runs=False) for name, network in sizes.items()}
+            kept = [size.get(name, 0) + sum(idle.values()) - idle.get(name, 0) for name in running]
         peaks[mode] = {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
     return peaks
 
@@ -329,7 +342,12 @@ def _itemsize(dtype: torch.dtype | None) -> int:
 
 
 def activations(
-    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, *, layers: int = LAYERING.layers
+    folder: Path,
+    sketch: geometry.Geometry,
+    dtype: torch.dtype | None,
+    *,
+    layers: int = LAYERING.layers,
+    on_cpu: bool = True,
 ) -> dict[str, int]:
     """Estimate the peak bytes of each stage's activations, for one row of a batch.
 
@@ -344,9 +362,11 @@ def activations(
     | decoder    5.8 base widths a pixel                   | the last upsampling                           |
     +------------------------------------------------------------------------------------------------------+
     In half dtypes RoPE and the VAE's norms compute in float32: 23 widths a token, and 6.5 base widths a pixel
-    in encoder and decoder.
+    in encoder and decoder. Accelerators have other kernels: sampling 15, encoder 3, decoder 4, and in half
+    dtypes 18.5, 7 and 8.
     """
     size, half = _itemsize(dtype), _itemsize(dtype) == 2
+    a_token, encoded_pixel, decoded_pixel = _COMPUTED[on_cpu, half]
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
     transformer: MMDiTConfig = network_config(folder, "transformer")
     vae: VAEConfig = network_config(folder, "vae")
@@ -374,9 +394,9 @@ def activations(
     pixels = max((picture.vae[0] * picture.vae[1] for picture in sketch.pictures), default=0)
     made = {
         "text encoding": encoding,
-        "VAE encode": pixels * vae.base_dim * (6.5 if half else 2.8),
-        "sampling": joint * transformer.width * (23 if half else 20),
-        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
+        "VAE encode": pixels * vae.base_dim * encoded_pixel,
+        "sampling": joint * transformer.width * a_token,
+        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * decoded_pixel,
     }
     return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}
 

@@ -70,6 +70,8 @@ class FakeDevice(TorchDispatchMode):
             return self._nonzero(args[0])
         self._note_copy(func, args, kwargs)
         out = func(*args, **kwargs)
+        if func is ATEN.convolution.default and channels_last(args[0]):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN, which this build lacks
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if made:
             place = where()
@@ -207,6 +209,12 @@ def item(x: Tensor, index: Any) -> Tensor:
     return ATEN.index.Tensor(x, [tensors.get(d) for d in range(max(tensors) + 1)]) if tensors else x
 
 
+def channels_last(x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dim() != 4 or x.dtype == torch.float64:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def of_bools(i: Any) -> bool:
     return isinstance(i, Tensor) and i.dtype == torch.bool
 
@@ -304,7 +312,7 @@ def fake_device() -> Iterator[FakeDevice]:
         "torch.Tensor.to": to,
         **{f"torch.Tensor.{name}": method(getattr(ATEN, name).default) for name in PLAIN},
         **{f"torch.Tensor.__{kind.__name__}__": number(kind) for kind in (bool, int, float)},
-        "torch.Tensor.record_stream": streams.record,
+        "torch.Tensor.record_stream": lambda x, stream: streams.record(x, stream),
         "torch._subclasses.fake_tensor.FakeTensor.tolist": to_list,
         "torch.nn.functional.scaled_dot_product_attention": attention,
         "torch.cuda.Stream": streams.new,
