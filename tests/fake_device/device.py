@@ -196,7 +196,7 @@ def item(x: Tensor, index: Any) -> Tensor:
     taken = sum(i.dim() if of_bools(i) else 1 for i in index if i is not None and i is not Ellipsis)
     whole = [slice(None)] * (x.dim() - taken)
     dim, tensors = 0, {}
-    for i in (j for i in index for j in (whole if i is Ellipsis else [i])):
+    for i in [one for given in index for one in (whole if given is Ellipsis else [given])]:
         if i is None:
             x, dim = ATEN.unsqueeze.default(x, dim), dim + 1
         elif isinstance(i, slice):
@@ -237,7 +237,7 @@ def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return ATEN._to_copy.default(x, device=device, dtype=dtype, non_blocking=non_blocking)
 
 
-PLAIN = ("contiguous", "copy_", "nonzero")
+PLAIN = {name: name for name in ("contiguous", "copy_", "nonzero")} | {"__invert__": "bitwise_not"}
 
 
 def method(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -310,7 +310,7 @@ def fake_device() -> Iterator[FakeDevice]:
         "torch.Tensor.__getitem__": item,
         "torch.Tensor.__setitem__": set_item,
         "torch.Tensor.to": to,
-        **{f"torch.Tensor.{name}": method(getattr(ATEN, name).default) for name in PLAIN},
+        **{f"torch.Tensor.{name}": method(getattr(ATEN, op).default) for name, op in PLAIN.items()},
         **{f"torch.Tensor.__{kind.__name__}__": number(kind) for kind in (bool, int, float)},
         "torch.Tensor.record_stream": lambda x, stream: streams.record(x, stream),
         "torch._subclasses.fake_tensor.FakeTensor.tolist": to_list,
