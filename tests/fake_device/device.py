@@ -69,6 +69,7 @@ class FakeDevice(TorchDispatchMode):
         if func is ATEN.nonzero.default:
             return self._nonzero(args[0])
         self._note_copy(func, args, kwargs)
+        _require_one_device(func, given)
         out = func(*args, **kwargs)
         if func is ATEN.convolution.default and channels_last(args[0]):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN, which this build lacks
@@ -207,6 +208,14 @@ def item(x: Tensor, index: Any) -> Tensor:
             for places in i.nonzero().unbind(1) if of_bools(i) else [i.to(x.device)]:
                 tensors[dim], dim = places, dim + 1
     return ATEN.index.Tensor(x, [tensors.get(d) for d in range(max(tensors) + 1)]) if tensors else x
+
+
+def _require_one_device(func: Any, given: Sequence[Tensor]) -> None:
+    """Tensors of two devices meet in copies alone; numbers of the host may go anywhere."""
+    copies = (ATEN._to_copy.default, ATEN.copy_.default)
+    kinds = {x.device.type for x in given if x.dim() or x.device.type == "cuda"}
+    if len(kinds) > 1 and func not in copies:
+        raise RuntimeError(f"{where()}: {func} has tensors on {' and '.join(sorted(kinds))}")
 
 
 def channels_last(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from PIL import Image
 
 import qwenedit
 import qwenedit.encoding.encode as encoding
+from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.latents import Grid
 from qwenedit.memory.plan import STAGES
 from tests.fake_device.device import FakeDevice
 
@@ -55,6 +58,35 @@ def load(folder: Path, **options: Any) -> qwenedit.QwenImageEdit:
 def picture(variant: str) -> Image.Image:
     side = 640 if "Layered" in variant else 1024
     return Image.new("RGB", (side, side), "white")
+
+
+def conditioning(
+    grids: tuple[tuple[Grid, ...], ...] = (((1, 64, 64),),),
+    lengths: tuple[int, int] = (240, 225),
+    dtype: torch.dtype = torch.bfloat16,
+    target: Grid = (1, 64, 64),
+) -> Conditioning:
+    """That of a run on the fake device: a row for each tuple of its references' grids.
+
+    `lengths` are the tokens of the prompts and of the negative prompts; those of later rows are shorter.
+    """
+
+    def prompt(length: int) -> Prompt:
+        embeds = torch.empty(len(grids), length, 3584, dtype=dtype, device="cuda")
+        ends = torch.arange(length, length - len(grids), -1, device="cuda")
+        mask = torch.arange(length, device="cuda") < ends[:, None]
+        return Prompt(embeds, mask if len(grids) > 1 else None)
+
+    return Conditioning(
+        prompt=prompt(lengths[0]),
+        negative=prompt(lengths[1]),
+        target_grid=target,
+        reference_latents=tuple(
+            tuple(torch.empty(math.prod(grid), 64, dtype=dtype, device="cuda") for grid in row)
+            for row in grids
+        ),
+        reference_grids=grids,
+    )
 
 
 def run(pipe: qwenedit.QwenImageEdit, device: FakeDevice, variant: str, **options: Any) -> Ran:
