@@ -42,7 +42,7 @@ def device():
 
 
 @pytest.fixture(scope="module")
-def pipe(device, tmp_path_factory):
+def pipe(device, tmp_path_factory):  # noqa: ARG001
     folder = write_sparse(tmp_path_factory.mktemp("official"), blocks={"transformer": 2})
     return models.load(folder, text_encoder=False)
 
@@ -128,7 +128,7 @@ def test_an_inversion_waits_once_a_step(pipe, device):
     latents = torch.empty(1, 4096, 64, dtype=torch.bfloat16, device="cuda")
     steps = invert(pipe, models.conditioning(), latents, num_inference_steps=STEPS, iterations=1)
     counts = []
-    for step in steps:
+    for _ in steps:
         counts.append(len(device.waits))
         device.fresh()
     assert counts[1:] == [1] * (STEPS - 1)
