@@ -269,17 +269,26 @@ def to_list(x: Tensor) -> Any:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """torch's choice on a GPU of today: the flash kernel, or for masks and wide heads the efficient one."""
-    if attn_mask is None and q.dtype.itemsize == 2 and q.shape[-1] <= 256:
-        return ATEN._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal)[0]
+    assert dropout_p == 0.0 and scale is None and not enable_gqa
+    if attn_mask is None and query.dtype.itemsize == 2 and query.shape[-1] <= 256:
+        return ATEN._scaled_dot_product_flash_attention.default(query, key, value, 0.0, is_causal)[0]
     bias = attn_mask
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
     if bias is not None:
-        bias = bias.expand(*q.shape[:-1], k.shape[-2])
-    return ATEN._scaled_dot_product_efficient_attention.default(q, k, v, bias, False, 0.0, is_causal)[0]
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    efficient = ATEN._scaled_dot_product_efficient_attention.default
+    return efficient(query, key, value, bias, False, 0.0, is_causal)[0]
 
 
 def fingerprint(modules: Sequence[nn.Module], tensors: Sequence[Tensor | None] = ()) -> Any:
