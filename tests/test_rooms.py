@@ -20,7 +20,9 @@ TIED = (
     "layered",
     "reference_call",
     "reference_scripts",
+    "parts",
     "verify",
+    "saving",
     "assembly",
     "pipeline",
 )
