@@ -146,7 +146,7 @@ def test_a_patch_acts_in_its_place(pipe, conditioning):
     with pytest.raises(KeyError, match="was not recorded"), taps(pipe.mmdit, {ALL: patch_from(source)}):
         pytest.fail("it ran")
     small = pipe.condition([[picture(64, 64)]] * 2, ["x"] * 2)
-    with pytest.raises(ValueError, match=rf"tap {OUT}: the record is torch.float32 \(2, 32, 128\), wanted"):
+    with pytest.raises(ValueError, match=rf"tap {OUT}: the record is torch.float32 \(2, 40, 128\), wanted"):
         run(pipe, small, {OUT: patch_from(source, tokens="target")})
 
 
