@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
     "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "deterministic",
-    "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "project_out", "scale_by", "scope",
-    "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "project_out", "scale_by",
+    "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip
 
 
