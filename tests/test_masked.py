@@ -256,6 +256,25 @@ def test_blended_grey_mixes(edit, scene):
     assert relative_error(mixed, wanted) <= 8 * EPS
 
 
+def test_the_ways_to_keep_part_where_noise_is_new(edit, scene):
+    """Under the stochastic sampler the velocity leaves the sampler's noise on the kept part, the others put
+    the run's own there; all end at the picture."""
+    given, own, inside = torch.randn(1, 16, 64, generator=generator(5)), mode_of(edit, scene), tokens_of(LEFT)
+    conditioning, seen = edit.condition(scene, PROMPT), {}
+    for preserve in ("latent", "velocity", "x0"):
+        switches = Switches(mask=Mask(preserve=preserve, posterior="mode"))
+        options = {"image": scene, "mask_image": LEFT, "latents": given, "num_inference_steps": 3}
+        with torch.no_grad():
+            steps = list(edit.steps(
+                conditioning, switches=switches, sampler="stochastic", generator=generator(1), **options
+            ))  # fmt: skip
+        seen[preserve] = steps[1].latents[:, ~inside]
+        assert relative_error(steps[-1].after[:, ~inside], own[:, ~inside]) <= 3 * 8 * EPS
+    wanted = noised(own, given, steps[1].sigma)[:, ~inside]
+    assert relative_error(seen["latent"], wanted) <= 8 * EPS and relative_error(seen["x0"], wanted) <= 8 * EPS
+    assert relative_error(seen["velocity"], wanted) > 0.1
+
+
 @pytest.mark.parametrize("steps, strength, left", [(4, 0.3, 1), (4, 0.6, 2), (50, 0.6, 30), (3, 1.0, 3)])
 def test_lightx2v_rounds_the_number_of_steps(edit, steps, strength, left):
     whole = schedule(edit.scheduler, Time(), steps, 16)
