@@ -18,6 +18,7 @@ from qwenedit.networks.mmdit import MMDiTConfig
 __all__ = ["ControlInput", "Reach", "controls_of"]
 
 MASKED = PATCH**2  # channels of a token's mask
+STRETCHED = 1.1  # sides that are rounded to tokens stretch a picture less
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -189,7 +190,8 @@ def _require_acting(control: Reach, steps: int) -> None:
 
 def _warn_of_stretching(picture: Image.Image, size: Size) -> None:
     (width, height), (own, other) = size, picture.size
-    if abs(own * height - other * width) > max(width, height, own, other):
+    ratio = own * height / (other * width)
+    if not 1 / STRETCHED < ratio < STRETCHED:
         warn(
             f"the control picture is {own}x{other} and the output {width}x{height}, of another shape: the "
             "picture is stretched to fit"
