@@ -29,7 +29,7 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Controls", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath",
+    "NORMS", "Controls", "Guidance", "Interval", "Mask", "References", "Seen", "Switches", "Time", "VAEPath",
     "own_generator", "switches_of",
 ]  # fmt: skip
 
@@ -267,6 +267,34 @@ class Controls:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mask:
+    """How a run starts from a picture, and how it keeps the black part of a mask; see docs/masks.md.
+
+    Attributes:
+        preserve: what is replaced in the kept part: "latent", the latents after each step (diffusers);
+            "velocity", the velocity (DiffSynth-Studio); "x0", the latents before a step and the estimate of
+            the clean ones (ComfyUI).
+        grey: "rounded" to black or white, as in the reference; "steps": a grey of g in [0, 1] is kept until
+            the last floor(g N) of N steps; "blended": kept and made parts are mixed in proportion.
+        posterior: a "sample" of the VAE's posterior, as in the reference, or its "mode", as in an edit
+            without a mask: then nothing but the noise is drawn.
+        strength: which steps are run. "reference": the last N - int(N - N s) of N; "lightx2v": the last
+            round(N s); "diffsynth": always N, from sigmas that are s (1 - i / N) before shift and stretch.
+
+    Source: diffusers 0.39.0's inpainting pipelines; arXiv 2306.00950 for "steps"; the sources of
+        sampling/preserve.py; LightX2V's and DiffSynth-Studio's schedulers for Qwen-Image.
+    """
+
+    preserve: Literal["latent", "velocity", "x0"] = "latent"
+    grey: Literal["rounded", "steps", "blended"] = "rounded"
+    posterior: Literal["sample", "mode"] = "sample"
+    strength: Literal["reference", "lightx2v", "diffsynth"] = "reference"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Switches:
     """All changes to a run; the default changes nothing.
 
@@ -276,6 +304,7 @@ class Switches:
         vae: how the VAE's posterior becomes reference latents.
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
         time: the transformer's timesteps, and the sigmas.
+        mask: how a run starts from a picture and keeps a part of it.
         control: how ControlNets run.
 
     Raises:
@@ -293,6 +322,7 @@ class Switches:
     vae: VAEPath = field(default_factory=VAEPath)
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
+    mask: Mask = field(default_factory=Mask)
     control: Controls = field(default_factory=Controls)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwenedit.checks import real_number, warn
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.pictures import as_picture
+from qwenedit.inputs.masks import Source, one_for_each
 from qwenedit.latents import PATCH
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
@@ -45,15 +45,12 @@ class ControlInput(Reach):
 
     Attributes:
         net: the ControlNet that reads the pictures.
-        pictures: one for each row of the batch.
-        masks: likewise for an inpainting net, from which the white part is hidden; None for others.
-        size: (width, height) of the output.
+        rows: the picture of each row of the batch; for an inpainting net, from which the white part is
+            hidden, with a mask. Rows with the same picture and mask have one `Source`.
     """
 
     net: ControlNet
-    pictures: tuple[Image.Image, ...]
-    masks: tuple[Image.Image, ...] | None
-    size: Size
+    rows: tuple[Source, ...]
 
 
 def controls_of(
@@ -100,19 +97,14 @@ def controls_of(
             ("control_guidance_end", end),
         )
     )
-    controls, times = [], batch // prompts
+    controls = []
     for k, net in enumerate(nets):
         _require_fitting(net, config, f"ControlNet {k}" if len(nets) > 1 else "the ControlNet")
-        place = f"[{k}]" if several else ""
-        of_prompts = _one_for_each(f"control_image{place}", pictures[k], prompts)
-        of_masks = None if masks[k] is None else _one_for_each("control_mask", masks[k], prompts)
-        for picture in of_prompts:
-            _warn_of_stretching(picture, size)
+        name = f"control_image[{k}]" if several else "control_image"
+        rows = _sources(one_for_each(name, pictures[k], prompts), masks[k], prompts, size)
         control = ControlInput(
             net=net,
-            pictures=tuple(one for one in of_prompts for _ in range(times)),
-            masks=None if of_masks is None else tuple(one for one in of_masks for _ in range(times)),
-            size=size,
+            rows=tuple(row for row in rows for _ in range(batch // prompts)),
             scale=scales[k],
             start=starts[k],
             end=ends[k],
@@ -150,16 +142,18 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
     return [real_number(f"{name}[{k}]", one) for k, one in enumerate(value)]
 
 
-def _one_for_each(name: str, value: Any, prompts: int) -> list[Image.Image]:
-    """A picture for each prompt; one is for all."""
-    if not isinstance(value, (list, tuple)):
-        return [as_picture(value, name)] * prompts
-    if len(value) not in (1, prompts):
-        raise ValueError(
-            f"{name} has {len(value)} pictures for {prompts} prompt(s), wanted one, or one for each prompt"
-        )
-    given = [as_picture(one, f"{name}[{k}]") for k, one in enumerate(value)]
-    return given if len(given) == prompts else given * prompts
+def _sources(pictures: Sequence[Image.Image], control_mask: Any, prompts: int, size: Size) -> list[Source]:
+    """The picture of each prompt, with its mask; equal ones are one object."""
+    masks: Sequence[Image.Image | None]
+    masks = [None] if control_mask is None else one_for_each("control_mask", control_mask, prompts)
+    for picture in pictures:
+        _warn_of_stretching(picture, size)
+    count = max(len(pictures), len(masks))
+    rows = [
+        Source(picture=pictures[k % len(pictures)].convert("RGB"), mask=masks[k % len(masks)], size=size)
+        for k in range(count)
+    ]
+    return rows if count == prompts else rows * prompts
 
 
 def _require_fitting(net: ControlNet, config: MMDiTConfig, what: str) -> None:

@@ -293,6 +293,32 @@ def test_the_pictures_are_drawn_before_the_noise(pipe):
     assert not torch.equal(drawn, run(pipe, seed=1, **options))
 
 
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_the_picture_to_start_from_is_drawn_after_the_control(pipe, mask):
+    """The first step's latents are those of a run whose generator has lost one draw."""
+    options = {"image": OTHER, "mask_image": mask, "strength": 0.5, "num_inference_steps": 4, **SIZE}
+    seen, later = [], generator()
+    torch.randn(1, 16, 1, 6, 8, generator=later)
+    with taps(pipe.mmdit, {"img_in": lambda x, site: seen.append((site.labels["step"], x))}):
+        controlled = pipe.generate(
+            PROMPT, generator=generator(), control_image=PICTURE, output_type="latent", **options
+        ).images
+        first = len(seen)
+        plain = pipe.generate(PROMPT, generator=later, output_type="latent", **options).images
+    assert first == len(seen) - first == 4  # two steps of four, two branches
+    assert torch.equal(seen[0][1], seen[first][1]) and not torch.equal(controlled, plain)
+    if mask is not None:  # the kept tokens are the picture's, control or not
+        kept = torch.tensor([0, 1, 2, 3])
+        assert torch.equal(controlled[:, kept], plain[:, kept])
+
+
+def test_a_masked_edit_under_control(pipe):
+    options = {"control_image": PICTURE, "mask_image": MASK, "image": OTHER}
+    controlled = run(pipe, **options)
+    plain = run(pipe, **{**options, "control_image": None})
+    assert controlled.shape == plain.shape and not torch.equal(controlled, plain)
+
+
 def test_a_generator_decides_all(inpainting):
     options = {"control_image": PICTURE, "control_mask": MASK}
     one = run(inpainting, **options)
