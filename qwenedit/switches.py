@@ -233,8 +233,9 @@ class Time:
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
             "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
-            every size, no terminal stretch); or the sigmas themselves, noise first, one per step, without
-            the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
+            every size, no terminal stretch); "karras", "exponential" or "beta", that curve between the first
+            and the last sigma of the checkpoint's; or the sigmas themselves, noise first, one per step,
+            without the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
         values in Qwen-Image-Lightning's `generate_with_diffusers.py`.
@@ -242,28 +243,10 @@ class Time:
 
     zero_cond_t: bool | None = None
     rounding: Literal["reference", "exact"] = "reference"
-    sigmas: Literal["official", "lightning"] | tuple[float, ...] = "official"
+    sigmas: Literal["official", "lightning", "karras", "exponential", "beta"] | tuple[float, ...] = "official"
 
     def __post_init__(self) -> None:
         _check_types(self, "time")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Controls:
-    """How ControlNets run.
-
-    Attributes:
-        branches: "cond", as in the reference: once a step with the prompt, and the same residuals are added
-            in both branches of the guidance; "each": once for each branch, with that branch's prompt.
-            (DiffSynth's blockwise nets follow the branch that they are in, whatever this says.)
-
-    Source: `QwenImageControlNetPipeline.__call__`.
-    """
-
-    branches: Literal["cond", "each"] = "cond"
-
-    def __post_init__(self) -> None:
-        _check_types(self, "control")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +275,24 @@ class Mask:
 
     def __post_init__(self) -> None:
         _check_types(self, "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """How ControlNets run.
+
+    Attributes:
+        branches: "cond", as in the reference: once a step with the prompt, and the same residuals are added
+            in both branches of the guidance; "each": once for each branch, with that branch's prompt.
+            (DiffSynth's blockwise nets follow the branch that they are in, whatever this says.)
+
+    Source: `QwenImageControlNetPipeline.__call__`.
+    """
+
+    branches: Literal["cond", "each"] = "cond"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "control")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,8 @@ from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.preserve import Kept, noised
-from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
+from qwenedit.sampling.sampler import Predict, Preserve, Step
+from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import (
     require_controls,
@@ -70,6 +71,7 @@ class Run:
         sigmas: those that the sampler visits, noise first, with the final 0.
         generator: one for the batch, or a list with one for each row.
         latents: given noise (B, S, C), or None.
+        sampler: the name of the way from noise to latents, or a function (`qwenedit.sampling.samplers`).
         guidance: how the two predictions of a step become one; None for an unguided run.
         switches: changes to the system.
         sources: pictures to start from, with their masks; None for noise alone.
@@ -81,10 +83,16 @@ class Run:
     sigmas: list[float]
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    sampler: str | Sampler
     guidance: TrueCFG | None
     switches: Switches
     sources: Sources | None = None
     controls: tuple[ControlInput, ...] = ()
+
+    @property
+    def predictions(self) -> int:
+        """How many steps the sampler takes, with one prediction each."""
+        return count_predictions(self.sampler, self.sigmas)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -123,6 +131,7 @@ class System:
             with one generator per row, each row equals its single run bit by bit.
         controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
             all of them.
+        sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
     """
 
     vision_language: VisionLanguage | None
@@ -136,6 +145,7 @@ class System:
     share_prefix: bool = False
     micro_batch: int | None = None
     controlnets: list[ControlNet] = field(default_factory=list)
+    sampler: str | Sampler | None = None
 
     @property
     def device(self) -> torch.device:
@@ -187,6 +197,9 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
+        named = (call.sampler, self.sampler, self.scheduler.sampler)
+        sampler = next(one for one in named if one is not None)
+        require_sampler(sampler)
         strength = 1.0 if sources is None else sources.strength
         visited = schedule(
             self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas,
@@ -211,7 +224,7 @@ class System:
         require_controls(switches, bool(controls))
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
-            guidance=guidance, switches=switches, sources=sources, controls=controls,
+            sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
 
     def begin(self, run: Run) -> Start:
@@ -276,13 +289,13 @@ class System:
         predict = self._predictor(self._started(conditioning, run, start), run, start)
         return while_present(self._sampling_networks(start), self._sampled(predict, run, start))
 
-    def _sampling_networks(self, start: Start) -> list[nn.Module]:
-        return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
-
     def _started(self, conditioning: Conditioning, run: Run, start: Start) -> Conditioning:
         """The conditioning of a run that starts so; switches for the references' own encoding come first."""
         other = run.switches.references.latents == "other" or run.switches.vae != VAEPath()
         return conditioning if start.source is None or other else with_source(conditioning, start.source)
+
+    def _sampling_networks(self, start: Start) -> list[nn.Module]:
+        return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
 
     def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
         return switched_predictor(
@@ -292,12 +305,12 @@ class System:
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:
-        return euler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+        sampler = sampler_of(run.sampler, run.generator)
+        return sampler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
 
     def _finish(self, steps: Iterator[Step], run: Run, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
-        count = len(run.sigmas) - 1
-        bar = progress_bar(steps, progress=self.progress, total=count, desc="sampling")
+        bar = progress_bar(steps, progress=self.progress, total=run.predictions, desc="sampling")
         (last,) = deque(bar, maxlen=1)
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":

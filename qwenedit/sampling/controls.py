@@ -25,7 +25,8 @@ from qwenedit.memory.residency import present
 from qwenedit.networks.controlnet import ControlNet, spread
 from qwenedit.networks.mmdit import Control, MMDiT, RunCache
 from qwenedit.networks.vae import VAE, Posterior
-from qwenedit.taps import current_labels, observed, require_finite, scope
+from qwenedit.sampling.sampler import current_interval
+from qwenedit.taps import observed, require_finite, scope
 
 __all__ = ["Controls", "RunControl", "drawn"]
 
@@ -138,7 +139,7 @@ class Controls:
     def _acts(self, control: RunControl) -> bool:
         if (control.start, control.end) == (0, 1):
             return True
-        return control.acts(current_labels()["step"], self._steps)
+        return control.acts(current_interval(), self._steps)
 
     def _begun(self, k: int, number: int, prompt: Prompt, latents: Tensor, timestep: Tensor) -> Begin:
         """What control `k` adds for a group: its net runs here, or block by block in the transformer."""

@@ -30,10 +30,10 @@ from qwenedit.networks.mmdit_layers import (
 )
 from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import Predict
-from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
+from qwenedit.sampling.sampler import Predict, current_interval
+from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler, given_sigmas
 from qwenedit.switches import Controls, Interval, Mask, References, Switches, Time, own_generator
-from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
+from qwenedit.taps import Site, TapFunction, named_modules, taps
 
 __all__ = [
     "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
@@ -160,7 +160,9 @@ def schedule(
             "max_shift": LIGHTNING_SHIFT,
             "shift_terminal": None,
         }
-        scheduler = FlowMatchScheduler(**own)
+        scheduler = FlowMatchScheduler(**own).curved(None)
+    elif time.sigmas in CURVES:
+        scheduler = scheduler.curved(str(time.sigmas))
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
@@ -272,8 +274,8 @@ def switched_predictor(
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
     def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
-        now = current_labels()["step"]
-        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
+        now = steps[0] <= current_interval() < steps[1]
+        return (inside if now else outside)(latents, sigma, **only)
 
     return predict
 

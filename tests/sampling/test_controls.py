@@ -163,6 +163,12 @@ def test_a_control_acts_in_the_steps_that_lie_between_start_and_end(pipe, ran, s
     assert [labels["step"] for labels in ran] == on
 
 
+def test_under_heun_both_predictions_of_an_interval_are_controlled(pipe, ran):
+    options = {"num_inference_steps": 4, "control_image": PICTURE, "control_guidance_end": 0.5}
+    run(pipe, sampler="heun", **options)
+    assert [x.get("interval", x["step"]) for x in ran] == [0, 0, 1, 1]
+
+
 def test_the_net_runs_once_a_step_with_the_prompt(pipe, ran):
     run(pipe, control_image=PICTURE)
     assert [(x["step"], x["branch"], x["control"]) for x in ran] == [(k, "cond", 0) for k in range(3)]
