@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
 from qwenedit.family import Variant
-from qwenedit.inputs.controls import ControlInput, controls_of
+from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
@@ -24,7 +25,6 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
 from qwenedit.memory.residency import home, move, present, while_present
-from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
@@ -144,8 +144,9 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
-    controlnets: list[ControlNet] = field(default_factory=list)
+    controlnets: list[AnyControlNet] = field(default_factory=list)
     sampler: str | Sampler | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
