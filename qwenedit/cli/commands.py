@@ -215,6 +215,13 @@ def ablate(options: argparse.Namespace) -> None:
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
             f"{shown(sweep.failed[0]['error'])}: see the report"
         )
+    if sweep.failed_metrics:
+        name, error = sweep.failed_metrics[0]
+        count = sum(one == name for one, _ in sweep.failed_metrics)
+        raise ValueError(
+            f"the metric {name} failed for {count} of {len(sweep.records)} edits, the first with "
+            f"{shown(error)}: see the report"
+        )
 
 
 def _switches(options: argparse.Namespace) -> Switches:

@@ -2,7 +2,8 @@
 
 A run has four stages, one after the other: text encoding, the VAE's encoder, sampling, the VAE's decoder. The
 peak of a stage is the weights in memory plus what the networks compute. Weights are counted exactly.
-Activations are estimated with formulas fitted to measured peaks (benchmarks/plan.py).
+Activations are estimated with formulas fitted to measured peaks on the CPU (benchmarks/plan.py), and for
+accelerators to the storages of a run without data (benchmarks/fake_device.py).
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ _PROMPT = 100  # tokens of a prompt
 _TEMPLATE = 70  # tokens of the template around it
 _STEPS = 50
 _BLOCK = re.compile("(" + "|".join(path for paths in BLOCK_LISTS.values() for path in paths) + r")\.\d+\.")
+# By place (on the CPU?) and dtype (of 16 bits?): widths a token in sampling, base widths a pixel in the VAE.
+_COMPUTED = {
+    (True, False): (20, 2.8, 5.8),
+    (True, True): (23, 6.5, 6.5),
+    (False, False): (15, 3, 4),
+    (False, True): (18.5, 7, 8),
+}
 # The modes that are planned, from the fastest to the smallest.
 _MODES = (
     *(Modes(residency, modulation) for residency in RESIDENCIES[1:] for modulation in MODULATIONS),
@@ -87,11 +95,11 @@ class NetworkSize:
     def all(self) -> int:
         return sum(block.all for block in self.blocks.values()) + self.rest
 
-    def in_memory(self, mode: Modes) -> int:
-        """Bytes in memory while the network runs.
+    def in_memory(self, mode: Modes, *, runs: bool = True) -> int:
+        """Bytes in memory while the network runs, or waits in memory for its turn.
 
-        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits and
-        two widened ones.
+        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits
+        and, while it runs, two widened ones.
         """
         gone = mode.modulation == "precomputed"
         whole, shrunk = (
@@ -99,7 +107,7 @@ class NetworkSize:
             for blocks in (self.blocks, self.float8)
         )
         if mode.storage == "float8":
-            return sum(shrunk) + sum(whole[-2:]) + self.rest
+            return sum(shrunk) + sum(whole[-2:]) * runs + self.rest
         return sum(whole[-2:] if mode.residency == "stream" else whole) + self.rest
 
 
@@ -224,7 +232,8 @@ def plan(
     found = {one.report.component: one.found for one in compare_networks(folder, names, files)}
     nets = _controlnets(folder, controlnets)
     found |= {f"controlnet {number}": one.found for number, one in enumerate(nets, start=1)}
-    sizes, computed = network_sizes(found, wanted), activations(folder, sketch, wanted, nets, layers=layers)
+    sizes = network_sizes(found, wanted)
+    computed = activations(folder, sketch, wanted, nets, layers=layers, on_cpu=on_cpu)
     peaks = _peaks(_MODES, sizes, computed, _table(folder, wanted, steps))
     downloads = [controlnet_download(net) for net in controlnets if find_controlnet(net) is None]
     made = Plan(
@@ -263,9 +272,10 @@ def choose(
         return candidates[0]
     variant = read_variant(folder)
     sketch = _sketch(folder, variant, int(variant.takes_pictures))
-    computed = activations(folder, sketch, dtype, nets)
+    on_cpu = device.type == "cpu"
+    computed = activations(folder, sketch, dtype, nets, on_cpu=on_cpu)
     peaks = _peaks(candidates, sizes, computed, _table(folder, dtype, _STEPS))
-    memory = host_free() if device.type == "cpu" else device_free(device)
+    memory = host_free() if on_cpu else device_free(device)
     fitting = (mode for mode in candidates if max(peaks[mode].values()) <= SPARE * memory)
     return next(fitting, candidates[-1])
 
@@ -298,13 +308,17 @@ def _peaks(
 ) -> dict[Modes, dict[str, int]]:
     """Bytes on the device, by mode and stage; `table` is the size of precomputed modulation."""
     peaks = {}
+    nets = [name for name in sizes if name.startswith("controlnet")]  # they run beside the transformer
     for mode in modes:
         size = {name: network.in_memory(mode) for name, network in sizes.items()}
         size["transformer"] += table if mode.modulation == "precomputed" else 0
-        nets = sum(takes for name, takes in size.items() if name.startswith("controlnet"))
-        kept = [size.get("text_encoder", 0), size["vae"], size["transformer"] + nets, size["vae"]]
+        idle = dict.fromkeys(size, 0)
         if mode.residency == "resident":
-            kept = [sum(size.values())] * 4
+            idle = {name: network.in_memory(mode, runs=False) for name, network in sizes.items()}
+        kept = [
+            sum(size[name] if name in names else idle[name] for name in size)
+            for names in (["text_encoder"], ["vae"], ["transformer", *nets], ["vae"])
+        ]
         peaks[mode] = {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
     return peaks
 
@@ -364,6 +378,7 @@ def activations(
     nets: Sequence[Compared] = (),
     *,
     layers: int = LAYERING.layers,
+    on_cpu: bool = True,
 ) -> dict[str, int]:
     """Estimate the peak bytes of each stage's activations, for one row of a batch.
 
@@ -379,9 +394,11 @@ def activations(
     | decoder    5.8 base widths a pixel                   | the last upsampling                           |
     +------------------------------------------------------------------------------------------------------+
     In half dtypes RoPE and the VAE's norms compute in float32: 23 widths a token, and 6.5 base widths a pixel
-    in encoder and decoder.
+    in encoder and decoder. Accelerators have other kernels: sampling 15, encoder 3, decoder 4, and in half
+    dtypes 18.5, 7 and 8.
     """
     size, half = _itemsize(dtype), _itemsize(dtype) == 2
+    a_token, encoded_pixel, decoded_pixel = _COMPUTED[on_cpu, half]
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
     transformer: MMDiTConfig = network_config(folder, "transformer")
     vae: VAEConfig = network_config(folder, "vae")
@@ -413,8 +430,8 @@ def activations(
     controls = (len(nets) + residuals) * math.prod(sketch.grid)
     made = {
         "text encoding": encoding,
-        "VAE encode": pixels * vae.base_dim * (6.5 if half else 2.8),
-        "sampling": (joint * (23 if half else 20) + controls) * transformer.width,
-        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
+        "VAE encode": pixels * vae.base_dim * encoded_pixel,
+        "sampling": (joint * a_token + controls) * transformer.width,
+        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * decoded_pixel,
     }
     return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}

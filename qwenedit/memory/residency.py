@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +37,8 @@ from qwenedit.weights.loading import loading_bar
 
 __all__ = [
     "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
-    "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying", "weight_value",
-    "while_present",
+    "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying",
+    "weight_value", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
@@ -258,6 +259,11 @@ def origin_of(module: nn.Module) -> Mapping[str, Stored] | None:
     """Where the weights of a network were read from, by our names; None if `load` did not make it."""
     origin = module.__dict__.get("_origin")
     return None if origin is None else origin.found
+
+
+def files_of(module: nn.Module) -> list[Path]:
+    """The files that a network's weights were loaded from; none for a network that was not loaded."""
+    return sorted({stored.path for stored in (origin_of(module) or {}).values()})
 
 
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:

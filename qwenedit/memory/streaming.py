@@ -295,7 +295,8 @@ class Streamed(nn.ModuleList):
         if not any(parts):
             yield from blocks
             return
-        done = None
+        # Of what was queued before: the blocks of the loop before this one may be in memory until it has run.
+        done = _mark([part for own in parts for part in own])
         with ThreadPoolExecutor(1, "qwenedit-read") as reader:
             coming: Future[_Arrived] | None = reader.submit(_Arrived.of, parts[0], done)
             for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):

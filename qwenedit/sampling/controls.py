@@ -117,7 +117,7 @@ class Controls:
         cache: RunCache,
     ) -> None:
         self._controls = controls
-        self._conds = [[one.cond[group.rows] for one in controls] for group in groups]
+        self._conds = [[one.cond[group.index] for one in controls] for group in groups]
         self._groups = groups
         self._blocks = mmdit.config.num_layers
         self._steps = steps

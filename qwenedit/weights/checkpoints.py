@@ -20,7 +20,8 @@ from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, f
 
 __all__ = [
     "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "from_hub",
-    "is_local", "local_path", "read_areas", "read_variant", "remote_files", "remote_headers", "resolve",
+    "is_local", "local_path", "pieces_of", "read_areas", "read_variant", "remote_files", "remote_headers",
+    "resolve",
 ]  # fmt: skip
 
 EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the embedded model
@@ -328,10 +329,16 @@ def fingerprint(folder: Path) -> str:
     inside = (path for part in parts if part.is_dir() for path in sorted(part.iterdir()))
     files = [path for path in inside if path.is_file() and not is_leftover(path)]
     for path in (folder / "model_index.json", *files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // _PIECES, _PIECE)):
-                file.seek(start)
-                digest.update(file.read(_PIECE))
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        for piece in pieces_of(path):
+            digest.update(piece)
     return digest.hexdigest()[:20]
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """1024 evenly spread pieces of a file, or all of a small one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, size, max(size // _PIECES, _PIECE)):
+            file.seek(start)
+            yield file.read(_PIECE)
