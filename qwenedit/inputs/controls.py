@@ -82,18 +82,12 @@ def controls_of(
                 "control_image, wanted both"
             )
         return ()
-    if not nets:
-        raise ValueError("control_image is given, but the pipeline has no ControlNet: load one first")
     several = isinstance(control_image, (list, tuple))
     pictures = list(control_image) if several else [control_image]
-    count = len(pictures)
-    if not pictures or (len(nets) > 1 and count != len(nets)):
-        wanted = f"{len(nets)}, one for each ControlNet" if len(nets) > 1 else "one or more"
-        raise ValueError(f"control_image has {count} pictures, wanted {wanted}")
-    nets = nets if len(nets) > 1 else [nets[0]] * count
+    nets = _one_for_each_picture(nets, len(pictures))
     masks = _masks(control_mask, nets)
     scales, starts, ends = (
-        _numbers(name, value, count)
+        _numbers(name, value, len(nets))
         for name, value in (
             ("controlnet_conditioning_scale", scale),
             ("control_guidance_start", start),
@@ -102,7 +96,7 @@ def controls_of(
     )
     controls = []
     for k, net in enumerate(nets):
-        _require_fitting(net, config, f"ControlNet {k}" if len(nets) > 1 else "the ControlNet")
+        _require_fitting(net, config, f"the net of control {k}")
         name = f"control_image[{k}]" if several else "control_image"
         rows = _sources(one_for_each(name, pictures[k], prompts), masks[k], prompts, size)
         control = ControlInput(
@@ -115,6 +109,16 @@ def controls_of(
         _require_acting(control, steps)
         controls.append(control)
     return tuple(controls)
+
+
+def _one_for_each_picture(nets: Sequence[AnyControlNet], count: int) -> Sequence[AnyControlNet]:
+    """The net that reads each of so many pictures: a single one reads all of them."""
+    if not nets:
+        raise ValueError("control_image is given, but the pipeline has no ControlNet: load one first")
+    if not count or (len(nets) > 1 and count != len(nets)):
+        wanted = f"{len(nets)}, one for each ControlNet" if len(nets) > 1 else "one or more"
+        raise ValueError(f"control_image has {count} pictures, wanted {wanted}")
+    return nets if len(nets) > 1 else [nets[0]] * count
 
 
 def _masks(control_mask: Any, nets: Sequence[AnyControlNet]) -> list[Any]:

@@ -548,9 +548,9 @@ def test_an_inpainting_net_needs_its_mask(inpainting, net):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"joint_attention_dim": 8}, r"the ControlNet has joint_attention_dim 8, wanted \d+, the transf"),
-        ({"num_attention_heads": 1}, r"the ControlNet has width \d+, wanted \d+, the transformer's"),
-        ({"in_channels": 32, "out_channels": 8}, "the ControlNet has in_channels 32, wanted 64"),
+        ({"joint_attention_dim": 8}, r"of control 0 has joint_attention_dim 8, wanted \d+, the transf"),
+        ({"num_attention_heads": 1}, r"of control 0 has width \d+, wanted \d+, the transformer's"),
+        ({"in_channels": 32, "out_channels": 8}, "the net of control 0 has in_channels 32, wanted 64"),
         ({"extra_condition_channels": 8}, "has 8 extra_condition_channels, wanted 0, or 4 for a mask"),
     ],
 )
