@@ -644,13 +644,17 @@ def test_a_blockwise_net_has_no_config_on_the_hub(hub):
         (lambda: files_of(controlnet(heads=5)), "its (attention_head_dim|num_attention_heads) is"),
         (lambda: {"config.json": b'{"_class_name": "FluxControlNetModel"}'}, "is a FluxControlNetModel"),
         (lambda: {"config.json": b'{"_class_name": 3'}, "cannot be read as JSON"),
+        (
+            lambda: {"model_index.json": b'{"_class_name": "QwenImagePipeline"}'},
+            "a whole checkpoint, a QwenImagePipeline, wanted a ControlNet",
+        ),
     ],
 )
 def test_another_transformers_net_is_refused_before_its_weights_are_downloaded(hub, files, message):
     hub.files = {NET_WEIGHTS: b"x" * 100, **files()}
     with pytest.raises(ValueError, match=message):
         qwenedit.load(controlnet=ID, device="cpu", progress=False)
-    assert hub.gets() == {"config.json"}
+    assert hub.gets() == set(hub.files) - {NET_WEIGHTS}
 
 
 def test_a_controlnet_that_broke_off_is_not_used(net):
