@@ -127,7 +127,7 @@ def _at(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
-    """Ask the hub which files match the patterns, whose * stands for a name, not for folders.
+    """Ask the hub which files match the patterns. A pattern without a slash is for files in no folder.
 
     Raises:
         HubError: the reason why it does not say.
@@ -153,7 +153,7 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+    return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)
 
 
 def _hub_file(listed: Any, root: Path, folder: Path) -> HubFile:
