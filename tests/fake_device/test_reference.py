@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.keys import NETWORKS, ours_to_official
-from tests.fake_device import models
 from tests.fake_device.device import fake_device
 from tests.sparse import write_sparse
 
