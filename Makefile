@@ -12,9 +12,11 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt
+# The second references come without what they require (gigabytes): the tests import single modules of them.
+$(VENV)/.test: pyproject.toml constraints.txt tests/oracles.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/oracles.txt
 	touch $@ $(VENV)/.run
 
 $(VENV)/.dev: $(VENV)/.test
@@ -31,7 +33,7 @@ edit: $(VENV)/.run  ## edit the example picture with the embedded model
 	$(BIN)/python -m qwenedit.mini.demo examples/scene.png "make the circle red"
 
 test: $(VENV)/.test  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	QWENEDIT_ORACLES=required $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 smoke: $(PLAIN)/.run  ## every public name and command, after a plain install
 	rm -rf build

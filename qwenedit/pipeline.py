@@ -1,7 +1,7 @@
 """The components tied together: pictures and prompts in, pictures out.
 
     condition   pictures and prompts -> Conditioning     (vision_language, vae.encode)
-    steps       Conditioning -> the Euler loop           (mmdit)
+    steps       Conditioning -> the sampler's loop       (mmdit)
     decode      latents -> pixels                        (vae.decode)
 
 `edit` and `generate` are these three in a row; each can be called alone.
@@ -17,8 +17,16 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.assembly import assemble, modes_of, other_files
-from qwenedit.call import MAX_TOKENS, Call, EditOptions, GenerateOptions, SampleOptions
+from qwenedit.assembly import add_controlnets, assemble, compare_controlnets, modes_of, other_files
+from qwenedit.call import (
+    MAX_TOKENS,
+    Call,
+    EditOptions,
+    GenerateOptions,
+    SampleOptions,
+    sources_for,
+    sources_under,
+)
 from qwenedit.checks import (
     check_output_type,
     check_run,
@@ -28,18 +36,23 @@ from qwenedit.checks import (
     without_reference_options,
 )
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
 from qwenedit.reference_call import LOAD_OPTIONS
-from qwenedit.reference_scripts import ReferenceScripts, require_euler
+from qwenedit.reference_scripts import ReferenceScripts
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
+from qwenedit.sampling.samplers import Sampler
 from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
 from qwenedit.system import Result, Run
 from qwenedit.weights.checkpoints import find_local
+from qwenedit.weights.controlnets import Source, sources_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +79,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         options = without_reference_options(options, LOAD_OPTIONS)
         scheduler = options.pop("scheduler", None)
         if scheduler is not None:
-            require_euler(scheduler)  # before anything is downloaded
+            from_reference(scheduler)  # before anything is downloaded
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
         if (device_map := options.pop("device_map", None)) not in (None, "auto", "balanced"):
@@ -77,6 +90,39 @@ class QwenImageEdit(Loras, ReferenceScripts):
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
+
+    def load_controlnet(self, source: Source) -> AnyControlNet:
+        """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
+
+        It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
+
+        Args:
+            source: hub id ("InstantX/Qwen-Image-ControlNet-Union"), folder or file: a net of InstantX's kind,
+                with or without its config, or a blockwise net of DiffSynth, recognised by its tensors.
+
+        Raises:
+            ValueError: no such ControlNet, or one that does not fit the transformer. The pipeline is then as
+                it was.
+        """
+        config = self.mmdit.config
+        compared = compare_controlnets(sources_of([source]), config, self.variant, progress=self.progress)
+        (net,) = add_controlnets(self, compared)
+        return net
+
+    @hinting
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the checkpoint to a new folder in the official layout, whole or not at all.
+
+        The reference loads it, and so does `load`, bit by bit in the networks' dtypes. Files of weights have
+        at most 5 GB; one at a time is in memory. Weights that are not in memory are read from the
+        checkpoint's files. Tokenizer, processor and configs are copied from there.
+
+        Raises:
+            ValueError: LoRAs that are not fused; a pipeline without its text encoder, or that `load` did not
+                make; a folder that is not empty or cannot be made; files of the checkpoint that are gone.
+        Source: `DiffusionPipeline.save_pretrained` of diffusers 0.39.0, which writes into any folder.
+        """
+        save(self, folder)
 
     @overload
     def edit(
@@ -115,6 +161,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
         image: Pictures,
         prompt: str | Sequence[str],
         *,
+        mask_image: Pictures | None = None,
+        strength: float = 1.0,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -124,8 +173,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
         generator: Generator | Sequence[Generator] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Change pictures as the prompt says.
 
@@ -135,38 +190,65 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 A list of lists gives each prompt its own references, which may differ in number and size.
                 Pictures are turned upright by EXIF, and 16 bits of grey are scaled to 8 (`as_picture`).
             prompt: one prompt, or a list for a batch.
+            mask_image: a picture, or one for each prompt, that is white where the picture may change and
+                black where it is kept; grey below 128 is black. For the multi-picture variants it belongs to
+                the last picture, and the others stay references. The VAE then sees that picture at the
+                output's size. docs/masks.md says what is kept exactly.
+            strength: the share of the steps that are run, in [0, 1], from the picture with as much noise as
+                the first of them has. At 1 the run starts from noise alone.
+            padding_mask_crop: make only a region around the mask's white, with so many pixels about it, at
+                the whole size of the output, and lay it back into the picture.
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
-            num_inference_steps: Euler steps; by default 50, or as many as there are given sigmas.
+            num_inference_steps: intervals of the schedule; by default 50, or as many as there are given
+                sigmas. Each takes one prediction, with the sampler "heun" two.
             sigmas: unshifted sigmas in place of the evenly spaced ones, one per step; the last may be 0.
             height, width: of the output, multiples of a token's side, 16 in the official checkpoints; by
                 default they follow from the picture (the last one, for the multi-picture variants) at the
                 checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
-            latents: packed noise (B, S, 64) in place of the generator's.
+            latents: packed noise (B, S, 64) in place of the generator's, also for a run with a mask.
+            sampler: "euler", "heun", "dpmpp_2m" or "unipc"; or "stochastic" or "flow_sde", which draw noise
+                from the generator in every step, too; or a function of that form, such as
+                functools.partial(flow_sde, eta=1.2, generator=generator). See `qwenedit.sampling.samplers`.
+                None is the pipeline's own, `pipe.sampler`.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
+            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output. A list is
+                for several controls: one picture for each net, or several for one, whose residuals are
+                summed. A list in the list gives each prompt its own.
+            control_mask: for inpainting nets: white hides the picture from the net. Likewise a list, with
+                None for nets that take no mask.
+            controlnet_conditioning_scale: factor on what a net adds to the target's tokens, or a list.
+            control_guidance_start, control_guidance_end: shares of the run between which a net acts, or
+                lists.
 
         Raises:
             ValueError: bad input, before any network runs.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
-        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
-            differ in turning pictures upright and scaling their levels, in batches (the reference pairs
-            prompts with other prompts' masks and pictures, refuses batches for the multi-picture variants,
-            and shows Edit's language model the pictures of a list at their original sizes) and in refusing
-            sizes that it would round.
+        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` and, with a mask,
+            `QwenImageEditInpaintPipeline.__call__` of diffusers 0.39.0. We differ in turning pictures upright
+            and scaling their levels, in batches (the reference pairs prompts with other prompts' masks and
+            pictures, refuses batches for the multi-picture variants, and shows Edit's language model the
+            pictures of a list at their original sizes) and in refusing sizes that it would round. With a mask
+            we also differ in the default strength (0.6 there), in taking several references, a size and
+            `latents`, and in refusing a mask that changes nothing.
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
         return self._run(
             Call(
-                image=image, prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                image=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+                prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
-                output_type=output_type, switches=switches,
+                sampler=sampler, output_type=output_type, switches=switches,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -199,6 +281,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         prompt: str | Sequence[str],
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -208,24 +294,42 @@ class QwenImageEdit(Loras, ReferenceScripts):
         generator: Generator | Sequence[Generator] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
-        """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
+        """Make pictures from text, also from a picture to start from, with the weights of any variant.
 
         The arguments are those of `edit`; height and width default to 128 latent pixels (1024 pixels in the
         official checkpoints), or to a square of the area that the checkpoint's model_index.json names.
         Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
-        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
+        Args: those that are not listed here are the same as in `edit`.
+            image: the picture to start from, or one for each prompt; it is stretched to the output's size.
+            mask_image: what of it may change.
+            strength: as in `edit`; by default 0.6 with an image.
+
+        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0; with an image
+            `QwenImageImg2ImgPipeline.__call__`, with a mask `QwenImageInpaintPipeline.__call__`. We differ in
+            given latents, which are the noise: the first of these starts from them, the second fails.
         """
         return self._run(
             Call(
+                source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
                 prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
-                output_type=output_type, switches=switches, max_sequence_length=max_sequence_length,
+                sampler=sampler, output_type=output_type, switches=switches,
+                max_sequence_length=max_sequence_length,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -258,20 +362,37 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Iterator[Step]:
-        """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
+        """The sampler's loop under a conditioning, one `Step` at a time; the result is the last's `after`.
+
+        `image` is the picture to start from, or one for each row; it takes a mask and a strength as in
+        `edit`. By default the strength is 1 if the conditioning has pictures, else 0.6.
 
         Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
         """
         call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, switches=switches,
+            generator=generator, latents=latents, sampler=sampler, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         return self._steps(conditioning, self._run_under(conditioning, call))
 
@@ -304,19 +425,33 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, switches=switches,
+            generator=generator, latents=latents, sampler=sampler, output_type=output_type, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         run = self._run_under(conditioning, call)
         return self._finish(self._steps(conditioning, run), run, output_type)
@@ -328,7 +463,8 @@ class QwenImageEdit(Loras, ReferenceScripts):
         negative = None if conditioning.negative is None else " "
         guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
         pictures = [len(row) for row in conditioning.reference_grids]
-        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance)
+        sources = sources_under(call, conditioning, self.areas.token)
+        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance, sources)
         require_encoded(switches, conditioning)
         return run
 
@@ -337,12 +473,15 @@ class QwenImageEdit(Loras, ReferenceScripts):
         require_flat(self.variant)
         check_run(call.output_type, call.num_images_per_prompt, call.max_sequence_length)
         prompts = call.prompt, call.negative_prompt
-        rows = rows_of(*prompts, call.image, self.variant, self.areas, call.height, call.width)
+        rows = rows_of(
+            *prompts, call.image, self.variant, self.areas, call.height, call.width, starts=call.starts
+        )
         switches = switches_of(call.switches)
         guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches.guidance)
         count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
-        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance)
+        sources = sources_for(call, rows, self.variant, self.areas)
+        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance, sources)
         guided, most = guidance is not None, call.max_sequence_length
         conditioning = self._encode(rows, switches, guided=guided, max_tokens=most).repeat(count)
         return self._finish(self._steps(conditioning, run), run, call.output_type)
@@ -358,6 +497,7 @@ def load(
     mmdit: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
     text_encoder: bool | str | os.PathLike[str] = True,
+    controlnet: Source | Sequence[Source] | None = None,
     progress: bool = True,
     compile: bool = False,
     residency: str = "auto",
@@ -378,6 +518,7 @@ def load(
             `zero_cond_t` on.
         text_encoder: likewise a file; False omits the text encoder (16.6 GB in the official checkpoints), for
             runs from a saved `Conditioning`.
+        controlnet: a ControlNet, or a list of them: see `load_controlnet`.
         progress: progress bars on stderr, if that is a terminal.
         compile: compile the transformer's blocks with torch.compile on their first run; all blocks and all
             sizes share one compilation. Last bits differ; under taps and hooks the blocks run uncompiled.
@@ -402,10 +543,10 @@ def load(
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
-        text_encoder=text_encoder not in (False, None), progress=progress,
+        text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

@@ -10,7 +10,8 @@ A call takes the reference's arguments, in its order and with its defaults, and 
 What cannot work here is an error that says what to write.
 
 Source: `__call__` and `encode_prompt` of diffusers 0.39.0's QwenImagePipeline, QwenImageEditPipeline,
-QwenImageEditPlusPipeline and QwenImageLayeredPipeline.
+QwenImageEditPlusPipeline and QwenImageLayeredPipeline; `__call__` of QwenImageImg2ImgPipeline,
+QwenImageInpaintPipeline and QwenImageEditInpaintPipeline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from qwenedit.call import sources_for
 from qwenedit.checks import check_run, device_of, warn, whole_number
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
@@ -39,6 +41,7 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.reference_call import ReferenceCall, given_prompt
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.switches import Seen, Switches, switches_of
@@ -47,7 +50,7 @@ from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from
 
-__all__ = ["ReferenceScripts", "require_euler"]
+__all__ = ["ReferenceScripts"]
 
 _ALIASES = {"transformer": "mmdit", "text_encoder": "vision_language"}
 # What the reference's attributes are here.
@@ -56,7 +59,6 @@ _SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
 _TILING = "decoding needs little memory: leave the line out"
 _LEFT_OUT = "there is nothing to undo: leave the line out"
 _REMEDIES = {
-    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
     "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
     "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
     "enable_group_offload": "load(residency='stream')",
@@ -89,7 +91,8 @@ class ReferenceScripts(Layers):
         """Edit, generate without an image, or decompose with a Layered checkpoint, as in the reference.
 
         Arguments, their order and their defaults are the reference's: without a negative prompt the run is
-        unguided, unlike `edit`'s. Text-to-image checkpoints take no image, so the prompt comes first.
+        unguided, unlike `edit`'s. With text-to-image checkpoints the prompt comes first, and an image is what
+        the run starts from. With a mask the defaults and the order are those of the inpainting pipelines.
 
         We differ in this: `guidance_scale` is ignored with a warning; `max_sequence_length` has no effect on
         editing, as there; `image` may be left out with an editing checkpoint, which then generates; batches
@@ -112,10 +115,11 @@ class ReferenceScripts(Layers):
             guidance = layer_guidance(call.true_cfg_scale, negative, cfg_normalize=call.cfg_normalize)
         else:
             guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
-        run = self.prepare(grid, pictures, call, switches, guidance)
+        sources = None if self.variant.layered else sources_for(call, rows, self.variant, self.areas)
+        run = self.prepare(grid, pictures, call, switches, guidance, sources)
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
         conditioning = conditioning.repeat(count)
-        self._interrupt, self._num_timesteps = False, len(run.sigmas) - 1
+        self._interrupt, self._num_timesteps = False, run.predictions
         with _lora_scale(self.mmdit, call.lora_scale):
             images = self._finish(self._called_back(call, conditioning, run), run, call.output_type).images
         if self.variant.layered and call.output_type != "latent":
@@ -129,11 +133,16 @@ class ReferenceScripts(Layers):
         if self.variant.layered:
             rows = layer_rows(call.image, *prompts, self.variant, self.areas, call.layers, call.resolution)
             return rows, 1 + int(call.layers)
-        multiple = self.areas.token
+        multiple, sides = self.areas.token, (call.height, call.width)
+        if call.image is not None and call.starts and any(sides):
+            warn("height and width have no effect with a mask: the output follows its picture, as there")
+            sides = (None, None)
         height, width = (
-            _rounded(name, side, multiple) for name, side in (("height", call.height), ("width", call.width))
+            _rounded(name, side, multiple) for name, side in zip(("height", "width"), sides, strict=True)
         )
-        return inputs.rows_of(*prompts, call.image, self.variant, self.areas, height, width), 1
+        return inputs.rows_of(
+            *prompts, call.image, self.variant, self.areas, height, width, starts=call.starts
+        ), 1
 
     def _conditioning_of(
         self, call: ReferenceCall, rows: list[BatchRow], switches: Switches, frames: int, *, guided: bool
@@ -176,13 +185,14 @@ class ReferenceScripts(Layers):
             yield from self._steps(conditioning, run)
             return
         start = self.begin(run)
-        predict = self._predictor(conditioning, run)
+        conditioning = self._started(conditioning, run, start)
+        predict = self._predictor(conditioning, run, start)
 
         def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:
             return predict(*args, **only)
 
         embeds = conditioning.to(self.device, self.dtype).prompt.embeds
-        with present(self.mmdit):
+        with present(*self._sampling_networks(start)):
             for step in self._sampled(current, run, start):
                 tensors = {"latents": step.after, "prompt_embeds": embeds}
                 got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs or ()}
@@ -204,7 +214,7 @@ class ReferenceScripts(Layers):
                     embeds = changed
                     prompt = Prompt(embeds, conditioning.prompt.mask)
                     conditioning = dataclasses.replace(conditioning, prompt=prompt)
-                    predict = self._predictor(conditioning, run)
+                    predict = self._predictor(conditioning, run, start)
                 yield step
                 if self._interrupt:
                     return
@@ -265,8 +275,8 @@ class ReferenceScripts(Layers):
             device = f"{self.device.type}:{gpu_id}"
         if device is not None:
             device = device_of(device)
-        networks = [one for one in (self.vision_language, self.vae, self.mmdit) if one is not None]
-        read_when_needed(networks, residency, self.progress)
+        networks = (self.vision_language, self.vae, self.mmdit, *self.controlnets)
+        read_when_needed([one for one in networks if one is not None], residency, self.progress)
         if device is not None:
             self.to(device)
 
@@ -306,10 +316,13 @@ class ReferenceScripts(Layers):
     if not TYPE_CHECKING:  # type checkers would take any name for an attribute
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """A scheduler of the reference becomes ours; the reference's names of networks are ours."""
-            if name == "scheduler" and not isinstance(value, FlowMatchScheduler):
-                config = {**self.scheduler.config, **require_euler(value)}
-                value = config_from(type(self.scheduler), config, "the scheduler")
+            """A scheduler of the reference is a schedule and a sampler; its names of networks are ours."""
+            if name == "scheduler":
+                config, sampler = from_reference(value)
+                if not isinstance(value, FlowMatchScheduler):
+                    config = {**self.scheduler.config, **config}
+                    value = config_from(type(self.scheduler), config, "the scheduler")
+                super().__setattr__("sampler", sampler)
             if name in _ALIASES:
                 if not isinstance(value, (MMDiT, VisionLanguage, type(None))):
                     raise ValueError(
@@ -325,23 +338,6 @@ class ReferenceScripts(Layers):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r}{remedy}", name=name, obj=self
             )
-
-
-def require_euler(scheduler: Any) -> dict[str, Any]:
-    """The config of a scheduler of the reference, whose package is not needed for it.
-
-    Raises:
-        ValueError: something else, or a scheduler that takes other steps than Euler's.
-    """
-    if isinstance(scheduler, FlowMatchScheduler):
-        return scheduler.config
-    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
-    if not isinstance(config, Mapping) or name != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(
-            f"the scheduler is a {name}, wanted a FlowMatchEulerDiscreteScheduler: for other steps than "
-            "Euler's loop over pipe.steps(conditioning), which takes changes"
-        )
-    return {**config, "shift": getattr(scheduler, "shift", config.get("shift"))}  # `set_shift` changes it
 
 
 def _rounded(name: str, side: int | None, multiple: int) -> int | None:

@@ -29,8 +29,8 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Guidance", "Interval", "References", "Seen", "Switches", "Time", "VAEPath", "own_generator",
-    "switches_of",
+    "NORMS", "Controls", "Guidance", "Interval", "Mask", "References", "Seen", "Switches", "Time", "VAEPath",
+    "own_generator", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
@@ -233,8 +233,9 @@ class Time:
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
             "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
-            every size, no terminal stretch); or the sigmas themselves, noise first, one per step, without
-            the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
+            every size, no terminal stretch); "karras", "exponential" or "beta", that curve between the first
+            and the last sigma of the checkpoint's; or the sigmas themselves, noise first, one per step,
+            without the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
         values in Qwen-Image-Lightning's `generate_with_diffusers.py`.
@@ -242,10 +243,56 @@ class Time:
 
     zero_cond_t: bool | None = None
     rounding: Literal["reference", "exact"] = "reference"
-    sigmas: Literal["official", "lightning"] | tuple[float, ...] = "official"
+    sigmas: Literal["official", "lightning", "karras", "exponential", "beta"] | tuple[float, ...] = "official"
 
     def __post_init__(self) -> None:
         _check_types(self, "time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """How a run starts from a picture, and how it keeps the black part of a mask; see docs/masks.md.
+
+    Attributes:
+        preserve: what is replaced in the kept part: "latent", the latents after each step (diffusers);
+            "velocity", the velocity (DiffSynth-Studio); "x0", the latents before a step and the estimate of
+            the clean ones (ComfyUI).
+        grey: "rounded" to black or white, as in the reference; "steps": a grey of g in [0, 1] is kept until
+            the last floor(g N) of N steps; "blended": kept and made parts are mixed in proportion.
+        posterior: a "sample" of the VAE's posterior, as in the reference, or its "mode", as in an edit
+            without a mask: then nothing but the noise is drawn.
+        strength: which steps are run. "reference": the last N - int(N - N s) of N; "lightx2v": the last
+            round(N s); "diffsynth": always N, from sigmas that are s (1 - i / N) before shift and stretch.
+
+    Source: diffusers 0.39.0's inpainting pipelines; arXiv 2306.00950 for "steps"; the sources of
+        sampling/preserve.py; LightX2V's and DiffSynth-Studio's schedulers for Qwen-Image.
+    """
+
+    preserve: Literal["latent", "velocity", "x0"] = "latent"
+    grey: Literal["rounded", "steps", "blended"] = "rounded"
+    posterior: Literal["sample", "mode"] = "sample"
+    strength: Literal["reference", "lightx2v", "diffsynth"] = "reference"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """How ControlNets run.
+
+    Attributes:
+        branches: "cond", as in the reference: once a step with the prompt, and the same residuals are added
+            in both branches of the guidance; "each": once for each branch, with that branch's prompt.
+            (DiffSynth's blockwise nets follow the branch that they are in, whatever this says.)
+
+    Source: `QwenImageControlNetPipeline.__call__`.
+    """
+
+    branches: Literal["cond", "each"] = "cond"
+
+    def __post_init__(self) -> None:
+        _check_types(self, "control")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +305,8 @@ class Switches:
         vae: how the VAE's posterior becomes reference latents.
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
         time: the transformer's timesteps, and the sigmas.
+        mask: how a run starts from a picture and keeps a part of it.
+        control: how ControlNets run.
 
     Raises:
         ValueError: a value without meaning; the message has the switch's dotted name.
@@ -274,6 +323,8 @@ class Switches:
     vae: VAEPath = field(default_factory=VAEPath)
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
+    mask: Mask = field(default_factory=Mask)
+    control: Controls = field(default_factory=Controls)
 
     def __post_init__(self) -> None:
         for name, kind in GROUPS.items():

@@ -21,6 +21,7 @@ TIED = (
     "reference_call",
     "reference_scripts",
     "verify",
+    "saving",
     "assembly",
     "pipeline",
 )

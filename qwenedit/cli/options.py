@@ -20,6 +20,7 @@ from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.family import LIGHTNING
 from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
+from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.sampling.scheduler import MAX_STEPS
 from qwenedit.version import __version__
 
@@ -94,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(edit)
     _picture_options(edit)
 
-    generate = command(commands.generate, "make a picture from a prompt alone")
+    generate = command(commands.generate, "make a picture from a prompt, alone or from another picture")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
+    generate.add_argument("--image", type=Path, metavar="PICTURE", help="a picture to start from")
     _run_options(generate)
     _picture_options(generate)
 
@@ -170,7 +172,8 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--steps", type=_steps, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--steps", type=_steps, metavar="N", help="of the sampler (default: the preset's, 50 for Edit)")
+    add("--sampler", choices=SAMPLERS, help="from noise to the picture (default: the checkpoint's, euler)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")
@@ -211,6 +214,11 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     for option, letter in (("--height", "H"), ("--width", "W")):
         help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
         add(option, type=_side, metavar=letter, help=help)
+    add("--mask", type=Path, metavar="PICTURE", help="white where the (last) picture may change, else black")
+    help = "share of the steps that run, from the picture under noise (default: 1 for edit, 0.6 for --image)"
+    add("--strength", type=float, metavar="X", help=help)
+    help = "make only what is around the mask's white, with N pixels about it, at the whole size"
+    add("--mask-crop", type=_whole, metavar="N", help=help)
     add(
         "--num-images",
         type=_batch,
@@ -218,6 +226,20 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
     )
+    _controlnet_option(command)
+    add(
+        "--control-image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PICTURE",
+        help="what a ControlNet reads, for each net, or several for one; repeatable",
+    )
+    add("--control-mask", type=Path, metavar="PICTURE", help="for inpainting nets: white is hidden from them")
+    add("--control-scale", type=float, metavar="X", help="factor on what the nets add (default: 1.0)")
+    for option, which, default in (("--control-start", "start", 0.0), ("--control-end", "end", 1.0)):
+        help = f"the {which} of the run under control, in shares of it (default: {default})"
+        add(option, type=float, metavar="X", help=help)
     add(
         "--switch",
         action=_Switch,
@@ -230,6 +252,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
 def _checkpoint_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     _file_options(command)
+    _controlnet_option(command)
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -246,6 +269,16 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _controlnet_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="ID_FOLDER_OR_FILE",
+        help="a ControlNet for the transformer, InstantX's or DiffSynth's blockwise kind; repeatable",
+    )
 
 
 def _device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> None:

@@ -27,10 +27,11 @@ from qwenedit.weights.formats import Stored, dequantise
 __all__ = ["Absent", "BlockParts", "Lock", "Part", "Place", "Source", "Streamed"]
 
 _NAMES = {
-    "text_encoder": "vision_language",
-    "transformer": "mmdit",
-    "vae": "vae",
-}  # the pipeline's attributes
+    "text_encoder": "pipe.vision_language",
+    "transformer": "pipe.mmdit",
+    "vae": "pipe.vae",
+    "controlnet": "*pipe.controlnets",
+}
 FP8 = torch.float8_e4m3fn
 
 
@@ -82,7 +83,7 @@ def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     component = absent[0].component
     raise ValueError(
         f"weights of the {component} are in its files, not in memory: run it in `with "
-        f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
+        f"qwenedit.memory.residency.present({_NAMES[component]})`, and blocks that are streamed "
         "within a loop over all of them; or load with residency='resident', modulation='live' and "
         "storage=None"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.memory.streaming import Streamed
+from qwenedit.networks.low_rank import Change
 from qwenedit.networks.mmdit import MMDiT, RunCache, StepModulation
 from qwenedit.taps import Fingerprint, fingerprint
 
@@ -55,7 +56,7 @@ class PrecomputedCache(RunCache):
         layers = [
             block.get_submodule(name) for block in mmdit.blocks.children() for name in ("img_mod", "txt_mod")
         ]
-        loras = [part for layer in layers for part in layer.modules() if list(part.buffers(recurse=False))]
+        loras = [part for layer in layers for part in layer.modules() if isinstance(part, Change)]
         made_of = fingerprint((mmdit.time_embed, *loras))
         if made_of is None or made_of != self._made_of:
             self._ahead, self._made_of = {}, made_of

@@ -7,6 +7,7 @@ switches. The default switches change nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.masks import Sources
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import (
     Rope,
@@ -26,15 +28,16 @@ from qwenedit.networks.mmdit_layers import (
     rope_table,
     sinusoids,
 )
+from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import Predict
-from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
-from qwenedit.switches import Interval, References, Switches, Time, own_generator
-from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
+from qwenedit.sampling.sampler import Predict, current_interval
+from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler, given_sigmas
+from qwenedit.switches import Controls, Interval, Mask, References, Switches, Time, own_generator
+from qwenedit.taps import Site, TapFunction, named_modules, taps
 
 __all__ = [
-    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
-    "switched_predictor",
+    "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
+    "schedule", "switched_predictor",
 ]  # fmt: skip
 
 STEPS = 50  # the reference pipelines' default
@@ -53,6 +56,16 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
 
 
+def require_controls(switches: Switches, controls: bool) -> None:
+    """Check that the switches for controls have a control to act on.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if not controls and switches.control != Controls():
+        raise ValueError("switches.control changes how ControlNets run, but this run has no control_image")
+
+
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
     """Check that the conditioning was encoded under the switches that act on encoding.
 
@@ -67,13 +80,17 @@ def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
         )
 
 
-def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
-    """Check the switches against each row's number of pictures, the transformer's blocks and the run's steps.
+def require_fitting(
+    switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int, sources: Sources | None = None
+) -> None:
+    """Check the switches against each row's number of pictures, the transformer's blocks, the run's steps,
+    and what the run starts from.
 
     Raises:
         ValueError: a switch that could not act.
     """
     require_pictures(switches, any(pictures))
+    _require_source(switches.mask, sources)
     references = switches.references
     for name, interval, count in (
         ("references.steps", references.steps, steps),
@@ -87,6 +104,16 @@ def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int,
             f"references.order is {references.order}, but the rows have {list(pictures)} pictures: wanted as "
             "many numbers"
         )
+
+
+def _require_source(mask: Mask, sources: Sources | None) -> None:
+    plain, masked = Mask(), sources is not None and sources.masks > 0
+    needs = {"preserve": "a mask", "grey": "a mask"} if not masked else {}
+    if sources is None:
+        needs |= dict.fromkeys(("posterior", "strength"), "a picture to start from")
+    for name, needed in needs.items():
+        if getattr(mask, name) != getattr(plain, name):
+            raise ValueError(f"switches.mask.{name} acts on {needed}, but this run has none")
 
 
 def count_steps(time: Time, steps: int | None, custom: Sequence[float] | None = None) -> int:
@@ -109,15 +136,22 @@ def schedule(
     steps: int | None,
     tokens: int,
     custom: Sequence[float] | None = None,
+    strength: float = 1.0,
+    convention: str = "reference",
 ) -> list[float]:
     """The sigmas of a run under `time.sigmas`; `custom` as in `FlowMatchScheduler.sigmas`.
 
-    `steps` is as in `count_steps`.
+    `steps` is as in `count_steps`. A `strength` below 1 starts later, by the convention `mask.strength`.
 
     Raises:
-        ValueError: as there; or custom sigmas together with given ones.
+        ValueError: as there; custom sigmas together with given ones; or a strength that leaves no step.
     """
     steps = count_steps(time, steps, custom)
+    first = _first_step(steps, strength, convention)
+    if convention == "diffsynth" and strength < 1:
+        if custom is not None or not isinstance(time.sigmas, str):
+            raise ValueError("mask.strength is 'diffsynth', which makes the sigmas, but they are given")
+        custom = torch.linspace(strength, 0.0, steps + 1)[:-1].tolist()
     if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
         own = dataclasses.asdict(scheduler) | {
             "use_dynamic_shifting": True,
@@ -126,12 +160,33 @@ def schedule(
             "max_shift": LIGHTNING_SHIFT,
             "shift_terminal": None,
         }
-        scheduler = FlowMatchScheduler(**own)
+        scheduler = FlowMatchScheduler(**own).curved(None)
+    elif time.sigmas in CURVES:
+        scheduler = scheduler.curved(str(time.sigmas))
     elif not isinstance(time.sigmas, str):
         if custom is not None:
             raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
-        return given_sigmas(time.sigmas, steps)
-    return scheduler.sigmas(steps, tokens, custom)
+        return given_sigmas(time.sigmas, steps)[first:]
+    return scheduler.sigmas(steps, tokens, custom)[first:]
+
+
+def _first_step(steps: int, strength: float, convention: str) -> int:
+    """The first of these steps that is run, for a strength in [0, 1].
+
+    Raises:
+        ValueError: there is none.
+    Source: `get_timesteps` of the reference's image-to-image pipelines. Steps are counted, not noise: at 4
+        steps a strength of 0.25 may start at sigma 0.02, where 0.3 starts at 0.42.
+    """
+    if convention == "reference":
+        first = int(max(steps - min(steps * strength, steps), 0))
+    elif convention == "lightx2v":
+        first = steps - round(steps * strength)
+    else:
+        first = 0 if strength > 0 else steps
+    if first == steps:
+        raise ValueError(f"strength is {strength}, which leaves none of {steps} steps: wanted more of either")
+    return first
 
 
 def changed(conditioning: Conditioning, references: References) -> Conditioning:
@@ -175,6 +230,7 @@ def switched_predictor(
     guided: bool,
     micro_batch: int | None = None,
     sigmas: Sequence[float] = (),
+    controls: Sequence[RunControl] = (),
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -183,17 +239,20 @@ def switched_predictor(
     """
     references, time = switches.references, switches.time
     conditioning = changed(conditioning, references)
-    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
+    plain = functools.partial(
+        predictor, mmdit, guided=guided, micro_batch=micro_batch, sigmas=sigmas, controls=controls,
+        each=switches.control.branches == "each",
+    )  # fmt: skip
+    predict = plain(conditioning)
     if references.steps is not None:
-        bare = _without_references(conditioning)
-        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
-        predict = _in_steps(references.steps, predict, without)
+        predict = _in_steps(references.steps, predict, plain(_without_references(conditioning)))
 
     functions: dict[str, TapFunction] = {}
     if references.frame == "target":
         functions["rope.img"] = _in_the_targets_frame
     if time.rounding == "exact":
         functions["time_embed.sinusoids"] = _of_exact_sigma
+    nets = {control.net for control in controls}
     if not functions and time.zero_cond_t is None and references.blocks is None:
         return predict
 
@@ -204,6 +263,10 @@ def switched_predictor(
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
                 stack.enter_context(_visible_in(mmdit, references.blocks))
+            if time.rounding == "exact":
+                for net in nets:
+                    own = {"time_embed.sinusoids": _of_exact_sigma}
+                    stack.enter_context(taps(net, own, first=True, strict=False))  # it may be off in a step
             return predict(latents, sigma, **only)
 
     return under_switches
@@ -211,8 +274,8 @@ def switched_predictor(
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
     def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
-        now = current_labels()["step"]
-        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
+        now = steps[0] <= current_interval() < steps[1]
+        return (inside if now else outside)(latents, sigma, **only)
 
     return predict
 

@@ -11,7 +11,9 @@ import qwenedit.memory.plan as planning
 from qwenedit import mini
 from qwenedit.checks import device_of
 from qwenedit.cli import options as cli
-from qwenedit.memory.plan import STAGES, choose, network_sizes, parse_bytes, plan
+from qwenedit.memory import machine
+from qwenedit.memory.machine import host_free, parse_bytes
+from qwenedit.memory.plan import STAGES, choose, network_sizes, plan
 from qwenedit.memory.residency import Modes
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.sampling.precomputed import PrecomputedCache
@@ -231,14 +233,14 @@ def test_what_is_no_size(text):
 
 
 def test_the_memory_of_the_machine(monkeypatch, tmp_path):
-    assert 0 < planning.host_free() < 2**50
+    assert 0 < host_free() < 2**50
     limit, used = tmp_path / "limit", tmp_path / "used"
     limit.write_text("5000\n")
     used.write_text("2000\n")
-    monkeypatch.setattr(planning, "_CGROUPS", ((str(limit), str(used)),))
-    assert planning.host_free() == 3000
+    monkeypatch.setattr(machine, "_CGROUPS", ((str(limit), str(used)),))
+    assert host_free() == 3000
     limit.write_text("max\n")
-    assert planning.host_free() > 3000
+    assert host_free() > 3000
 
 
 def test_bad_arguments(tmp_path):
