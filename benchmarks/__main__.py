@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
     comparisons: list[Comparison] = []
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        setting = setting_of(options.threads, Path(folder), options.device)
+        try:
+            setting = setting_of(options.threads, Path(folder), options.device)
+        except ValueError as error:
+            parser.error(str(error))
         written: set[str] = set()
         for name in options.only or CASES:
             if not setting.device.startswith(CASES[name].needs):

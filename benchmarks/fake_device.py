@@ -1,7 +1,8 @@
 """Planned peaks of memory beside those of a device that is not there: `python -m benchmarks.fake_device`.
 
-Whole edits at the official size with all blocks, in every mode that is planned, on tests/fake_device: storages
-are real, data are not. Prints the table of docs/memory.md; --write puts it there. Some minutes on one core.
+Whole edits at the official size with all blocks, in every mode that is planned, on tests/fake_device, whose
+storages are real and data are not. Prints the table of docs/memory.md; --write puts it there. Some minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 MARKS = "<!-- peaks: python -m benchmarks.fake_device --write -->\n", "<!-- end of peaks -->\n"
 MODES_OF = "Qwen-Image-Edit-2511"  # the variant that is run in every mode, the others are resident
 PICTURES = {**models.PICTURES, MODES_OF: 1}
+STEPS = 1  # all steps have the same peak
 
 
 def main() -> None:
@@ -50,16 +52,14 @@ def rows() -> Iterator[list[str]]:
 
 def planned_peaks(folder: Path, variant: str) -> dict[Modes, dict[str, int]]:
     pictures, side = PICTURES[variant], 640 if "Layered" in variant else 1024
-    made = plan(
-        folder, device_memory="200GiB", pictures=pictures, steps=models.STEPS, height=side, width=side
-    )
+    made = plan(folder, device_memory="200GiB", pictures=pictures, steps=STEPS, height=side, width=side)
     return made.peaks
 
 
 def peaks(folder: Path, variant: str, mode: Modes) -> dict[str, int]:
     with fake_device() as device:
         pipe = models.load(folder, residency=mode.residency, modulation=mode.modulation, storage=mode.storage)
-        ran = models.run(pipe, device, variant, pictures=PICTURES[variant])
+        ran = models.run(pipe, device, variant, pictures=PICTURES[variant], num_inference_steps=STEPS)
     return {stage: seen.peak for stage, seen in ran.stages.items()}
 
 

@@ -71,13 +71,14 @@ def one_of(
         wait(device)
         start = time.perf_counter()
         for step in pipe.steps(conditioning, num_inference_steps=STEPS):
+            latents = step.after
             wait(device)
             seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
-        pipe.decode(step.after, conditioning.target_grid)
+        pipe.decode(latents, conditioning.target_grid)
         wait(device)
         peak = grown()
-    del pipe, conditioning, step
+    del pipe, conditioning, step, latents
     gc.collect()
     return Measured(mode, max(planned.values()), peak, min(seconds[1:]), copies_of(mode, size, rate))
 
