@@ -37,7 +37,7 @@ def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
     Source: `FlowMatchEulerDiscreteScheduler.scale_noise`.
     """
-    at = torch.tensor(sigma, device=x0.device).to(x0.dtype)
+    at = torch.full((), sigma, device=x0.device).to(x0.dtype)  # filled there: a copy from the host waits
     return at * noise + (1 - at) * x0
 
 
