@@ -133,6 +133,7 @@ class System:
         controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
             all of them.
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
+        folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
     """
 
     vision_language: VisionLanguage | None
