@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.assembly import assemble, modes_of, other_files
+from qwenedit.assembly import add_controlnets, assemble, compare_controlnets, modes_of, other_files
 from qwenedit.call import (
     MAX_TOKENS,
     Call,
@@ -36,6 +36,7 @@ from qwenedit.checks import (
     without_reference_options,
 )
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
@@ -51,6 +52,7 @@ from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
 from qwenedit.system import Result, Run
 from qwenedit.weights.checkpoints import find_local
+from qwenedit.weights.controlnets import Source, sources_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,6 +90,24 @@ class QwenImageEdit(Loras, ReferenceScripts):
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
+
+    def load_controlnet(self, source: Source) -> AnyControlNet:
+        """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
+
+        It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
+
+        Args:
+            source: hub id ("InstantX/Qwen-Image-ControlNet-Union"), folder or file: a net of InstantX's kind,
+                with or without its config, or a blockwise net of DiffSynth, recognised by its tensors.
+
+        Raises:
+            ValueError: no such ControlNet, or one that does not fit the transformer. The pipeline is then as
+                it was.
+        """
+        config = self.mmdit.config
+        compared = compare_controlnets(sources_of([source]), config, self.variant, progress=self.progress)
+        (net,) = add_controlnets(self, compared)
+        return net
 
     @hinting
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -477,6 +497,7 @@ def load(
     mmdit: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
     text_encoder: bool | str | os.PathLike[str] = True,
+    controlnet: Source | Sequence[Source] | None = None,
     progress: bool = True,
     compile: bool = False,
     residency: str = "auto",
@@ -497,6 +518,7 @@ def load(
             `zero_cond_t` on.
         text_encoder: likewise a file; False omits the text encoder (16.6 GB in the official checkpoints), for
             runs from a saved `Conditioning`.
+        controlnet: a ControlNet, or a list of them: see `load_controlnet`.
         progress: progress bars on stderr, if that is a terminal.
         compile: compile the transformer's blocks with torch.compile on their first run; all blocks and all
             sizes share one compilation. Last bits differ; under taps and hooks the blocks run uncompiled.
@@ -521,10 +543,10 @@ def load(
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
-        text_encoder=text_encoder not in (False, None), progress=progress,
+        text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

@@ -275,8 +275,8 @@ class ReferenceScripts(Layers):
             device = f"{self.device.type}:{gpu_id}"
         if device is not None:
             device = device_of(device)
-        networks = [one for one in (self.vision_language, self.vae, self.mmdit) if one is not None]
-        read_when_needed(networks, residency, self.progress)
+        networks = (self.vision_language, self.vae, self.mmdit, *self.controlnets)
+        read_when_needed([one for one in networks if one is not None], residency, self.progress)
         if device is not None:
             self.to(device)
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,16 +36,21 @@ from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
-    "origin_of", "present", "read_when_needed", "remember", "require_staying", "weight_value",
-    "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
+    "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying",
+    "weight_value", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
 MODULATIONS = ("live", "precomputed")
 STORAGES = (None, "float8")
 
-BLOCK_LISTS = {"text_encoder": ("vision.blocks", "language.blocks"), "transformer": ("blocks",), "vae": ()}
+BLOCK_LISTS = {
+    "text_encoder": ("vision.blocks", "language.blocks"),
+    "transformer": ("blocks",),
+    "vae": (),
+    "controlnet": ("blocks",),
+}
 MODULATION_LAYERS = ("img_mod.", "txt_mod.")  # layers of a transformer block whose only input is the timestep
 
 T = TypeVar("T")
@@ -120,7 +126,7 @@ class Modes:
                 parent, _, leaf = path.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, streamed)
                 lists.append(streamed)
-        managed = _Managed(component, source, list(base.values()), lists, progress)
+        managed = _Managed(component, self, source, list(base.values()), lists, progress)
         module.__dict__["_managed"] = managed
         if self.residency == "resident":
             managed.__enter__()  # and never leaves
@@ -152,6 +158,12 @@ def while_present(modules: Sequence[nn.Module], items: Iterator[T]) -> Iterator[
     """Yield the items. The networks' weights are loaded from the first item until the generator ends."""
     with present(*modules):
         yield from items
+
+
+def current_modes(module: nn.Module) -> Modes:
+    """The memory modes that a network is in."""
+    managed = _managed(module)
+    return Modes() if managed is None else managed.modes
 
 
 def home(module: nn.Module) -> torch.device:
@@ -249,6 +261,11 @@ def origin_of(module: nn.Module) -> Mapping[str, Stored] | None:
     return None if origin is None else origin.found
 
 
+def files_of(module: nn.Module) -> list[Path]:
+    """The files that a network's weights were loaded from; none for a network that was not loaded."""
+    return sorted({stored.path for stored in (origin_of(module) or {}).values()})
+
+
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:
     """Give networks the residency "stage" or "stream" after loading. Those that have it are left alone.
 
@@ -281,12 +298,14 @@ class _Managed:
     def __init__(
         self,
         component: str,
+        modes: Modes,
         source: Source,
         base: list[Place],
         lists: list[Streamed],
         progress: bool,
     ) -> None:
         self.component = component
+        self.modes = modes
         self.source = source
         self.base = Part(source, base)
         self.lists = lists

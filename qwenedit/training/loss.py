@@ -130,21 +130,21 @@ def flow_matching_loss(
             errors.append(
                 velocity_error(
                     pipe.mmdit,
-                    clean[group.rows],
+                    clean[group.index],
                     references,
                     group.prompt.embeds,
                     group.prompt.mask,
-                    sigma[group.rows],
-                    noise[group.rows],
+                    sigma[group.index],
+                    noise[group.index],
                     group.grids,
-                    timestep=convention.timestep.of(sigma[group.rows]),
+                    timestep=convention.timestep.of(sigma[group.index]),
                 )
             )
-        order.extend(group.rows)
+        order.append(group.index)
     error = torch.cat(errors)
     if convention.weighting.name != "none":
-        error = error * convention.weighting.of(sigma[order])[:, None]
-    weight = None if batch.weight is None else batch.weight.to(pipe.device)[order]
+        error = error * convention.weighting.of(sigma[torch.cat(order)])[:, None]
+    weight = None if batch.weight is None else batch.weight.to(pipe.device)[torch.cat(order)]
     return weighted_mean(error, weight)
 
 
