@@ -134,6 +134,7 @@ class System:
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
         check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
             and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
+        folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
     """
 
     vision_language: VisionLanguage | None
