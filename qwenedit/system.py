@@ -20,7 +20,7 @@ from qwenedit.family import Variant
 from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
-from qwenedit.inputs.pictures import denormalise_pixels, to_pil
+from qwenedit.inputs.pictures import denormalise_pixels, output_text, pictures_in, side_by_side, to_pil
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
@@ -50,15 +50,22 @@ Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result(Generic[Images]):
     """A run's output, in the form of its `output_type`.
 
     "pil" is a list of PIL pictures, "pt" (B, 3, H, W) pixels in [0, 1], "np" an array (B, H, W, 3) of them,
-    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these.
+    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these. Notebooks show pictures.
     """
 
     images: Images
+
+    def __repr__(self) -> str:
+        return f"Result of {output_text(self.images)}"
+
+    def _repr_png_(self) -> bytes | None:
+        """All pictures beside each other, for notebooks; nothing for latents."""
+        return side_by_side(pictures_in(self.images))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,6 +158,17 @@ class System:
     sampler: str | Sampler | None = None
     check_finite: bool = True
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        """The kind of system, and a line for each network: its weights, and how many blocks it has."""
+        lines = [f"{type(self).__name__}: {self.variant.name}, {self.dtype}, on {self.device}"]
+        named = {"text encoder": self.vision_language, "transformer": self.mmdit, "VAE": self.vae}
+        for name, network in (*named.items(), *(("ControlNet", one) for one in self.controlnets)):
+            count = 0 if network is None else sum(x.numel() for x in network.parameters())
+            blocks = getattr(getattr(network, "language", network), "blocks", ())
+            text = f"{count / 1e6:,.1f} million weights" + (f" in {len(blocks)} blocks" if blocks else "")
+            lines.append(f"  {name}: {'none' if network is None else text}")
+        return "\n".join(lines)
 
     @property
     def device(self) -> torch.device:

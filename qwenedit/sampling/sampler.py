@@ -130,6 +130,14 @@ class Step:
             return velocity
         return self._preserve.velocity(velocity, self.latents, self.sigma)
 
+    def __repr__(self) -> str:
+        guided = "" if self._uncond is None else ", guided"
+        shape, dtype = tuple(self.latents.shape), self.latents.dtype
+        return (
+            f"Step {self.index}: sigma {self.sigma:.4f} to {self.sigma_next:.4f}, latents {shape} "
+            f"{dtype}{guided}"
+        )
+
     @property
     def cond(self) -> Tensor:
         return self._cond
