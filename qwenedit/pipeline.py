@@ -82,7 +82,8 @@ class QwenImageEdit(Loras, Parts):
     def load_controlnet(self, source: Source) -> AnyControlNet:
         """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
 
-        It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
+        It runs in the transformer's dtype, on its device and in its memory modes: its weights are in memory
+        together with the transformer's. LoRAs do not act on it.
 
         Args:
             source: hub id ("InstantX/Qwen-Image-ControlNet-Union"), folder or file: a net of InstantX's kind,
@@ -205,9 +206,10 @@ class QwenImageEdit(Loras, Parts):
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
-            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output. A list is
-                for several controls: one picture for each net, or several for one, whose residuals are
-                summed. A list in the list gives each prompt its own.
+            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output, which under
+                a crop is the region. A list is for several controls: one picture for each net, or several
+                for one net, whose residuals are summed. A list in the list gives each prompt its own
+                (docs/controlnets.md).
             control_mask: for inpainting nets: white hides the picture from the net. Likewise a list, with
                 None for nets that take no mask.
             controlnet_conditioning_scale: factor on what a net adds to the target's tokens, or a list.

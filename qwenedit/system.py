@@ -15,7 +15,7 @@ from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
-from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
+from qwenedit.encoding.sources import source_latents, with_source
 from qwenedit.family import Variant
 from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
@@ -30,7 +30,7 @@ from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.preserve import Kept, noised
+from qwenedit.sampling.preserve import noised, preserving
 from qwenedit.sampling.sampler import Predict, Preserve, Step, checked
 from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
@@ -141,6 +141,7 @@ class System:
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
         check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
             and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
+        folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
     """
 
     vision_language: VisionLanguage | None
@@ -253,7 +254,10 @@ class System:
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
         controls = drawn(run.controls, self.vae, run.generator, self.device, self.dtype)
-        source = self._source(run)
+        source, how = None, run.switches.mask
+        if run.sources is not None:
+            source = source_latents(run.sources, self.vae, run.generator, run.batch, posterior=how.posterior)
+            source = source.to(self.device, self.dtype)
         if run.latents is not None:
             noise = run.latents.to(self.device, self.dtype)
         else:
@@ -261,31 +265,11 @@ class System:
                 run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
-        if source is None:
+        if run.sources is None or source is None:
             return Start(latents=noise, controls=controls)
-        preserve = self._preserve(run, source, noise)
+        preserve = preserving(run.sources, source, noise, run.sigmas, how, self.vae, run.generator)
         latents = noised(source, noise, run.sigmas[0])
         return Start(latents=latents, preserve=preserve, source=source, controls=controls)
-
-    def _source(self, run: Run) -> Tensor | None:
-        """The clean latents of the pictures to start from, drawn from the run's generator."""
-        if run.sources is None:
-            return None
-        posterior = run.switches.mask.posterior
-        latents = source_latents(run.sources, self.vae, run.generator, run.batch, posterior=posterior)
-        return latents.to(self.device, self.dtype)
-
-    def _preserve(self, run: Run, source: Tensor, noise: Tensor) -> Preserve | None:
-        """What keeps the black part of the run's masks."""
-        if run.sources is None or not run.sources.masks:
-            return None
-        how, config = run.switches.mask, self.vae.config
-        if how.posterior == "sample":
-            draw_masked(run.sources, self.vae, run.generator, run.batch)
-        mask = mask_tokens(
-            run.sources, run.batch, config.spatial_factor, config.z_dim, grey=how.grey != "rounded"
-        )
-        return Kept(x0=source, noise=noise, mask=mask.to(self.device), sigmas=run.sigmas, how=how)
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
