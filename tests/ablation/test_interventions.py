@@ -447,6 +447,11 @@ def test_a_lora_of_the_pipeline_stays_beside_the_sweeps(tmp_path, pipe, lora):
     spec = {**SMALL, "grid": {"lora": ["none", str(lora)]}}
     found = pictures(run(spec, tmp_path, pipe=pipe, device=None))
     assert pipe.loras == {"own": 0.3} and same(found[0], edit(pipe).images[0])
+    pipe.disable_lora()
+    disabled = pictures(run(spec, tmp_path / "disabled", pipe=pipe, device=None))
+    assert same(disabled[0], edit(pipe).images[0]) and not same(disabled[1], found[1])
+    pipe.enable_lora()
+    assert pipe.loras == {"own": 0.3}
     pipe.load_lora_weights(lora, "second", scale=1.0)
     pipe.set_adapters(["own", "second"], [0.3, 1.0])
     assert same(found[1], edit(pipe).images[0])
