@@ -20,6 +20,7 @@ TIED = (
     "layered",
     "reference_call",
     "reference_scripts",
+    "parts",
     "verify",
     "saving",
     "assembly",

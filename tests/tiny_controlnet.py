@@ -4,6 +4,7 @@ blockwise ones in DiffSynth's.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -16,6 +17,8 @@ from qwenedit.networks.blockwise_controlnet import (
     BlockwiseControlNet,
     BlockwiseControlNetConfig,
 )
+from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.weights.keys import ours_to_official
 from tests.support import randomise_
 from tests.tiny import temporary
@@ -82,3 +85,16 @@ def fitting(transformer: Path, **changes) -> Path:
         heads=config["num_attention_heads"], axes=tuple(config["axes_dims_rope"]),
         channels=config["in_channels"], joint_attention_dim=config["joint_attention_dim"], **changes,
     )  # fmt: skip
+
+
+def random_net(mmdit: MMDiT, *, layers: int = 2, masked: bool = False, seed: int = 0) -> ControlNet:
+    """A ControlNet with random weights that fits a transformer of ours."""
+    names = [one.name for one in dataclasses.fields(ControlNetConfig)]
+    shared = {name: getattr(mmdit.config, name) for name in names if hasattr(mmdit.config, name)}
+    config = ControlNetConfig(
+        **{**shared, "num_layers": layers, "extra_condition_channels": INPAINTING if masked else 0}
+    )
+    net = randomise_(ControlNet(config), seed).requires_grad_(False)
+    for layer in net.residuals:  # small beside what the transformer has, as in trained nets
+        layer.weight.mul_(0.2), layer.bias.mul_(0.2)
+    return net.to(next(mmdit.parameters()).dtype)

@@ -197,6 +197,7 @@ def parity(options: argparse.Namespace) -> int:
         prompt=PROMPT if options.prompt is None else options.prompt,
         dtypes=DTYPES if options.dtype is None else [options.dtype],
         device=options.device,
+        controlnets=sources_of(options.controlnet),
         progress=not options.quiet,
     )
     say(result, options.output)

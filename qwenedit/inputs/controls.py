@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwenedit.checks import real_number, warn
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.pictures import as_picture
+from qwenedit.inputs.masks import Source, one_for_each
 from qwenedit.latents import PATCH
 from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
 from qwenedit.networks.controlnet import ControlNet
@@ -21,6 +21,7 @@ __all__ = ["AnyControlNet", "ControlInput", "Reach", "controls_of"]
 AnyControlNet: TypeAlias = ControlNet | BlockwiseControlNet
 
 MASKED = PATCH**2  # channels of a token's mask
+STRETCHED = 1.1  # sides that are rounded to tokens stretch a picture less
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,15 +48,12 @@ class ControlInput(Reach):
 
     Attributes:
         net: the ControlNet that reads the pictures.
-        pictures: one for each row of the batch.
-        masks: likewise for an inpainting net, from which the white part is hidden; None for others.
-        size: (width, height) of the output.
+        rows: the picture of each row of the batch; for an inpainting net, from which the white part is
+            hidden, with a mask. Rows with the same picture and mask have one `Source`.
     """
 
     net: AnyControlNet
-    pictures: tuple[Image.Image, ...]
-    masks: tuple[Image.Image, ...] | None
-    size: Size
+    rows: tuple[Source, ...]
 
 
 def controls_of(
@@ -84,37 +82,26 @@ def controls_of(
                 "control_image, wanted both"
             )
         return ()
-    if not nets:
-        raise ValueError("control_image is given, but the pipeline has no ControlNet: load one first")
     several = isinstance(control_image, (list, tuple))
     pictures = list(control_image) if several else [control_image]
-    count = len(pictures)
-    if not pictures or (len(nets) > 1 and count != len(nets)):
-        wanted = f"{len(nets)}, one for each ControlNet" if len(nets) > 1 else "one or more"
-        raise ValueError(f"control_image has {count} pictures, wanted {wanted}")
-    nets = nets if len(nets) > 1 else [nets[0]] * count
+    nets = _one_for_each_picture(nets, len(pictures))
     masks = _masks(control_mask, nets)
     scales, starts, ends = (
-        _numbers(name, value, count)
+        _numbers(name, value, len(nets))
         for name, value in (
             ("controlnet_conditioning_scale", scale),
             ("control_guidance_start", start),
             ("control_guidance_end", end),
         )
     )
-    controls, times = [], batch // prompts
+    controls = []
     for k, net in enumerate(nets):
-        _require_fitting(net, config, f"ControlNet {k}" if len(nets) > 1 else "the ControlNet")
-        place = f"[{k}]" if several else ""
-        of_prompts = _one_for_each(f"control_image{place}", pictures[k], prompts)
-        of_masks = None if masks[k] is None else _one_for_each("control_mask", masks[k], prompts)
-        for picture in of_prompts:
-            _warn_of_stretching(picture, size)
+        _require_fitting(net, config, f"the net of control {k}")
+        name = f"control_image[{k}]" if several else "control_image"
+        rows = _sources(one_for_each(name, pictures[k], prompts), masks[k], prompts, size)
         control = ControlInput(
             net=net,
-            pictures=tuple(one for one in of_prompts for _ in range(times)),
-            masks=None if of_masks is None else tuple(one for one in of_masks for _ in range(times)),
-            size=size,
+            rows=tuple(row for row in rows for _ in range(batch // prompts)),
             scale=scales[k],
             start=starts[k],
             end=ends[k],
@@ -122,6 +109,16 @@ def controls_of(
         _require_acting(control, steps)
         controls.append(control)
     return tuple(controls)
+
+
+def _one_for_each_picture(nets: Sequence[AnyControlNet], count: int) -> Sequence[AnyControlNet]:
+    """The net that reads each of so many pictures: a single one reads all of them."""
+    if not nets:
+        raise ValueError("control_image is given, but the pipeline has no ControlNet: load one first")
+    if not count or (len(nets) > 1 and count != len(nets)):
+        wanted = f"{len(nets)}, one for each ControlNet" if len(nets) > 1 else "one or more"
+        raise ValueError(f"control_image has {count} pictures, wanted {wanted}")
+    return nets if len(nets) > 1 else [nets[0]] * count
 
 
 def _masks(control_mask: Any, nets: Sequence[AnyControlNet]) -> list[Any]:
@@ -152,16 +149,18 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
     return [real_number(f"{name}[{k}]", one) for k, one in enumerate(value)]
 
 
-def _one_for_each(name: str, value: Any, prompts: int) -> list[Image.Image]:
-    """A picture for each prompt; one is for all."""
-    if not isinstance(value, (list, tuple)):
-        return [as_picture(value, name)] * prompts
-    if len(value) not in (1, prompts):
-        raise ValueError(
-            f"{name} has {len(value)} pictures for {prompts} prompt(s), wanted one, or one for each prompt"
-        )
-    given = [as_picture(one, f"{name}[{k}]") for k, one in enumerate(value)]
-    return given if len(given) == prompts else given * prompts
+def _sources(pictures: Sequence[Image.Image], control_mask: Any, prompts: int, size: Size) -> list[Source]:
+    """The picture of each prompt, with its mask; equal ones are one object."""
+    masks: Sequence[Image.Image | None]
+    masks = [None] if control_mask is None else one_for_each("control_mask", control_mask, prompts)
+    for picture in pictures:
+        _warn_of_stretching(picture, size)
+    count = max(len(pictures), len(masks))
+    rows = [
+        Source(picture=pictures[k % len(pictures)].convert("RGB"), mask=masks[k % len(masks)], size=size)
+        for k in range(count)
+    ]
+    return rows if count == prompts else rows * prompts
 
 
 def _require_fitting(net: AnyControlNet, config: MMDiTConfig, what: str) -> None:
@@ -193,7 +192,8 @@ def _require_acting(control: Reach, steps: int) -> None:
 
 def _warn_of_stretching(picture: Image.Image, size: Size) -> None:
     (width, height), (own, other) = size, picture.size
-    if abs(own * height - other * width) > max(width, height, own, other):
+    ratio = own * height / (other * width)
+    if not 1 / STRETCHED < ratio < STRETCHED:
         warn(
             f"the control picture is {own}x{other} and the output {width}x{height}, of another shape: the "
             "picture is stretched to fit"

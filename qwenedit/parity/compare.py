@@ -25,25 +25,31 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qwenedit.checks import device_of, progress_bar
+from qwenedit.family import Variant
 from qwenedit.files import replacing_file
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
+from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.parity.reference import (
     VERSIONS,
     Streams,
     prepare,
+    reference_controlnet,
     reference_network,
     reference_path,
     require_reference,
 )
 from qwenedit.parity.report import DTYPES, END_TO_END, FLOAT32, Parity, Progress, Row, compared
-from qwenedit.parity.stages import Stage, stages
+from qwenedit.parity.stages import Stage, controlnet_stages, stages
 from qwenedit.parity.taps import first_difference
 from qwenedit.version import __version__
 from qwenedit.weights import loading
 from qwenedit.weights.checkpoints import COMPONENTS, find_local, fingerprint, read_areas, read_variant
-from qwenedit.weights.keys import NETWORKS
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import Source, compare_controlnet, find_controlnet, sources_of
+from qwenedit.weights.keys import CONTROLNET, NETWORKS
+from qwenedit.weights.loading import require_fitting
 from qwenedit.weights.report import compare
 
 __all__ = ["Parity", "Row", "parity"]
@@ -62,6 +68,7 @@ def parity(
     prompt: str = PROMPT,
     dtypes: Sequence[str] = DTYPES,
     device: torch.device | str | None = None,
+    controlnets: Sequence[Source] = (),
     progress: bool = True,
 ) -> Parity:
     """Compare a checkpoint's modules with the reference's; None is the embedded model.
@@ -73,6 +80,7 @@ def parity(
         output: the .json with all rows.
         picture: the picture to edit, reduced to at most 256 x 256 pixels in area; None: a drawn one.
         dtypes: "float32", "bfloat16" or both.
+        controlnets: ControlNets of the transformer, which are compared, too, with the same picture.
 
     Raises:
         ValueError: the references are not installed; bad arguments; no checkpoint on this machine (nothing is
@@ -101,11 +109,19 @@ def parity(
         "dtypes": dtypes,
         "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS},
     }
-    mark = _fingerprint(folder, {**about, "size": picture.size}, picture)
-    pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS}
+    nets = _controlnets(folder, variant, controlnets, where)
+    if nets:
+        about["controlnets"] = [str(source) for source in controlnets]
+    files = [stored.path for net in nets.values() for stored in net.found.values()]
+    mark = _fingerprint(folder, {**about, "size": picture.size}, picture, files)
+    pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS} | nets
     with torch.no_grad(), _without_tf32():
         case, exact = prepare(folder, variant, areas, picture, prompt, where)
-        run = _Run(pairs, list(stages(folder, case)), dtypes, case.streams, Progress(output, mark))
+        todo = list(stages(folder, case))
+        for name, net in nets.items():
+            own: Any = net.ours.config
+            todo += controlnet_stages(name, own, case)
+        run = _Run(pairs, todo, dtypes, case.streams, Progress(output, mark))
         for what, got, wanted in exact:
             run.exact(f"input.{what}", _equal(got, wanted))
         result = Parity(folder, about, run.finish(progress))
@@ -114,6 +130,22 @@ def parity(
     with replacing_file(output) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _controlnets(
+    folder: Path, variant: Variant, sources: Sequence[Source], device: torch.device
+) -> dict[str, _Pair]:
+    """Both sides of the ControlNets, by the names of their components."""
+    if sources and variant.layered:
+        raise ValueError(f"{variant.name} takes no control pictures: it has no ControlNets to compare")
+    config: MMDiTConfig = network_config(folder, "transformer")
+    pairs = {}
+    for number, source in enumerate(sources_of(list(sources)), 1):
+        if (path := find_controlnet(source)) is None:
+            raise ValueError(f"{source} is not on this machine: load it once, or run `hf download {source}`")
+        name = "controlnet" if len(sources) == 1 else f"controlnet {number}"
+        pairs[name] = _Pair.of_controlnet(name, path, config, device)
+    return pairs
 
 
 def _check_output(output: Path) -> None:
@@ -139,12 +171,14 @@ def _drawn() -> Image.Image:
     return picture
 
 
-def _fingerprint(folder: Path, about: dict[str, Any], picture: Image.Image) -> str:
+def _fingerprint(folder: Path, about: dict[str, Any], picture: Image.Image, files: Sequence[Path]) -> str:
     """A hash of everything that a row depends on: checkpoint, input, versions and the package's source."""
     digest = hashlib.sha256(json.dumps({"files": fingerprint(folder), **about}).encode())
     digest.update(picture.tobytes())
     for path in sorted(folder.rglob("*.safetensors")):  # `fingerprint` reads only parts of a large file
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_mtime_ns}".encode())
+    for path in sorted(set(files)):  # of ControlNets
+        digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -188,6 +222,13 @@ class _Pair:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
         return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
 
+    @classmethod
+    def of_controlnet(cls, name: str, path: Path, transformer: MMDiTConfig, device: torch.device) -> _Pair:
+        one = compare_controlnet(path, transformer)
+        require_fitting(one.report, path)
+        ours: Any = one.module
+        return cls(name, ours.eval(), reference_controlnet(ours.config), one.found, device)
+
     @contextmanager
     def loaded(self, stage: Stage, dtype: torch.dtype) -> Iterator[None]:
         """Give both sides the stage's weights; each side reads them from the files by itself.
@@ -213,7 +254,8 @@ class _Pair:
                         f"{shown(stored.key)} in {shown(stored.path.name)} has NaN or infinity"
                     )
             for stored in part.values():
-                name = reference_path(self.component, NETWORKS[self.component].hub_key(stored.name))
+                network = NETWORKS.get(self.component, CONTROLNET)
+                name = reference_path(self.component, network.hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:
                     value = stored.read(file)
                 _place(self.reference, name, value.to(self.device, wanted or value.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -27,16 +27,19 @@ from qwenedit.inputs.pictures import resize_rgb, rgba_pixels, vae_pixels
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.tokenizer import has_tokenizer
 from qwenedit.latents import initial_noise
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNetConfig
+from qwenedit.networks.controlnet import ControlNetConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig, mrope_positions
 from qwenedit.networks.vision_tower import window_order
+from qwenedit.parity.oracles import oracle_module
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.weights.checkpoints import COMPONENTS
 from qwenedit.weights.configs import network_config
 
 __all__ = [
-    "VERSIONS", "Case", "Streams", "official_pack", "prepare", "reference_network", "reference_path",
-    "require_reference",
+    "VERSIONS", "Case", "Streams", "official_pack", "prepare", "reference_controlnet", "reference_network",
+    "reference_path", "require_reference",
 ]  # fmt: skip
 
 VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.6"}
@@ -284,6 +287,28 @@ def reference_network(folder: Path, component: str, device: torch.device) -> Any
         network = official.from_config(config)
     if component == "transformer":
         axes = list(network.config.axes_dims_rope)
+        network.pos_embed = type(network.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
+    return network.eval()
+
+
+def reference_controlnet(config: ControlNetConfig | BlockwiseControlNetConfig) -> Any:
+    """The reference's ControlNet on the meta device: diffusers', or for a blockwise net DiffSynth's.
+
+    Raises:
+        ValueError: DiffSynth-Studio is not installed.
+    """
+    if isinstance(config, BlockwiseControlNetConfig):
+        kind = oracle_module("diffsynth", "models.qwen_image_controlnet").QwenImageBlockWiseControlNet
+        sizes = {
+            "num_layers": config.num_layers, "in_dim": config.in_channels, "dim": config.width,
+            "additional_in_dim": config.extra_condition_channels,
+        }  # fmt: skip
+    else:
+        kind, sizes = import_module("diffusers").QwenImageControlNetModel, asdict(config)
+    with torch.device("meta"):
+        network = kind(**sizes)
+    if isinstance(config, ControlNetConfig):
+        axes = list(config.axes_dims_rope)
         network.pos_embed = type(network.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
     return network.eval()
 

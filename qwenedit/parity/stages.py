@@ -7,7 +7,7 @@ ones, in the same layout on both sides. As little arithmetic as possible happens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from qwenedit.latents import normalise, pack
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNetConfig
+from qwenedit.networks.controlnet import ControlNetConfig
 from qwenedit.networks.mmdit_layers import joint_rope
 from qwenedit.networks.vision_language import VisionLanguageConfig
 from qwenedit.networks.vision_tower import window_order
 from qwenedit.parity.reference import Case, Streams, official_pack
 from qwenedit.weights.configs import network_config
 
-__all__ = ["Stage", "stages"]
+__all__ = ["Stage", "controlnet_stages", "stages"]
 
 QWEN = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
 
@@ -228,28 +230,89 @@ def _vae(config: Any) -> Iterator[Stage]:
 
 
 def _transformer(depth: int, case: Case) -> Iterator[Stage]:
+    stage = partial(Stage, "transformer")
+
+    def img_in(net: Any, s: Streams) -> Streams:
+        img = torch.cat([s["noise"], s["latents"]], dim=1) if len(case.grids) > 1 else s["noise"]
+        return {"img": net.img_in(img)}
+
+    def norm_out(net: Any, s: Streams) -> Streams:
+        return {"img": net.norm_out(s["img"], s["temb"][:1])}
+
+    def velocity(net: Any, s: Streams) -> Streams:
+        return {"velocity": net.proj_out(s["img"])}
+
+    yield stage("img_in", img_in, img_in)
+    yield from _trunk("transformer", depth, case.grids, case.ids.device)
+    yield stage("norm_out", norm_out, norm_out)
+    yield stage("proj_out", velocity, velocity, ends=True)
+
+
+def controlnet_stages(
+    component: str, config: ControlNetConfig | BlockwiseControlNetConfig, case: Case
+) -> Iterator[Stage]:
+    """The stages of a ControlNet, which come after all others; the picture is its control picture, too."""
+    stage, target = partial(Stage, component), math.prod(case.grids[0])
+
+    def cond(s: Streams) -> Tensor:
+        mask = (s["noise"][..., : config.extra_condition_channels] > 0).to(s["noise"].dtype)
+        return torch.cat([s["latents"], mask], dim=-1)
+
+    def add(i: int, net: Any, s: Streams) -> Streams:
+        return {"residual": net.blocks[i](s["img"][:, :target], s["cond"])}
+
+    def official_add(i: int, net: Any, s: Streams) -> Streams:
+        return {"residual": net.controlnet_blocks[i](s["img"][:, :target], s["cond"])}
+
+    if isinstance(config, BlockwiseControlNetConfig):  # beside a stream of the transformer, its last
+        yield stage(
+            "cond_in",
+            lambda net, s: {"cond": net.cond_in(cond(s))},
+            lambda net, s: {"cond": net.img_in(cond(s))},
+        )
+        for i in range(config.num_layers):
+            yield stage(
+                f"blocks.{i}", partial(add, i), partial(official_add, i), ends=i == config.num_layers - 1
+            )
+        return
+    yield stage(
+        "img_in",
+        lambda net, s: {"img": net.img_in(s["noise"]) + net.cond_in(cond(s))},
+        lambda net, s: {"img": net.img_in(s["noise"]) + net.controlnet_x_embedder(cond(s))},
+        weights=("img_in", "cond_in"),
+    )
+    yield from _trunk(component, config.num_layers, case.grids[:1], case.ids.device, residuals=True)
+
+
+def _trunk(
+    component: str,
+    depth: int,
+    grids: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    *,
+    residuals: bool = False,
+) -> Iterator[Stage]:
+    """The stages that a transformer and a ControlNet share; the latter's blocks also have `residuals`."""
     name_of_module = "diffusers.models.transformers.transformer_qwenimage"
-    official, stage = import_module(name_of_module), partial(Stage, "transformer")
-    grids, device = case.grids, case.ids.device
+    official, stage = import_module(name_of_module), partial(Stage, component)
     frames, *size = grids[0]
     official_grids = [(1, *size)] * frames + list(grids[1:])  # there each layer is a grid of its own
     target, tokens = math.prod(grids[0]), sum(map(math.prod, grids))
 
-    def img_in(net: Any, s: Streams) -> Streams:
-        img = torch.cat([s["noise"], s["latents"]], dim=1) if len(grids) > 1 else s["noise"]
-        return {"img": net.img_in(img)}
-
     def txt_in(net: Any, s: Streams) -> Streams:
         return {"txt": net.txt_in(net.txt_norm(s["prompt"]))}
 
+    def has(net: Any, option: str) -> bool:
+        return bool(getattr(net.config, option, False))  # no ControlNet has it
+
     def times(net: Any, s: Streams) -> Tensor:
         timestep = s["timestep"]
-        return torch.cat([timestep, timestep * 0]) if net.config.zero_cond_t else timestep
+        return torch.cat([timestep, timestep * 0]) if has(net, "zero_cond_t") else timestep
 
     def addition(net: Any, s: Streams) -> list[Tensor]:
         """Layered's second time: 0, as its pipeline has it."""
         zeros = torch.zeros_like(times(net, s), dtype=torch.long)
-        return [zeros] if net.config.use_additional_t_cond else []
+        return [zeros] if has(net, "use_additional_t_cond") else []
 
     def rope(net: Any, s: Streams) -> tuple[Tensor, Tensor]:
         return net.rope(grids, s["txt"].shape[1], device)
@@ -259,7 +322,7 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
 
     def block(i: int, net: Any, s: Streams) -> Streams:
         img, txt = net.blocks[i](s["img"], s["txt"], s["temb"], joint_rope(*rope(net, s)), None, target)
-        return {"img": img, "txt": txt}
+        return {"img": img, "txt": txt, **({"residual": net.residuals[i](img)} if residuals else {})}
 
     def official_block(i: int, net: Any, s: Streams) -> Streams:
         is_reference = (torch.arange(tokens, device=device) >= target).int()[None]
@@ -269,21 +332,15 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
             encoder_hidden_states_mask=None,
             temb=s["temb"],
             image_rotary_emb=official_rope(net, s),
-            modulate_index=is_reference if net.config.zero_cond_t else None,
+            modulate_index=is_reference if has(net, "zero_cond_t") else None,
         )
-        return {"img": img, "txt": txt}
+        added = {"residual": net.controlnet_blocks[i](img)} if residuals else {}
+        return {"img": img, "txt": txt, **added}
 
     def rotated(stream: int, net: Any, x: Tensor) -> Tensor:
         tables = official_rope(net, {"txt": x})  # of the stream's own length where it is the text
         return official.apply_rotary_emb_qwen(x, tables[stream], use_real=False)
 
-    def norm_out(net: Any, s: Streams) -> Streams:
-        return {"img": net.norm_out(s["img"], s["temb"][:1])}
-
-    def velocity(net: Any, s: Streams) -> Streams:
-        return {"velocity": net.proj_out(s["img"])}
-
-    yield stage("img_in", img_in, img_in)
     yield stage("txt_in", txt_in, txt_in, weights=("txt_norm", "txt_in"))
     yield stage(
         "time_embed",
@@ -303,6 +360,7 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
             for k, stream in enumerate(("img", "txt"))
             for name in "qk"
         }
-        yield stage(path, partial(block, i), partial(official_block, i), derived=derived)
-    yield stage("norm_out", norm_out, norm_out)
-    yield stage("proj_out", velocity, velocity, ends=True)
+        yield stage(
+            path, partial(block, i), partial(official_block, i), derived=derived,
+            weights=(path, f"residuals.{i}") if residuals else None, ends=residuals and i == depth - 1,
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from qwenedit.parity.reference import Streams, reference_path
 from qwenedit.parity.report import compared
 from qwenedit.parity.stages import Stage
 from qwenedit.taps import Site, named_modules, taps
-from qwenedit.weights.keys import NETWORKS, ours_to_official
+from qwenedit.weights.keys import CONTROLNET, NETWORKS, ours_to_official
 
 __all__ = ["first_difference"]
 
@@ -125,7 +125,7 @@ def _places(stage: Stage, ours: nn.Module) -> Iterator[tuple[str, tuple[str, str
 
 def _official(component: str, path: str) -> str:
     """The path of the reference's module for one of our modules."""
-    table = NETWORKS[component].table + _ONLY_THERE
+    table = NETWORKS.get(component, CONTROLNET).table + _ONLY_THERE
     for leaf in (".weight", ".gamma"):
         try:
             return reference_path(component, ours_to_official(table, path + leaf)).removesuffix(leaf)

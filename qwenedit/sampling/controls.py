@@ -16,14 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from qwenedit.encoding.conditioning import Prompt, RowGroup
 from qwenedit.inputs.controls import AnyControlNet, ControlInput, Reach
-from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.pictures import byte_tensor, vae_pixels
-from qwenedit.latents import Layout, generators_of, normalise, pack
+from qwenedit.latents import Layout, normalise, pack, standard_normal
 from qwenedit.memory.residency import present
 from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
 from qwenedit.networks.controlnet import spread
@@ -34,8 +31,7 @@ from qwenedit.taps import observed, require_finite, scope
 
 __all__ = ["Controls", "RunControl", "drawn"]
 
-WHITE = 128  # of 255: a mask is white from here on
-
+Generators = Generator | Sequence[Generator] | None
 Begin = Callable[[], Control]  # what a net adds, for one pass through the transformer
 
 
@@ -51,7 +47,7 @@ class RunControl(Reach):
 def drawn(
     controls: Sequence[ControlInput],
     vae: VAE,
-    generator: Generator | Sequence[Generator] | None,
+    generator: Generators,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[RunControl, ...]:
@@ -77,46 +73,29 @@ def drawn(
         )
 
 
-def _latents(control: ControlInput, vae: VAE, generator: Generator | Sequence[Generator] | None) -> Tensor:
+def _latents(control: ControlInput, vae: VAE, generator: Generators) -> Tensor:
     """The packed normalised latents of each row's picture, and what its mask leaves visible."""
-    like = next(vae.parameters())
-    hidden = [_white(mask, control.size) for mask in control.masks or ()]
-    known: dict[tuple[int, int], Posterior] = {}
-    rows = []
-    for row, picture in enumerate(control.pictures):
-        key = id(picture), id(control.masks[row]) if control.masks else 0
-        if key not in known:
-            pixels = vae_pixels(picture, *control.size)
-            if control.masks:
-                pixels = pixels.masked_fill(hidden[row], -1.0)
-            known[key] = vae.encode(pixels[:, :, None].to(like.device, like.dtype))
-        rows.append(known[key])
-    posterior = Posterior(torch.cat([x.mean for x in rows]), torch.cat([x.logvar for x in rows]))
-    blockwise = isinstance(control.net, BlockwiseControlNet)
-    raw = posterior.mode() if blockwise else _sample(posterior, generator)
+    like, factor = next(vae.parameters()), vae.config.spatial_factor
+    encoded = {}
+    for row in dict.fromkeys(control.rows):
+        pixels = row.pixels
+        if row.mask is not None:
+            pixels = pixels.masked_fill(row.changes(1, grey=False) == 1, -1.0)
+        encoded[row] = vae.encode(pixels[:, :, None].to(like.device, like.dtype))
+    of_rows = [encoded[row] for row in control.rows]
+    posterior = Posterior(torch.cat([x.mean for x in of_rows]), torch.cat([x.logvar for x in of_rows]))
+    raw = posterior.mode()
+    if not isinstance(control.net, BlockwiseControlNet):
+        batch, *shape = raw.shape
+        noise = standard_normal(batch, tuple(shape), generator=generator, device=raw.device, dtype=raw.dtype)
+        raw = posterior.at(noise)
     require_finite(raw, "VAE encoder: the latents of a control picture")
     wide = raw.to(torch.promote_types(raw.dtype, torch.float32))  # where the reference promotes
     latents = normalise(wide, vae.config.latents_mean, vae.config.latents_std)
-    if control.masks:
-        factor = control.size[0] // latents.shape[-1]
-        visible = torch.stack([~white[::factor, ::factor] for white in hidden])[:, None, None]
-        latents = torch.cat([latents, visible.to(latents)], dim=1)
+    if control.rows[0].mask is not None:
+        visible = torch.stack([1 - row.changes(factor, grey=False) for row in control.rows])
+        latents = torch.cat([latents, visible[:, None, None].to(latents)], dim=1)
     return pack(latents)
-
-
-def _white(mask: Image.Image, size: Size) -> Tensor:
-    """(height, width) bool. Source: `VaeImageProcessor.preprocess` of a mask, which it binarises."""
-    grey = mask.resize(size, Image.Resampling.LANCZOS).convert("L")
-    return byte_tensor(grey)[..., 0] >= WHITE
-
-
-def _sample(posterior: Posterior, generator: Generator | Sequence[Generator] | None) -> Tensor:
-    """A sample for all rows at once, or row by row, each from its own generator. Source: `randn_tensor`."""
-    batch = len(posterior.mean)
-    generators = generators_of(generator, batch, posterior.mean.device)
-    at_once = batch // len(generators)
-    parts = zip(posterior.mean.split(at_once), posterior.logvar.split(at_once), generators, strict=True)
-    return torch.cat([Posterior(mean, logvar).sample(one) for mean, logvar, one in parts])
 
 
 class Controls:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.masks import Sources
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import (
     Rope,
@@ -252,7 +253,7 @@ def switched_predictor(
         functions["rope.img"] = _in_the_targets_frame
     if time.rounding == "exact":
         functions["time_embed.sinusoids"] = _of_exact_sigma
-    nets = {control.net for control in controls}
+    nets = {control.net for control in controls if isinstance(control.net, ControlNet)}
     if not functions and time.zero_cond_t is None and references.blocks is None:
         return predict
 
