@@ -311,7 +311,7 @@ def test_sides_that_are_too_large_together_run_one_after_the_other(monkeypatch, 
 def test_a_case_without_its_device_is_skipped_with_a_line(monkeypatch, capsys):
     monkeypatch.setattr(program, "compare", lambda *_: pytest.fail("it ran"))
     monkeypatch.setattr(
-        program, "setting_of", lambda threads, folder: Setting("cpu", "float32", threads, folder)
+        program, "setting_of", lambda threads, folder, _device: Setting("cpu", "float32", threads, folder)
     )
     program.main(["--only", "full", "--only", "full-compiled"])
     printed = capsys.readouterr()

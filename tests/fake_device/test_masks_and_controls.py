@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from qwenedit.memory.plan import STAGES, plan
+from qwenedit.memory.residency import Modes
 from qwenedit.switches import Mask, Switches
 from tests.fake_device import models
 from tests.fake_device.device import fake_device
@@ -53,15 +55,24 @@ def test_an_edit_under_a_mask(folder, preserve):
     require_on_device(ran, {"inputs/pictures.py", "inputs/masks.py", "latents.py", "encoding/sources.py"})
 
 
-@pytest.mark.parametrize("name", ["Union", "Inpainting"])
-def test_an_edit_under_a_controlnet(folder, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, mode",
+    [("Union", Modes("resident")), ("Inpainting", Modes("resident")), ("Union", Modes("stream"))],
+)
+def test_an_edit_under_a_controlnet(folder, tmp_path, name, mode):
     net = controlnet(tmp_path, name)
     picture = Image.new("RGB", (1024, 1024), "grey")
     options = {"control_mask": Image.new("L", (1024, 1024), 255)} if name == "Inpainting" else {}
     with fake_device() as device:
-        pipe = models.load(folder, controlnet=net)
+        pipe = models.load(folder, controlnet=net, residency=mode.residency)
         ran = models.run(
             pipe, device, "Qwen-Image-Edit", control_image=picture, num_inference_steps=STEPS,
             control_guidance_end=0.6, **options,
         )  # fmt: skip
-    require_on_device(ran, {"inputs/pictures.py", "inputs/masks.py", "latents.py", "sampling/controls.py"})
+    inputs = {"inputs/pictures.py", "inputs/masks.py", "latents.py", "sampling/controls.py"}
+    require_on_device(ran, inputs | {"memory/reading.py", "memory/streaming.py"})
+    assert not device.streams.faults
+    planned = plan(folder, device_memory="200GiB", pictures=1, controlnets=[net]).peaks[mode]
+    for stage in STAGES:
+        got = ran.stages[stage].peak
+        assert abs(planned[stage] - got) < 0.15 * got, (stage, planned[stage], got)
