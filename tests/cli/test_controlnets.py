@@ -172,7 +172,7 @@ def test_checkpoints_are_verified_with_their_nets(capsys):
 
 
 def test_commands_that_sample_otherwise_take_none(capsys):
-    for command in ("decompose", "parity", "ablate"):
+    for command in ("decompose", "ablate"):
         with warnings.catch_warnings(), pytest.raises(SystemExit):
             cli.main([command, "in.png", "x", "-o", "out.png", "--controlnet", "net"])
         assert "--controlnet" in capsys.readouterr().err

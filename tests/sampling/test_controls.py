@@ -10,6 +10,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import zero
+from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.instruments.records import Recorder
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit_layers import sinusoids
@@ -438,6 +439,14 @@ def test_a_cache_changes_a_controlled_run_by_rounding_alone(pipe):
         assert torch.equal(run(pipe, control_image=PICTURE), plain)  # the net's own cache: no bit
     with taps(pipe.mmdit, {"temb": lambda x, site: None}):
         assert_close(run(pipe, control_image=PICTURE), plain, FP32 * 10)
+
+
+def test_blocks_that_run_as_one_are_refused(pipe):
+    """Nothing could be added between them."""
+    with first_block_cache(pipe.mmdit, 0.1):
+        run(pipe)
+        with pytest.raises(ValueError, match="after each of 6 blocks, but they run as 1, as in first_block"):
+            run(pipe, control_image=PICTURE)
 
 
 # --- bad input
