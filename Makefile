@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLAIN := .venv-run
 
-.PHONY: edit test smoke check format notebooks clean
+.PHONY: edit test gpu smoke check format notebooks clean
 
 # pip gets every requirement of a rule in one call, with -c, so that each rule installs the same known set.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ smoke: $(PLAIN)/.run  ## every public name and command, after a plain install
 	rm -rf build
 	$(PLAIN)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall .
 	$(PLAIN)/bin/python -I tests/smoke.py
+
+gpu: $(VENV)/.test  ## what a GPU can check and measure, in twelve minutes; without one it says so
+	$(BIN)/python -m benchmarks.gpu
 
 check: $(VENV)/.dev  ## what CI runs: format, lint, types, smoke test, tests
 	$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ with ended_by_interrupts():  # torch takes seconds
     from qwenedit.switches import Guidance, Mask, References, Seen, Switches, Time, VAEPath
     from qwenedit.system import Result
     from qwenedit.taps import scope, swapped, tap_names, taps
+    from qwenedit.training.conventions import convention
     from qwenedit.training.loss import TrainingBatch, flow_matching_loss
     from qwenedit.version import __version__ as __version__
 
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
-    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
-    "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope", "share_from", "swapped",
-    "tap_names", "taps", "trace_ops", "zero",
+    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "convention",
+    "deterministic", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope",
+    "share_from", "swapped", "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip
 
 

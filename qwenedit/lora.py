@@ -55,6 +55,10 @@ class Loras:
 
     mmdit: MMDiT
 
+    def __repr__(self) -> str:
+        loras = ", ".join(f"{name} at {scale:g}" for name, scale in self.loras.items())
+        return super().__repr__() + (f"\n  LoRAs: {loras}" if loras else "")
+
     @property
     def loras(self) -> dict[str, float]:
         """The loaded LoRAs that are not fused, with their scales; 0 for those that do not act."""

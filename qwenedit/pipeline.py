@@ -82,7 +82,8 @@ class QwenImageEdit(Loras, Parts):
     def load_controlnet(self, source: Source) -> AnyControlNet:
         """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
 
-        It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
+        It runs in the transformer's dtype, on its device and in its memory modes: its weights are in memory
+        together with the transformer's. LoRAs do not act on it.
 
         Args:
             source: hub id ("InstantX/Qwen-Image-ControlNet-Union"), folder or file: a net of InstantX's kind,

@@ -395,6 +395,23 @@ def own_generator(seed: int, *use: object) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def switch_lines() -> list[str]:
+    """A line for each switch: its dotted name, what it takes, and its default.
+
+    >>> print(next(line for line in switch_lines() if line.startswith("guidance.rescale")))
+    guidance.rescale: a number (default: 0.0)
+    """
+    lines = []
+    for name in NAMES:
+        group, _, option = name.partition(".")
+        annotation = _annotations(GROUPS[group])[option]
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        takes = " or ".join(dict.fromkeys(map(_named, kinds)))
+        default = getattr(GROUPS[group](), option)
+        lines.append(f"{name}: {takes} (default: {'nothing' if default is None else default})")
+    return lines
+
+
 GROUPS: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Switches)}
 NAMES = [f"{group}.{one.name}" for group, kind in GROUPS.items() for one in dataclasses.fields(kind)]
 

@@ -15,12 +15,12 @@ from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
-from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
+from qwenedit.encoding.sources import source_latents, with_source
 from qwenedit.family import Variant
 from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
-from qwenedit.inputs.pictures import denormalise_pixels, to_pil
+from qwenedit.inputs.pictures import denormalise_pixels, output_text, pictures_in, side_by_side, to_pil
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
@@ -30,7 +30,7 @@ from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.preserve import Kept, noised
+from qwenedit.sampling.preserve import noised, preserving
 from qwenedit.sampling.sampler import Predict, Preserve, Step, checked
 from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
@@ -50,15 +50,22 @@ Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result(Generic[Images]):
     """A run's output, in the form of its `output_type`.
 
     "pil" is a list of PIL pictures, "pt" (B, 3, H, W) pixels in [0, 1], "np" an array (B, H, W, 3) of them,
-    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these.
+    "latent" packed latents (B, S, 64). `decompose` describes its own forms of these. Notebooks show pictures.
     """
 
     images: Images
+
+    def __repr__(self) -> str:
+        return f"Result of {output_text(self.images)}"
+
+    def _repr_png_(self) -> bytes | None:
+        """All pictures beside each other, for notebooks; nothing for latents."""
+        return side_by_side(pictures_in(self.images))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -134,6 +141,7 @@ class System:
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
         check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
             and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
+        folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
     """
 
     vision_language: VisionLanguage | None
@@ -150,6 +158,17 @@ class System:
     sampler: str | Sampler | None = None
     check_finite: bool = True
     folder: Path | None = None
+
+    def __repr__(self) -> str:
+        """The kind of system, and a line for each network: its weights, and how many blocks it has."""
+        lines = [f"{type(self).__name__}: {self.variant.name}, {self.dtype}, on {self.device}"]
+        named = {"text encoder": self.vision_language, "transformer": self.mmdit, "VAE": self.vae}
+        for name, network in (*named.items(), *(("ControlNet", one) for one in self.controlnets)):
+            count = 0 if network is None else sum(x.numel() for x in network.parameters())
+            blocks = getattr(getattr(network, "language", network), "blocks", ())
+            text = f"{count / 1e6:,.1f} million weights" + (f" in {len(blocks)} blocks" if blocks else "")
+            lines.append(f"  {name}: {'none' if network is None else text}")
+        return "\n".join(lines)
 
     @property
     def device(self) -> torch.device:
@@ -235,7 +254,10 @@ class System:
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
         controls = drawn(run.controls, self.vae, run.generator, self.device, self.dtype)
-        source = self._source(run)
+        source, how = None, run.switches.mask
+        if run.sources is not None:
+            source = source_latents(run.sources, self.vae, run.generator, run.batch, posterior=how.posterior)
+            source = source.to(self.device, self.dtype)
         if run.latents is not None:
             noise = run.latents.to(self.device, self.dtype)
         else:
@@ -243,31 +265,11 @@ class System:
                 run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
-        if source is None:
+        if run.sources is None or source is None:
             return Start(latents=noise, controls=controls)
-        preserve = self._preserve(run, source, noise)
+        preserve = preserving(run.sources, source, noise, run.sigmas, how, self.vae, run.generator)
         latents = noised(source, noise, run.sigmas[0])
         return Start(latents=latents, preserve=preserve, source=source, controls=controls)
-
-    def _source(self, run: Run) -> Tensor | None:
-        """The clean latents of the pictures to start from, drawn from the run's generator."""
-        if run.sources is None:
-            return None
-        posterior = run.switches.mask.posterior
-        latents = source_latents(run.sources, self.vae, run.generator, run.batch, posterior=posterior)
-        return latents.to(self.device, self.dtype)
-
-    def _preserve(self, run: Run, source: Tensor, noise: Tensor) -> Preserve | None:
-        """What keeps the black part of the run's masks."""
-        if run.sources is None or not run.sources.masks:
-            return None
-        how, config = run.switches.mask, self.vae.config
-        if how.posterior == "sample":
-            draw_masked(run.sources, self.vae, run.generator, run.batch)
-        mask = mask_tokens(
-            run.sources, run.batch, config.spatial_factor, config.z_dim, grey=how.grey != "rounded"
-        )
-        return Kept(x0=source, noise=noise, mask=mask.to(self.device), sigmas=run.sigmas, how=how)
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1

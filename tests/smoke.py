@@ -73,6 +73,20 @@ def loss() -> None:
     assert qwenedit.flow_matching_loss(pipe, batch).isfinite()
 
 
+def trained() -> None:
+    latents, _ = qwenedit.picture_latents(pipe, picture)
+    musubi = qwenedit.convention("musubi")
+    other = qwenedit.load(device="cpu", progress=False)
+    other.add_lora(rank=2)
+    conditioning = other.condition(picture, "make the circle red")
+    batch = qwenedit.TrainingBatch.draw(conditioning, latents, torch.Generator(), musubi.levels)
+    qwenedit.flow_matching_loss(other, batch, musubi).backward()
+    other.save_lora_weights("lora.safetensors")
+    other.fuse_lora()
+    other.save_pretrained("saved")
+    qwenedit.load("saved", device="cpu", progress=False).load_lora_weights("lora.safetensors")
+
+
 def inverted() -> None:
     with torch.no_grad():
         latents, _ = qwenedit.picture_latents(pipe, picture)
@@ -145,6 +159,7 @@ NAMES: dict[str, Callable[[], object]] = {
     "VAEPath": switched(vae=qwenedit.VAEPath()),
     "ablate": swept,
     "attention_map": lambda: qwenedit.attention_map(torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)),
+    "convention": trained,
     "deterministic": repeated,
     "flow_matching_loss": loss,
     "invert": inverted,

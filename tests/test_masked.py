@@ -1,6 +1,7 @@
 """Masked runs: what is kept, what a plain run is, batches, switches, and what is refused."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_what_is_kept_walks_along_the_noised_picture(edit, scene):
             steps = list(edit.steps(conditioning, switches=switches, strength=0.8, **options))
         assert len(steps) == 4
         for step in steps:
-            wanted = noised(own, given, step.sigma)
+            wanted = step.sigma * given + (1 - step.sigma) * own
             assert relative_error(step.latents[:, ~inside], wanted[:, ~inside]) <= 4 * 8 * EPS
         assert relative_error(steps[-1].after[:, ~inside], own[:, ~inside]) <= 4 * 8 * EPS
 
@@ -205,10 +206,24 @@ def test_the_mask_belongs_to_the_last_picture(plus, scene, other):
     assert torch.equal(kept[0, 1:], mode_of(plus, scene)[0, 1:])
 
 
+def test_a_picture_that_rows_share_has_one_sample(edit, plus, scene, other):
+    """One picture, or one list of references, for two prompts; a picture each has a sample each."""
+    prompts = [PROMPT, "remove the square"]
+    options = {"mask_image": boxed((0, 0, 0, 0)), "num_inference_steps": 1, "output_type": "latent"}
+    for pipe, image, shared in (
+        (edit, scene, True), (edit, [scene], True), (edit, [scene, scene], False),
+        (plus, [other, scene], True), (plus, [[scene], [scene]], False),
+    ):  # fmt: skip
+        kept = pipe.edit(image, prompts, generator=generator(), **options).images[:, 1:]
+        assert torch.equal(kept[0], kept[1]) == shared
+
+
 def test_a_size_of_its_own(edit, scene):
     """The output's size is also the picture's for the VAE, so grids agree and nothing is shifted."""
     options = {"height": 48, "width": 80, "num_inference_steps": 2, "switches": MODE}
-    kept = latents(edit, scene, boxed((0, 0, 0, 0), (80, 48)), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = latents(edit, scene, boxed((0, 0, 0, 0), (80, 48)), **options)
     assert torch.equal(kept[0, 1:], mode_of(edit, scene, (80, 48))[0, 1:])
 
 
@@ -254,6 +269,25 @@ def test_blended_grey_mixes(edit, scene):
     made, own = latents(edit, scene, num_inference_steps=1), mode_of(edit, scene)
     wanted = (1 - 128 / 255) * own + 128 / 255 * made
     assert relative_error(mixed, wanted) <= 8 * EPS
+
+
+def test_the_ways_to_keep_part_where_noise_is_new(edit, scene):
+    """Under the stochastic sampler the velocity leaves the sampler's noise on the kept part, the others put
+    the run's own there; all end at the picture."""
+    given, own, inside = torch.randn(1, 16, 64, generator=generator(5)), mode_of(edit, scene), tokens_of(LEFT)
+    conditioning, seen = edit.condition(scene, PROMPT), {}
+    for preserve in ("latent", "velocity", "x0"):
+        switches = Switches(mask=Mask(preserve=preserve, posterior="mode"))
+        options = {"image": scene, "mask_image": LEFT, "latents": given, "num_inference_steps": 3}
+        with torch.no_grad():
+            steps = list(edit.steps(
+                conditioning, switches=switches, sampler="stochastic", generator=generator(1), **options
+            ))  # fmt: skip
+        seen[preserve] = steps[1].latents[:, ~inside]
+        assert relative_error(steps[-1].after[:, ~inside], own[:, ~inside]) <= 3 * 8 * EPS
+    wanted = noised(own, given, steps[1].sigma)[:, ~inside]
+    assert relative_error(seen["latent"], wanted) <= 8 * EPS and relative_error(seen["x0"], wanted) <= 8 * EPS
+    assert relative_error(seen["velocity"], wanted) > 0.1
 
 
 @pytest.mark.parametrize("steps, strength, left", [(4, 0.3, 1), (4, 0.6, 2), (50, 0.6, 30), (3, 1.0, 3)])

@@ -106,14 +106,14 @@ def _failures(sweep: Sweep) -> str:
     """Runs that failed, and metrics that did."""
     rows = []
     for (_, _, k), record in sweep.records.items():
-        run = f"{escape(record['picture'])}, seed {record['seed']}, {escape(label(sweep.spec, k))}"
-        errors = {f"metric {name}, ": x for name, x in record.get("own_errors", {}).items()}
         if record["status"] == "failed":
-            errors = {"": record["error"]}
-        rows += [
-            f"<li>{escape(what)}{run}: <code>{escape(shown(error))}</code></li>"
-            for what, error in errors.items()
-        ]
+            run = f"{record['picture']}, seed {record['seed']}, {label(sweep.spec, k)}"
+            rows.append(f"<li>{escape(run)}: <code>{escape(shown(record['error']))}</code></li>")
+    errors = sweep.failed_metrics
+    for name, first in dict(reversed(errors)).items():
+        count = sum(name == one for one, _ in errors)
+        what = f"the metric {name} for {count} of {len(sweep.records)} runs, the first with"
+        rows.append(f"<li>{escape(what)} <code>{escape(shown(first))}</code></li>")
     return f'<section id="failures"><h2>Failed</h2><ul>{"".join(rows)}</ul></section>' if rows else ""
 
 

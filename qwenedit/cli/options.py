@@ -22,10 +22,12 @@ from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
 from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.sampling.scheduler import MAX_STEPS
+from qwenedit.switches import switch_lines
 from qwenedit.version import __version__
 
 __all__ = ["main"]
 
+EXAMPLE = Path(__file__).parents[1] / "ablation" / "example.toml"
 _LINE = 3000  # characters of a message, which may list names
 _LEFT = "no file is half written"  # by a command that was interrupted
 
@@ -156,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
         "run a grid of settings over pictures and seeds, and report",
         "edits that are done are kept: run it again to go on",
     )
-    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: see examples/")
+    ablate.formatter_class = argparse.RawDescriptionHelpFormatter
+    ablate.epilog = f"an example, in {EXAMPLE}:\n\n{EXAMPLE.read_text(encoding='utf-8')}"
+    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: the example is below")
     ablate.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
     )
@@ -246,7 +250,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
         action=_Switch,
         default={},
         metavar="NAME=VALUE",
-        help="change the system, like references.steps=[0,10]; repeatable, see qwenedit.switches",
+        help="change the system, like references.steps=[0,10]; repeatable; --switch help lists all names",
     )
 
 
@@ -295,11 +299,12 @@ def _quiet_option(command: argparse.ArgumentParser) -> None:
 
 
 class _Switch(argparse.Action):
-    """NAME=VALUE into a dict; a value that is not JSON is a word."""
+    """NAME=VALUE into a dict; a value that is not JSON is a word. "help" lists the names."""
 
-    def __call__(
-        self, _parser: Any, options: argparse.Namespace, text: Any, _name: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _name: str | None = None) -> None:
+        if text == "help":
+            say("\n".join(switch_lines()))
+            parser.exit()
         name, equals, value = text.partition("=")
         if not equals:
             raise argparse.ArgumentError(self, f"{text!r} is not NAME=VALUE")

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class RowGroup:
     negative: Prompt | None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Conditioning:
     """The prompts' embeddings, the reference latents, the grids, and their provenance.
 
@@ -109,6 +109,8 @@ class Conditioning:
     ... )
     >>> conditioning.batch, conditioning.repeat(3).batch
     (2, 6)
+    >>> conditioning.rows([1]).reference_grids
+    ((),)
     >>> [(group.rows, group.grids) for group in conditioning.groups()]
     [([0], ((1, 2, 3), (1, 2, 2))), ([1], ((1, 2, 3),))]
     """
@@ -149,9 +151,47 @@ class Conditioning:
                     f"reference latents of row {row} have {got} tokens, wanted {wanted} for {grids}"
                 )
 
+    def __repr__(self) -> str:
+        """The prompts' tokens, the target, and each row's pictures."""
+        embeds = self.prompt.embeds
+        lines = [
+            f"Conditioning of {self.batch} row(s), {embeds.dtype}, on {embeds.device}",
+            f"  target: {_size(self.target_grid)} tokens",
+            f"  tokens of the prompts: {_few(self.prompt.lengths)}, {embeds.shape[-1]} wide",
+            "  negative prompts: "
+            + ("none" if self.negative is None else f"{_few(self.negative.lengths)} tokens"),
+            "  references: "
+            + _few([" and ".join(map(_size, grids)) or "none" for grids in self.reference_grids]),
+        ]
+        return "\n".join(lines)
+
     @property
     def batch(self) -> int:
         return self.prompt.embeds.shape[0]
+
+    def rows(self, index: Sequence[int] | Tensor) -> Conditioning:
+        """Some rows, in any order; a negative number counts from the end.
+
+        Raises:
+            ValueError: no row, or one that is not there.
+        """
+        chosen = torch.as_tensor(index).flatten().tolist()
+        for row in chosen:
+            whole_number("a row", row, least=-self.batch, most=self.batch - 1)
+        if not chosen:
+            raise ValueError("index is empty, wanted at least one row")
+        places = torch.tensor(chosen) % self.batch
+        return self._chosen(places)
+
+    def _chosen(self, index: Tensor) -> Conditioning:
+        rows = index.tolist()
+        return dataclasses.replace(
+            self,
+            prompt=self.prompt.rows(index),
+            negative=None if self.negative is None else self.negative.rows(index),
+            reference_latents=tuple(self.reference_latents[row] for row in rows),
+            reference_grids=tuple(self.reference_grids[row] for row in rows),
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """The same conditioning on another device, or in another floating dtype."""
@@ -177,15 +217,7 @@ class Conditioning:
         count = whole_number("count", count)
         if count == 1:
             return self
-        index = torch.arange(self.batch).repeat_interleave(count)
-        rows = index.tolist()
-        return dataclasses.replace(
-            self,
-            prompt=self.prompt.rows(index),
-            negative=None if self.negative is None else self.negative.rows(index),
-            reference_latents=tuple(self.reference_latents[row] for row in rows),
-            reference_grids=tuple(self.reference_grids[row] for row in rows),
-        )
+        return self._chosen(torch.arange(self.batch).repeat_interleave(count))
 
     def groups(self) -> Iterator[RowGroup]:
         """The rows grouped by token layout; usually the whole batch is one group."""
@@ -289,6 +321,14 @@ class Conditioning:
         if left:
             raise ValueError(f"it has more tensors: {', '.join(sorted(left)[:4])}")
         return conditioning
+
+
+def _size(grid: Grid) -> str:
+    return "x".join(map(str, grid[1:] if grid[0] == 1 else grid))
+
+
+def _few(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 def _grid(name: str, value: Any) -> Grid:

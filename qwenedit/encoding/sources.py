@@ -15,7 +15,7 @@ from qwenedit.memory.residency import home, present
 from qwenedit.networks.vae import VAE, Posterior
 from qwenedit.taps import require_finite
 
-__all__ = ["draw_masked", "mask_tokens", "source_latents", "with_source"]
+__all__ = ["Generators", "draw_masked", "mask_tokens", "source_latents", "with_source"]
 
 Generators = Generator | Sequence[Generator] | None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 from qwenedit.foreign import plain_file, shown
 
 __all__ = [
-    "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "resize_rgb", "rgba_pixels",
-    "to_pil", "vae_pixels",
+    "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "output_text",
+    "pictures_in", "resize_rgb", "rgba_pixels", "side_by_side", "to_pil", "vae_pixels",
 ]  # fmt: skip
 
 # The formats of Pillow that hold pixels. Left out are those that Pillow hands to another program (EPS, WMF),
@@ -204,3 +205,43 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
         mode = "RGB" if channels == 3 else "RGBA"
         pictures.append(Image.frombytes(mode, (width, height), bytes(buffer)))
     return pictures
+
+
+_SHOWN, _GAP = 512, 8  # pixels a side of pictures in notebooks, at most, and between them
+
+
+def pictures_in(images: Any) -> list[Image.Image]:
+    """Copies in RGBA of the pictures of a run's output, whatever its `output_type`; none of latents."""
+    if isinstance(images, Image.Image):
+        return [images.convert("RGBA")]
+    if isinstance(images, list):
+        return [picture for one in images for picture in pictures_in(one)]
+    pixels = images if isinstance(images, Tensor) else torch.as_tensor(images).movedim(-1, -3)
+    if pixels.ndim < 4 or pixels.shape[-3] not in (3, 4):
+        return []
+    return [picture.convert("RGBA") for picture in to_pil(pixels.flatten(0, -4))]
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> bytes | None:
+    """A PNG of the pictures, which are made smaller to fit; None of none."""
+    if not pictures:
+        return None
+    for one in pictures:
+        one.thumbnail((_SHOWN, _SHOWN))
+    size = sum(one.width + _GAP for one in pictures) - _GAP, max(one.height for one in pictures)
+    page, left = Image.new("RGBA", size), 0
+    for one in pictures:
+        page.paste(one, (left, 0))
+        left += one.width + _GAP
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    return file.getvalue()
+
+
+def output_text(images: Any) -> str:
+    """A run's output in words: pictures with their sizes, or a shape and a dtype."""
+    if not isinstance(images, list):
+        return f"shape {tuple(images.shape)}, {images.dtype}"
+    found = pictures_in(images)
+    sizes = ", ".join(dict.fromkeys(f"{one.width}x{one.height}" for one in found))
+    return f"{len(found)} picture(s), {sizes}"

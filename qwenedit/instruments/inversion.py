@@ -39,16 +39,19 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.sampler import Predict, Step, checked, euler, predict_at, require_interval
 from qwenedit.sampling.switched import require_encoded, switched_predictor
-from qwenedit.switches import Switches, switches_of
+from qwenedit.switches import Switches, VAEPath, switches_of
 from qwenedit.taps import scope
 
 __all__ = ["inverse_euler", "invert", "picture_latents"]
 
 
-def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, Grid]:
+def picture_latents(
+    pipe: QwenImageEdit, picture: Image.Image, path: VAEPath | None = None
+) -> tuple[Tensor, Grid]:
     """A picture as packed normalised latents (1, S, 64), from the mode of the VAE's posterior, and its grid.
 
-    It is resized to the checkpoint's area, as a reference is. Gradients are the caller's choice.
+    It is resized to the checkpoint's area, as a reference is. With `path` the posterior may be sampled
+    instead. Gradients are the caller's choice.
 
     Raises:
         ValueError: no picture, or one of extreme shape.
@@ -56,7 +59,7 @@ def picture_latents(pipe: QwenImageEdit, picture: Image.Image) -> tuple[Tensor, 
     """
     picture = as_picture(picture, "picture")
     plan = geometry.plan([picture.size], areas=pipe.areas)
-    ((latents,),) = encode_pictures([BatchRow("", None, [picture], plan)], pipe.vae)
+    ((latents,),) = encode_pictures([BatchRow("", None, [picture], plan)], pipe.vae, path)
     return latents[None].to(pipe.device, pipe.dtype), plan.pictures[0].grid
 
 

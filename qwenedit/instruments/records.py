@@ -80,6 +80,26 @@ class Records(Mapping[Key, Tensor]):
             records._add(key, path)
         return records
 
+    def __repr__(self) -> str:
+        """How many records there are, of which taps, steps and branches, and what they take of memory."""
+        if not self._records:
+            return f"{type(self).__name__}: no records"
+        names = list(self._named)
+        held = [x for x in self._records.values() if isinstance(x, Tensor)]
+        size = sum(x.numel() * x.element_size() for x in held) / 2**20
+        files = len(self._records) - len(held)
+        lines = [
+            f"{type(self).__name__}: {len(self)} records, {size:.1f} MiB"
+            + (f" and {files} files" if files else ""),
+            f"  taps: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
+        ]
+        for part in ("step", "branch"):
+            values = sorted({x for key in self._records if (x := getattr(key, part)) is not None})
+            if values:
+                shown = values if len(values) < 9 else [*values[:4], "...", values[-1]]
+                lines.append(f"  {part}: {', '.join(map(str, shown))}")
+        return "\n".join(lines)
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._records)
 

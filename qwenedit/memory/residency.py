@@ -1,7 +1,7 @@
 """Memory modes: where weights are while no computation needs them. `load` sets them; results do not change.
 
     residency   resident     all weights stay in memory
-                stage        one network's weights at a time: text encoder, transformer, VAE
+                stage        one network's weights at a time: text encoder, VAE, transformer with ControlNets
                 stream       of that network's blocks, only the running one and the next one
     modulation  precomputed  the transformer's adaLN layers, a third of it, are read once a run, for all steps
     storage     float8       blocks' matrices are kept in 8 bits and widened block by block: an approximation

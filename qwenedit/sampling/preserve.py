@@ -24,9 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwenedit.encoding.sources import Generators, draw_masked, mask_tokens
+from qwenedit.inputs.masks import Sources
+from qwenedit.networks.vae import VAE
 from qwenedit.switches import Mask
 
-__all__ = ["Kept", "noised"]
+__all__ = ["Kept", "noised", "preserving"]
 
 
 def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -34,7 +37,7 @@ def noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
     Source: `FlowMatchEulerDiscreteScheduler.scale_noise`.
     """
-    at = torch.tensor(sigma, device=x0.device).to(x0.dtype)
+    at = torch.full((), sigma, device=x0.device).to(x0.dtype)  # filled there: a copy from the host waits
     return at * noise + (1 - at) * x0
 
 
@@ -82,3 +85,22 @@ class Kept:
     def _visited(self, sigma: float) -> int:
         """The number of steps that end at a sigma or before: the step that starts there."""
         return sum(visited > sigma for visited in self.sigmas[:-1])
+
+
+def preserving(
+    sources: Sources,
+    x0: Tensor,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    how: Mask,
+    vae: VAE,
+    generator: Generators,
+) -> Kept | None:
+    """What keeps the black part of the masks, if there are any; `x0` and `noise` (B, S, C) are the run's."""
+    if not sources.masks:
+        return None
+    if how.posterior == "sample":
+        draw_masked(sources, vae, generator, len(x0))
+    factor, channels = vae.config.spatial_factor, vae.config.z_dim
+    mask = mask_tokens(sources, len(x0), factor, channels, grey=how.grey != "rounded")
+    return Kept(x0=x0, noise=noise, mask=mask.to(x0.device), sigmas=sigmas, how=how)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # not at run time: this file also works without the rest of t
 
 __all__ = [
     "Predict", "Preserve", "Step", "Transition", "checked", "current_interval", "euler", "euler_step",
-    "predict_at", "require_interval", "step_at",
+    "on_device", "predict_at", "require_interval", "step_at",
 ]  # fmt: skip
 
 # latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
@@ -129,6 +129,14 @@ class Step:
         if self._preserve is None:
             return velocity
         return self._preserve.velocity(velocity, self.latents, self.sigma)
+
+    def __repr__(self) -> str:
+        guided = "" if self._uncond is None else ", guided"
+        shape, dtype = tuple(self.latents.shape), self.latents.dtype
+        return (
+            f"Step {self.index}: sigma {self.sigma:.4f} to {self.sigma_next:.4f}, latents {shape} "
+            f"{dtype}{guided}"
+        )
 
     @property
     def cond(self) -> Tensor:
@@ -276,9 +284,14 @@ def euler_step(step: Step) -> Tensor:
 
     Source: `FlowMatchEulerDiscreteScheduler.step`: the sum in float32, the product in the velocity's dtype.
     """
-    # `full` fills on the device; `tensor` would copy from the host, which waits for the device.
-    sigma, sigma_next = (torch.full((), x, device=step.latents.device) for x in (step.sigma, step.sigma_next))
+    sigma, sigma_next = on_device(step)
     return (step.latents.float() + (sigma_next - sigma) * step.velocity).to(step.velocity.dtype)
+
+
+def on_device(step: Step) -> tuple[Tensor, Tensor]:
+    """The step's two sigmas as numbers on its device. They are filled there: a copy from the host waits."""
+    device = step.latents.device
+    return torch.full((), step.sigma, device=device), torch.full((), step.sigma_next, device=device)
 
 
 def step_at(

@@ -26,7 +26,16 @@ from torch import Generator, Tensor
 
 from qwenedit.latents import standard_normal
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.sampler import Predict, Preserve, Step, Transition, euler, require_interval, step_at
+from qwenedit.sampling.sampler import (
+    Predict,
+    Preserve,
+    Step,
+    Transition,
+    euler,
+    on_device,
+    require_interval,
+    step_at,
+)
 
 __all__ = [
     "SAMPLERS", "Generators", "Sampler", "count_predictions", "dpmpp_2m", "flow_sde", "heun",
@@ -69,7 +78,7 @@ def stochastic(
 
 def _renoised(step: Step) -> tuple[Tensor, Tensor]:
     """(1 - sigma') x0 and sigma'."""
-    sigma, sigma_next = torch.tensor([step.sigma, step.sigma_next], device=step.latents.device)
+    sigma, sigma_next = on_device(step)
     x0 = _wide(step.latents) - sigma * step.velocity  # the product in the velocity's dtype, as there
     return (1 - sigma_next) * x0, sigma_next
 
@@ -128,7 +137,7 @@ def flow_sde(
 def _diffused(eta: float, second: float, step: Step) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the SDE's next latents."""
     x, v = _wide(step.latents), _wide(step.velocity)
-    sigma, sigma_next = torch.tensor([step.sigma, step.sigma_next], device=x.device)
+    sigma, sigma_next = on_device(step)
     dt = sigma_next - sigma
     s = eta * (sigma / (1 - (second if step.sigma == 1 else sigma))).sqrt()
     mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
@@ -260,7 +269,8 @@ def _corrected_and_extrapolated(past: _Past, step: Step) -> Tensor:
         return _extrapolated(past, step)
     before, x0_before = past[-1]
     h = _lambda(step.sigma) - _lambda(before)
-    new, old = 0.5, torch.zeros(())
+    new = 0.5
+    old: Tensor | float = 0.0
     if len(past) > 1:
         earlier, x0_earlier = past[-2]
         r = (_lambda(earlier) - _lambda(before)) / h

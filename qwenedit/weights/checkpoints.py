@@ -16,7 +16,8 @@ from qwenedit.foreign import read_json, shown
 from qwenedit.inputs.geometry import Areas
 from qwenedit.latents import PATCH
 from qwenedit.weights.configs import network_config
-from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
+from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, list_files
+from qwenedit.weights.hub_headers import fetch_headers
 
 __all__ = [
     "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "from_hub",

@@ -1,8 +1,10 @@
 """ControlNets: their files found or downloaded, their kind recognised, and compared with a transformer.
 
-a folder    as on the hub: weights, in one file or in shards, with the config.json of InstantX's nets
-one file    told from its tensors: such a net without its config, or a blockwise net of DiffSynth
-a hub id    of such a folder, like InstantX/Qwen-Image-ControlNet-Union
+    a folder    as on the hub: weights, in one file or in shards, with the config.json of InstantX's nets
+    one file    told from its tensors: such a net without its config, or a blockwise net of DiffSynth
+    a hub id    of such a folder, like InstantX/Qwen-Image-ControlNet-Union
+
+Only headers are read here; `assembly.add_controlnets` loads them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 CLASS = "QwenImageControlNetModel"
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_FILES = ["model_index.json", "config.json", "*.safetensors", "*.safetensors.index.json"]
 
 Source: TypeAlias = str | os.PathLike[str]
 Config: TypeAlias = ControlNetConfig | BlockwiseControlNetConfig

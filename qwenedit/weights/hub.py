@@ -5,8 +5,6 @@ of the disk space before the first byte, a check of size and hash (a wrong file 
 errors that say in one line why it failed and what helps. Names and hashes from a hub or mirror are checked
 before a path is made of them. A file that the user has linked into the cache is neither removed nor replaced.
 
-`fetch_headers` fetches headers without data, a hundred-thousandth of the bytes, and leaves the cache alone.
-
 huggingface_hub is imported in the functions: local checkpoints do not need it, and it takes half a second.
 """
 
@@ -18,7 +16,6 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from qwenedit.checks import progress_bar, warn, whole_number
-from qwenedit.files import MAX_HEADER
 from qwenedit.foreign import MAX_TEXT, inner_name, read_text, shown
 
-__all__ = ["HubError", "HubFile", "Listing", "cached_snapshot", "download", "fetch_headers", "list_files"]
+__all__ = [
+    "HubError", "HubFile", "Listing", "cached_snapshot", "download", "explained", "list_files",
+    "of_the_network",
+]  # fmt: skip
 
 _CHUNK = 1 << 20  # bytes hashed at a time
-_HOLE = 1 << 24  # bytes of the hole that tests the file system
-_AT_ONCE = 8  # headers fetched at a time
 _MAX_BYTES = 1 << 50  # of a file
 
 
@@ -130,7 +127,7 @@ def _at(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
-    """Ask the hub which files match the patterns, whose * stands for a name, not for folders.
+    """Ask the hub which files match the patterns. A pattern without a slash is for files in no folder.
 
     Raises:
         HubError: the reason why it does not say.
@@ -141,7 +138,7 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:
-        raise _explained(repo, revision, error) from error
+        raise explained(repo, revision, error) from error
     root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     try:
         folder = root / "snapshots" / _single(info.sha, "the commit")
@@ -156,7 +153,7 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+    return fnmatch(name, pattern) and ("/" in pattern or "/" not in name)
 
 
 def _hub_file(listed: Any, root: Path, folder: Path) -> HubFile:
@@ -306,88 +303,7 @@ def _faults(files: Sequence[HubFile], progress: bool) -> dict[HubFile, str]:
     return faults
 
 
-def fetch_headers(repo: str, revision: str | None, patterns: Sequence[str], folder: Path) -> None:
-    """Download the files that match the patterns into a folder; of *.safetensors files, only the headers.
-
-    The data of such a file is a hole of the same length, so that everything but the weights can be read.
-    Nothing is kept in the hub's cache.
-
-    Raises:
-        HubError: the reason why the hub does not give them, or a file system without sparse files.
-    """
-    listing = list_files(repo, revision, patterns)
-    try:
-        if not _has_holes(folder):
-            raise HubError(f"the file system of {folder} has no sparse files: set TMPDIR", unreached=True)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(lambda file: _fetch_head(listing, file, folder / file.name), listing.files):
-                pass  # errors are raised
-    except HubError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and not _of_the_network(error):
-            raise HubError(f"they cannot be written: {error}; set TMPDIR", unreached=True) from error
-        raise _explained(repo, revision, error) from error
-
-
-def _has_holes(folder: Path) -> bool:
-    """True if the file system keeps files sparse; Windows, for one, fills them up with zeros."""
-    path = folder / "hole"
-    try:
-        with path.open("wb") as file:
-            file.truncate(_HOLE)
-        blocks = getattr(path.stat(), "st_blocks", None)  # of 512 bytes
-    finally:
-        path.unlink(missing_ok=True)
-    return blocks is not None and blocks * 512 < _HOLE // 2
-
-
-def _fetch_head(listing: Listing, file: HubFile, path: Path) -> None:
-    """Download a small file, or a safetensors header with a hole. Their readers report broken content."""
-    if file.size is None:
-        raise HubError(f"{listing.at}: the hub does not say how long {file.name} is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".safetensors":
-        path.write_bytes(_part(listing, file.name, 0, file.size))
-        return
-    head = _part(listing, file.name, 0, min(8, file.size))
-    end = 8 + int.from_bytes(head, "little")
-    if end <= min(file.size, MAX_HEADER):
-        head += _part(listing, file.name, 8, end)
-    with path.open("wb") as opened:
-        opened.write(head)
-        opened.truncate(file.size)
-
-
-def _part(listing: Listing, name: str, start: int, end: int) -> bytes:
-    """Download the bytes of a file from start to end. No more are read, even if the hub sends more."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    if start == end:
-        return b""
-    url = hf_hub_url(listing.repo, name, revision=listing.folder.name)
-    asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    options = {"headers": {**build_hf_headers(), **asked}, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-    session: Any = get_session()
-    is_httpx = callable(session.stream)  # from 1.0 on; requests, before, has a flag of this name
-    opened = session.stream("GET", url, **options) if is_httpx else session.get(url, stream=True, **options)
-    arrived = b""
-    with opened as response:
-        hf_raise_for_status(response)
-        for chunk in response.iter_bytes() if is_httpx else response.iter_content(_CHUNK):
-            arrived += chunk
-            if len(arrived) > end - start:
-                raise HubError(
-                    f"{listing.at}: the hub or a proxy sends files as wholes only: {name} was asked "
-                    f"for from byte {start} to {end} (`qwenedit info` says what a download takes)"
-                )
-    if len(arrived) < end - start:
-        raise HubError(f"{name}: {len(arrived)} bytes came of {end - start}", unreached=True)
-    return arrived
-
-
-def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
+def explained(repo: str, revision: str | None, error: Exception) -> HubError:
     """The reason why the hub does not list its files, and what helps. Faults in the code are raised."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -406,7 +322,7 @@ def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
         )
     if status is not None:
         return HubError(f"the hub answers with an error ({status}): try again later", unreached=True)
-    if _of_the_network(error):
+    if of_the_network(error):
         return HubError("the hub cannot be reached: check the id and the network", unreached=True)
     if not isinstance(error, (OSError, ValueError)):
         raise error  # a fault in the code
@@ -415,14 +331,14 @@ def _explained(repo: str, revision: str | None, error: Exception) -> HubError:
 
 def _broken_off(listing: Listing, error: Exception) -> ValueError:
     """The reason why a download failed after the hub had listed the files, and what helps."""
-    if _status(error) is None and _of_the_network(error):
+    if _status(error) is None and of_the_network(error):
         line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return ValueError(
             f"the download of {listing.at} broke off: run it again, it goes on where it stopped ({line})"
         )
-    if isinstance(error, OSError) and error.errno is not None and not _of_the_network(error):
+    if isinstance(error, OSError) and error.errno is not None and not of_the_network(error):
         return ValueError(f"{listing.at} cannot be downloaded: {error}")  # an error of the disk
-    return _explained(listing.repo, listing.revision, error)
+    return explained(listing.repo, listing.revision, error)
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -435,7 +351,7 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _of_the_network(error: Exception) -> bool:
+def of_the_network(error: Exception) -> bool:
     """True for connection errors: huggingface_hub's, and of the libraries that its versions use.
 
     They are requests (until 0.36), httpx (from 1.0) and httpx2 (from 2.0); base classes tell.

@@ -31,7 +31,7 @@ def write_lora(
     """Write the changes of layers, by their official names, as a safetensors file, whole or not at all.
 
     Matrices are written in the dtype that they are held in. Alpha is factor * rank; the scale, which is the
-    user's, is not written.
+    user's, is not written. If ranks differ between layers, diffusers 0.39.0 loads only its own layout right.
 
     Raises:
         ValueError: an unknown layout, or one that cannot hold these changes; a folder in place of the file,

@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import json
+import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import sweep as module
 from qwenedit.ablation.functions import code_of
-from qwenedit.ablation.metrics import source_distances
+from qwenedit.ablation.metrics import pixels, source_distances
 from qwenedit.ablation.model import pipe_fingerprint
 from qwenedit.ablation.spec import read_spec
 from qwenedit.ablation.sweep import ablate
@@ -339,7 +342,7 @@ def test_a_metric_that_fails_is_noted_and_its_edit_stays_done(tmp_path, monkeypa
     (record,) = swept.records.values()
     assert record["status"] == "done" and record["own_errors"] == {"fragile": error}
     assert record["own"]["fragile"] is None and record["own"]["worst"] > 0
-    assert "metric fragile" in (tmp_path / "report.html").read_text()
+    assert "the metric fragile for 1 of 1 runs, the first with" in (tmp_path / "report.html").read_text()
     monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("weights were read"))
     state[0] = torch.tensor(0.5)
     (record,) = run(SMALL, tmp_path, metrics=metrics).records.values()
@@ -611,3 +614,35 @@ def test_shared_encodings_are_not_shared_with_interventions(tmp_path, monkeypatc
     monkeypatch.setattr(QwenImageEdit, "condition", counted)
     run({**HALVE, "seeds": [0, 1]}, tmp_path, interventions={"halve": halve})
     assert len(encoded) == 1 + 2
+
+
+def test_the_pages_intervention_and_metric_work(tmp_path, monkeypatch):
+    """Those of docs/ablation.md, with a network in LPIPS' place."""
+    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text(encoding="utf-8")
+    functions = [part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def " in part]
+    tables = [part for part in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "methods:" in part]
+    assert len(functions) == len(tables) == 2
+
+    class Lpips:
+        LPIPS = staticmethod(lambda net: lambda x, y: (x - y).abs().mean())
+
+    transforms = types.ModuleType("torchvision.transforms.functional")
+    transforms.to_tensor = lambda picture: pixels(picture).float()
+    for name, made in (
+        ("lpips", Lpips), ("torchvision", types.ModuleType("torchvision")),
+        ("torchvision.transforms", types.ModuleType("torchvision.transforms")),
+        ("torchvision.transforms.functional", transforms),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.setitem(sys.modules, "methods", None)
+    monkeypatch.delitem(sys.modules, "methods")
+    (tmp_path / "methods.py").write_text("import qwenedit\n" + "\n".join(functions))
+    head = 'pictures = ["mini:0"]\nsteps = 1\n'
+    (tmp_path / "spec.toml").write_text(head + "\n".join(tables))
+    swept = run(tmp_path / "spec.toml", tmp_path / "out")
+    plain, quiet = swept.records.values()
+    assert not swept.failed and not swept.failed_metrics and quiet["intervention"] == "quiet"
+    source = swept.spec.cases[0].source
+    for record, picture in zip((plain, quiet), pictures(swept), strict=True):
+        wanted = 2 * (pixels(picture) - pixels(source)).abs().mean()
+        assert record["own"]["lpips"] == pytest.approx(float(wanted), rel=1e-5)

@@ -39,6 +39,7 @@ from qwenedit.weights.formats import Stored
 from tests.fake_device.streams import Streams
 
 ATEN = torch.ops.aten
+LIST, TENSOR = torch.Tensor.tolist, torch.tensor
 CUDA = torch.device("cuda:0")
 PACKAGE = str(Path(qwenedit.__file__).parent)
 SMALL = 1 << 16  # values of a tensor that has a shadow, at most
@@ -47,9 +48,10 @@ SMALL = 1 << 16  # values of a tensor that has a shadow, at most
 class FakeDevice(TorchDispatchMode):
     """Watches the operations of a `with` block; `fake_device` makes one."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.streams = streams
+        self.kind = kind
+        self.streams = Streams(kind)
         self.now = self.peak = 0
         self.placed: Counter[tuple[str, str, torch.dtype]] = Counter()
         self.waits: list[str] = []
@@ -89,7 +91,7 @@ class FakeDevice(TorchDispatchMode):
 
     def see(self, x: Tensor) -> None:
         """Count the tensor's memory, which may have been there before."""
-        if x.device.type != "cuda":
+        if x.device.type != self.kind:
             return
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -124,7 +126,7 @@ class FakeDevice(TorchDispatchMode):
         self.streams.wait_for_current()
 
     def _value(self, x: Tensor) -> Any:
-        if x.device.type == "cuda":
+        if x.device.type == self.kind:
             self.wait("value")
         known = shadow(x)
         if known is not None:
@@ -135,7 +137,7 @@ class FakeDevice(TorchDispatchMode):
         raise RuntimeError(f"{where()}: reads a value that is not known, of {tuple(x.shape)} {x.dtype}")
 
     def _nonzero(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda":
+        if x.device.type == self.kind:
             self.wait("nonzero")
         known = shadow(x)
         if known is None:
@@ -156,7 +158,7 @@ class FakeDevice(TorchDispatchMode):
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random or not (known and small):
             for x in made:
-                if isinstance(x, FakeTensor) and getattr(x, "shadow", None) is not None and not known:
+                if without_data(x) and getattr(x, "shadow", None) is not None and not known:
                     x.shadow = None  # type: ignore[attr-defined]  # written to in place
             return
         kwargs = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
@@ -168,13 +170,17 @@ class FakeDevice(TorchDispatchMode):
         with unset_fake_temporarily(), torch.no_grad():
             values = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
         for x, value in zip(made, [y for y in tree_leaves(values) if isinstance(y, Tensor)], strict=True):
-            if isinstance(x, FakeTensor):
+            if without_data(x):
                 x.shadow = value  # type: ignore[attr-defined]
 
 
 def shadow(x: Tensor) -> Tensor | None:
     """The tensor on the CPU, if its values are known."""
-    return getattr(x, "shadow", None) if isinstance(x, FakeTensor) else x
+    return getattr(x, "shadow", None) if without_data(x) else x
+
+
+def without_data(x: Tensor) -> bool:
+    return isinstance(x, FakeTensor) or x.is_meta
 
 
 def where() -> str:
@@ -213,15 +219,13 @@ def item(x: Tensor, index: Any) -> Tensor:
 def _require_one_device(func: Any, given: Sequence[Tensor]) -> None:
     """Tensors of two devices meet in copies alone; numbers of the host may go anywhere."""
     copies = (ATEN._to_copy.default, ATEN.copy_.default)
-    kinds = {x.device.type for x in given if x.dim() or x.device.type == "cuda"}
+    kinds = {x.device.type for x in given if x.dim() or x.device.type != "cpu"}
     if len(kinds) > 1 and func not in copies:
         raise RuntimeError(f"{where()}: {func} has tensors on {' and '.join(sorted(kinds))}")
 
 
 def channels_last(x: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dim() != 4 or x.dtype == torch.float64:
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def of_bools(i: Any) -> bool:
@@ -257,15 +261,21 @@ def number(kind: type) -> Callable[[Tensor], Any]:
     return lambda x: kind(x.item())
 
 
+def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    """torch makes none on the host for the meta device, and loses the values."""
+    made = TENSOR(data, dtype=dtype, device="cpu")
+    return made if device is None else made.to(device)
+
+
 def to_list(x: Tensor) -> Any:
     """One wait for the whole list, as on the device."""
     for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-        if isinstance(mode, FakeDevice) and x.device.type == "cuda":
+        if isinstance(mode, FakeDevice) and x.device.type == mode.kind:
             mode.wait("value")
     if (known := shadow(x)) is None:
         raise RuntimeError(f"{where()}: reads values that are not known, of {tuple(x.shape)} {x.dtype}")
     with unset_fake_temporarily(), _disable_current_modes():
-        return known.tolist()
+        return LIST(known)
 
 
 def attention(
@@ -321,9 +331,13 @@ def unread(weight: Stored | SafetensorsFile, source: Any) -> Tensor:
 
 
 @contextmanager
-def fake_device() -> Iterator[FakeDevice]:
-    """In the `with` block "cuda" is a device. Files of weights are not read."""
-    streams = Streams()
+def fake_device(kind: str = "cuda") -> Iterator[FakeDevice]:
+    """In the `with` block "cuda" is a device. Files of weights are not read.
+
+    A build for the CPU keeps no graph of CUDA tensors, for gradients. "meta" stands for the device then.
+    """
+    device = FakeDevice(kind)
+    streams = device.streams
     patches = {
         "torch.Tensor.__getitem__": item,
         "torch.Tensor.__setitem__": set_item,
@@ -332,6 +346,7 @@ def fake_device() -> Iterator[FakeDevice]:
         **{f"torch.Tensor.__{kind.__name__}__": number(kind) for kind in (bool, int, float)},
         "torch.Tensor.record_stream": lambda x, stream: streams.record(x, stream),
         "torch._subclasses.fake_tensor.FakeTensor.tolist": to_list,
+        "torch.Tensor.tolist": to_list,
         "torch.nn.functional.scaled_dot_product_attention": attention,
         "torch.cuda.Stream": streams.new,
         "torch.cuda.stream": streams.on,
@@ -344,7 +359,10 @@ def fake_device() -> Iterator[FakeDevice]:
         "qwenedit.sampling.precomputed.fingerprint": fingerprint,
     }
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if kind == "cuda":
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        else:
+            patches["torch.tensor"] = tensor
         for name, replacement in patches.items():
             stack.enter_context(mock.patch(name, replacement))
-        yield stack.enter_context(FakeDevice(streams))
+        yield stack.enter_context(device)

@@ -50,9 +50,9 @@ class Ran:
     images: Any = None
 
 
-def load(folder: Path, **options: Any) -> qwenedit.QwenImageEdit:
+def load(folder: Path, kind: str = "cuda", **options: Any) -> qwenedit.QwenImageEdit:
     """`qwenedit.load` on the fake device, which must be there."""
-    return qwenedit.load(folder, device="cuda", progress=False, **{"residency": "resident", **options})
+    return qwenedit.load(folder, device=kind, progress=False, **{"residency": "resident", **options})
 
 
 def picture(variant: str) -> Image.Image:
@@ -65,6 +65,7 @@ def conditioning(
     lengths: tuple[int, int] = (240, 225),
     dtype: torch.dtype = torch.bfloat16,
     target: Grid = (1, 64, 64),
+    kind: str = "cuda",
 ) -> Conditioning:
     """That of a run on the fake device: a row for each tuple of its references' grids.
 
@@ -72,9 +73,9 @@ def conditioning(
     """
 
     def prompt(length: int) -> Prompt:
-        embeds = torch.empty(len(grids), length, 3584, dtype=dtype, device="cuda")
-        ends = torch.arange(length, length - len(grids), -1, device="cuda")
-        mask = torch.arange(length, device="cuda") < ends[:, None]
+        embeds = torch.empty(len(grids), length, 3584, dtype=dtype, device=kind)
+        ends = torch.arange(length, length - len(grids), -1, device=kind)
+        mask = torch.arange(length, device=kind) < ends[:, None]
         return Prompt(embeds, mask if len(grids) > 1 else None)
 
     return Conditioning(
@@ -82,8 +83,7 @@ def conditioning(
         negative=prompt(lengths[1]),
         target_grid=target,
         reference_latents=tuple(
-            tuple(torch.empty(math.prod(grid), 64, dtype=dtype, device="cuda") for grid in row)
-            for row in grids
+            tuple(torch.empty(math.prod(grid), 64, dtype=dtype, device=kind) for grid in row) for row in grids
         ),
         reference_grids=grids,
     )

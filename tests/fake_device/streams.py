@@ -61,7 +61,8 @@ class Memory:
 class Streams:
     """All streams, what the host waited for, and the faults that were seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.all: list[Stream] = []
         self.current = self.new()
         self.host: Clock = {}
@@ -91,12 +92,12 @@ class Streams:
         here.queued += 1
         _merge(here.seen, self.host)
         for x in given:
-            if x.device.type == "cuda" and (memory := self._memory.get(_key(x))) is not None:
+            if x.device.type == self.kind and (memory := self._memory.get(_key(x))) is not None:
                 if not self._passed(here, *memory.written):
                     self.faults.append(f"{what}: used before its writing was waited for")
                 memory.used[here.number] = here.queued
         for x in made:
-            if x.device.type != "cuda" or any(x is one for one in given):
+            if x.device.type != self.kind or any(x is one for one in given):
                 continue
             key, place = _key(x), (here.number, here.queued)
             if key not in self._memory:

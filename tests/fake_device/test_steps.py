@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwenedit.instruments.inversion import invert
+from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.switches import Guidance, References, Switches, Time
 from qwenedit.taps import taps
 from tests.fake_device import models
@@ -47,7 +48,7 @@ def pipe(device, tmp_path_factory):  # noqa: ARG001
     return models.load(folder, text_encoder=False)
 
 
-def waits(device, steps):
+def waits(device, steps, taken=STEPS):
     """The waits of each step, from one to the next, after what comes before the first."""
     counts, on_cpu = [], set()
     for step in steps:
@@ -55,7 +56,7 @@ def waits(device, steps):
         on_cpu |= {place for place, where, _ in device.placed if where == "cpu"} if step.index else set()
         device.fresh()
         assert step.after.dtype == step.latents.dtype and step.after.device.type == "cuda"
-    assert len(counts) == STEPS and not on_cpu
+    assert len(counts) == taken and not on_cpu
     return counts[1:]
 
 
@@ -63,6 +64,14 @@ def waits(device, steps):
 def test_a_step_waits_once_under_each_switch(pipe, device, name):
     steps = pipe.steps(models.conditioning(), num_inference_steps=STEPS, switches=SWITCHES[name])
     assert waits(device, steps) == [1] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_step_of_each_sampler_waits_once(pipe, device, sampler):
+    """`heun` takes two steps an interval, but for the last."""
+    steps = pipe.steps(models.conditioning(), num_inference_steps=STEPS, sampler=sampler)
+    taken = 2 * STEPS - 1 if sampler == "heun" else STEPS
+    assert waits(device, steps, taken) == [1] * (taken - 1)
 
 
 def test_without_the_check_no_step_waits(pipe, device, monkeypatch):

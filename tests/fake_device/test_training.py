@@ -9,7 +9,6 @@ from tests.fake_device.device import fake_device
 from tests.sparse import write_sparse
 
 GRID = (1, 64, 64)
-OWN = {"sampling", "networks"}  # folders of what runs in a step
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +18,20 @@ def folder(tmp_path_factory):
 
 def batch(grids, dtype=torch.bfloat16, weighted=False):
     rows = len(grids)
-    latents = torch.empty(rows, 4096, 64, dtype=dtype, device="cuda")
+    latents = torch.empty(rows, 4096, 64, dtype=dtype, device="meta")
     return TrainingBatch(
-        conditioning=models.conditioning(grids, dtype=dtype),
+        conditioning=models.conditioning(grids, dtype=dtype, kind="meta"),
         latents=latents,
-        sigma=torch.full((rows,), 0.5, device="cuda"),
+        sigma=torch.full((rows,), 0.5, device="meta"),
         noise=torch.empty_like(latents),
-        weight=torch.ones(rows, 4096, device="cuda") if weighted else None,
+        weight=torch.ones(rows, 4096, device="meta") if weighted else None,
     )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_of_one_kind_of_row_waits_for_its_checks_alone(folder, checkpointing):
-    with fake_device() as device:
-        pipe = models.load(folder, text_encoder=False)
+    with fake_device("meta") as device:
+        pipe = models.load(folder, "meta", text_encoder=False)
         pipe.mmdit.requires_grad_(True).train()
         freeze_unreached(pipe.mmdit)
         pipe.mmdit.checkpointing = checkpointing
@@ -41,7 +40,7 @@ def test_a_step_of_one_kind_of_row_waits_for_its_checks_alone(folder, checkpoint
         assert len(device.waits) == 1  # sigma in [0, 1]
         device.fresh()
         loss = flow_matching_loss(pipe, made)
-        assert loss.dtype == torch.float32 and loss.device.type == "cuda"
+        assert loss.dtype == torch.float32 and loss.device.type == "meta"
         before = device.peak
         loss.backward()
         assert not device.waits
@@ -57,8 +56,8 @@ def test_a_step_of_one_kind_of_row_waits_for_its_checks_alone(folder, checkpoint
 def test_checkpointing_takes_less_memory(folder):
     peaks = []
     for checkpointing in (False, True):
-        with fake_device() as device:
-            pipe = models.load(folder, text_encoder=False)
+        with fake_device("meta") as device:
+            pipe = models.load(folder, "meta", text_encoder=False)
             pipe.mmdit.requires_grad_(True).train()
             pipe.mmdit.checkpointing = checkpointing
             weights = device.now
@@ -70,8 +69,8 @@ def test_checkpointing_takes_less_memory(folder):
 
 def test_rows_of_several_kinds_wait_once_for_each_kind(folder):
     """Their numbers are copied to the device, and the lengths of their prompts are read."""
-    with fake_device() as device:
-        pipe = models.load(folder, text_encoder=False)
+    with fake_device("meta") as device:
+        pipe = models.load(folder, "meta", text_encoder=False)
         made = batch(((GRID,), (GRID, (1, 32, 40)), (GRID,)), weighted=True)
         device.fresh()
         flow_matching_loss(pipe, made)

@@ -604,7 +604,8 @@ def test_bad_modes_are_refused_before_anything_is_read(monkeypatch):
 def test_auto_asks_the_plan(monkeypatch):
     asked = []
 
-    def choose(modes, folder, found, *, device, dtype):
+    def choose(modes, folder, found, nets, *, device, dtype):
+        assert nets == []
         asked.append((modes, folder, list(found), device, dtype))
         return dataclasses.replace(modes, residency="stage")
 

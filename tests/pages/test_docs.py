@@ -37,8 +37,8 @@ PUBLIC = (
     "qwenedit.networks.vision_language", "qwenedit.networks.vision_tower", "qwenedit.parity.compare",
     "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.predictor",
     "qwenedit.sampling.sampler", "qwenedit.sampling.samplers", "qwenedit.sampling.scheduler",
-    "qwenedit.switches", "qwenedit.system",
-    "qwenedit.taps", "qwenedit.training.loss", "qwenedit.verify",
+    "qwenedit.switches", "qwenedit.system", "qwenedit.taps", "qwenedit.training.conventions",
+    "qwenedit.training.loss", "qwenedit.training.noise_levels", "qwenedit.verify",
 )  # fmt: skip
 PAGES = [
     page

@@ -17,7 +17,15 @@ from qwenedit.instruments.inversion import picture_latents
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.taps import taps
-from qwenedit.training.loss import TrainingBatch, flow_matching_loss, velocity_error, weighted_mean
+from qwenedit.training.conventions import Convention, Timestep, Weighting
+from qwenedit.training.loss import (
+    TrainingBatch,
+    flow_matching_loss,
+    mask_weights,
+    velocity_error,
+    weighted_mean,
+)
+from qwenedit.training.noise_levels import QwenShift
 from tests.support import randomise_
 
 CONFIG = MMDiTConfig(
@@ -145,6 +153,15 @@ def test_no_gradient_reaches_the_vae_unless_asked_for(pipe):
     pipe.mmdit.requires_grad_(False)
 
 
+def test_a_target_may_be_a_sample_of_the_posterior(pipe):
+    picture = Image.open(mini.EXAMPLE)
+    mode, one, again, other = (
+        picture_latents(pipe, picture, path)[0]
+        for path in (None, *(qwenedit.VAEPath(posterior="sample", seed=seed) for seed in (1, 1, 2)))
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one, mode)
+
+
 def test_a_few_steps_of_training_lower_the_loss():
     pipe, data = Pipe(), batch()
     optimiser = torch.optim.Adam(pipe.mmdit.parameters(), lr=3e-3)
@@ -164,6 +181,56 @@ def test_tap_functions_find_the_labels_of_sampling():
         flow_matching_loss(pipe, batch())
     assert [(x["branch"], x["rows"]) for x in seen] == [("cond", [0, 2]), ("cond", [1])]
     assert seen[0]["layout"] == Layout(7, (GRID, SMALL))
+
+
+def test_a_drawn_batch_has_the_levels_and_noise_of_its_generator():
+    given = batch()
+    levels = QwenShift()
+    drawn = TrainingBatch.draw(
+        given.conditioning, given.latents, torch.Generator().manual_seed(4), levels, torch.ones(3, 6)
+    )
+    generator = torch.Generator().manual_seed(4)
+    assert torch.equal(drawn.sigma, levels.draw(3, generator, tokens=6))
+    assert torch.equal(drawn.noise, torch.randn(3, 6, 8, generator=generator))
+    assert drawn.weight is not None and drawn.latents is given.latents
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_weighting_multiplies_each_rows_error(masked):
+    """Rows run in groups and so in another order than the batch's; the mean is not divided by the factors."""
+    pipe = Pipe()
+    pipe.mmdit.requires_grad_(False)
+    mask = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)) if masked else None
+    chosen = Convention(weighting=Weighting("sigma_sqrt"))
+    total = 0.0
+    for row in range(3):
+        alone = torch.zeros(3, 6)
+        alone[row] = 1 if mask is None else mask[row]
+        of_row = flow_matching_loss(pipe, batch(weight=alone))
+        total += float(of_row * alone.sum() * (0.2, 0.9, 0.5)[row] ** -2)
+    wanted = total / (18 if mask is None else float(mask.sum()))
+    assert float(flow_matching_loss(pipe, batch(weight=mask), chosen)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_transformer_is_given_the_conventions_timestep():
+    pipe, seen = Pipe(), []
+    pipe.mmdit.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[2]))
+    for timestep in (Timestep(), Timestep(offset=1.0), Timestep(bfloat16=True)):
+        flow_matching_loss(pipe, batch(), Convention(timestep=timestep))
+    sigma = torch.tensor([0.2, 0.5]), torch.tensor([0.9])
+    for given, timestep in zip(seen, (*sigma, *(x + 0.001 for x in sigma)), strict=False):
+        assert given.tolist() == pytest.approx(timestep.tolist())
+    assert seen[4].tolist() == [0.2001953125, 0.5] and seen[4].dtype == torch.float32
+
+
+def test_weights_of_a_masks_pixels():
+    mask = torch.zeros(2, 6, 10)
+    mask[0, :2] = 1
+    mask[1, :3, :5] = 0.5
+    weights = mask_weights(mask, (1, 3, 2)).view(2, 3, 2)
+    assert weights[0].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert weights[1].tolist() == [[0.5, 0], [0.25, 0], [0, 0]]
+    assert mask_weights(torch.ones(1, 7, 5), (1, 3, 2)).tolist() == [[1.0] * 6]  # sizes that do not divide
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.memory.residency import present
 from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet, BlockwiseControlNetConfig
 from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
 from qwenedit.networks.mmdit import MMDiTConfig
@@ -22,6 +23,7 @@ from qwenedit.weights.keys import BLOCKWISE_CONTROLNET, CONTROLNET, official_to_
 from tests.sparse import no_holes, write_holes
 from tests.tiny import checkpoint
 from tests.tiny_controlnet import blockwise, controlnet
+from tests.weights.test_formats import scaled
 from tests.weights.test_loading import shard
 
 DATA = Path(__file__).parents[1] / "data"
@@ -216,6 +218,20 @@ def test_a_net_runs_in_the_transformers_dtype_whatever_its_own(monkeypatch):
         controlnet(heads=heads, axes=axes, joint_attention_dim=config["joint_attention_dim"])
     )
     assert pipe.dtype == torch.bfloat16 == next(net.parameters()).dtype
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("kind", LOADED)
+def test_fp8_with_scales_is_weight_times_scale(tmp_path, kind, suffix):
+    stored, meaning = scaled(safetensors.torch.load_file(weights_of(LOADED[kind]())), suffix)
+    path = tmp_path / "fp8.safetensors"
+    safetensors.torch.save_file(stored, path)
+    table = (CONTROLNET if kind == "official" else BLOCKWISE_CONTROLNET).table
+    for residency in ("resident", "stage"):
+        (net,) = load(controlnet=path, residency=residency).controlnets
+        with present(net):
+            for name, x in net.state_dict().items():
+                assert torch.equal(x, meaning[ours_to_official(table, name)]), name
 
 
 # --- refused

@@ -548,7 +548,7 @@ def test_headers_that_cannot_be_had_leave_the_size_of_the_download(remote, monke
         assert str(plan(ID)).startswith(f"{without}the hub cannot be reached")
     full = OSError(28, "No space left on device")
     with monkeypatch.context() as disk:
-        disk.setattr("qwenedit.weights.hub._fetch_head", lambda *_: (_ for _ in ()).throw(full))
+        disk.setattr("qwenedit.weights.hub_headers._fetch_head", lambda *_: (_ for _ in ()).throw(full))
         assert f"{without}they cannot be written: [Errno 28] No space left" in str(plan(ID))
     remote.sizes["vae/config.json"] = 10_000
     short = f"vae/config.json: {len(remote.files['vae/config.json'])} bytes came of 10000\n"
@@ -560,7 +560,7 @@ def test_headers_that_cannot_be_had_leave_the_size_of_the_download(remote, monke
     remote.refusal, remote.refuses_files_only = (503, ""), True
     assert str(plan(ID)).startswith(f"{without}the hub answers with an error (503): try again later\n")
     remote.refusal = None
-    monkeypatch.setattr("qwenedit.weights.hub._has_holes", lambda _: False)
+    monkeypatch.setattr("qwenedit.weights.hub_headers._has_holes", lambda _: False)
     assert re.match(rf"{re.escape(without)}the file system of .* has no sparse files", str(plan(ID)))
 
 
@@ -644,13 +644,17 @@ def test_a_blockwise_net_has_no_config_on_the_hub(hub):
         (lambda: files_of(controlnet(heads=5)), "its (attention_head_dim|num_attention_heads) is"),
         (lambda: {"config.json": b'{"_class_name": "FluxControlNetModel"}'}, "is a FluxControlNetModel"),
         (lambda: {"config.json": b'{"_class_name": 3'}, "cannot be read as JSON"),
+        (
+            lambda: {"model_index.json": b'{"_class_name": "QwenImagePipeline"}'},
+            "a whole checkpoint, a QwenImagePipeline, wanted a ControlNet",
+        ),
     ],
 )
 def test_another_transformers_net_is_refused_before_its_weights_are_downloaded(hub, files, message):
     hub.files = {NET_WEIGHTS: b"x" * 100, **files()}
     with pytest.raises(ValueError, match=message):
         qwenedit.load(controlnet=ID, device="cpu", progress=False)
-    assert hub.gets() == {"config.json"}
+    assert hub.gets() == set(hub.files) - {NET_WEIGHTS}
 
 
 def test_a_controlnet_that_broke_off_is_not_used(net):
