@@ -571,6 +571,15 @@ def test_a_net_that_does_not_fit_is_refused(edit, net, changes, message):
         run(edit, control_image=PICTURE, control_mask=mask)
 
 
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_net_of_another_dtype_is_refused(edit, net):
+    with (
+        with_nets(edit, net, copy.deepcopy(net).to(torch.bfloat16)),
+        pytest.raises(ValueError, match=r"of control 1 is torch\.bfloat16, wanted torch\.float32, as the tr"),
+    ):
+        run(edit, control_image=[PICTURE, OTHER])
+
+
 def test_a_control_picture_of_another_shape_is_stretched_with_a_warning(pipe):
     with pytest.warns(UserWarning, match="is 40x70 and the output 64x48, of another shape"):
         run(pipe, control_image=picture(40, 70))
