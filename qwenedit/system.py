@@ -246,6 +246,9 @@ class System:
             size=(columns * self.areas.token, rows * self.areas.token),
         )  # fmt: skip
         require_controls(switches, bool(controls))
+        for k, control in enumerate(controls):
+            if (got := next(control.net.parameters()).dtype) != self.dtype:
+                raise ValueError(f"the net of control {k} is {got}, wanted {self.dtype}, as the transformer")
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
