@@ -247,8 +247,8 @@ class System:
         )  # fmt: skip
         require_controls(switches, bool(controls))
         for k, control in enumerate(controls):
-            if (got := next(control.net.parameters()).dtype) != self.dtype:
-                raise ValueError(f"the net of control {k} is {got}, wanted {self.dtype}, as the transformer")
+            if (own := next(control.net.parameters()).dtype) != self.dtype:
+                raise ValueError(f"the net of control {k} is {own}, wanted {self.dtype}, as the transformer")
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
