@@ -289,7 +289,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         require_encoded(switches, conditioning)
         # The default negative prompt " " gives no warning if the run is unguided.
         negative = None if conditioning.negative is None else " "
-        guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+        guidance = guidance_of(true_cfg_scale, negative, switches)
         return self._steps(conditioning, run, guidance, switches)
 
     @overload
@@ -368,7 +368,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         grid, count = rows[0].geometry.grid, int(num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
         run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
-        guidance = guidance_of(true_cfg_scale, negative_prompt, switches.guidance)
+        guidance = guidance_of(true_cfg_scale, negative_prompt, switches)
         conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
         steps = self._steps(conditioning.repeat(count), run, guidance, switches)
         return self._finish(steps, len(run[1]) - 1, grid, output_type)

@@ -89,7 +89,7 @@ def invert(
     )
     require_encoded(switches, conditioning)
     negative = None if conditioning.negative is None else " "
-    guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+    guidance = guidance_of(true_cfg_scale, negative, switches)
     _require_invertible(guidance, iterations, len(visited) - 1)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
     predict = switched_predictor(

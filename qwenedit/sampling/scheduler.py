@@ -21,7 +21,10 @@ from qwenedit.foreign import read_json
 from qwenedit.weights.checkpoints import read_variant
 from qwenedit.weights.configs import config_from
 
-__all__ = ["MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "given_sigmas", "load_scheduler"]
+__all__ = [
+    "MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "comfy_sigmas", "diffsynth_sigmas", "given_sigmas",
+    "load_scheduler",
+]  # fmt: skip
 
 MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
 
@@ -152,6 +155,45 @@ def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     if checked[-1] == 0:
         raise ValueError(f"given sigmas are {checked}, wanted them without the final 0, which is added")
     return [*torch.tensor(checked, dtype=torch.float32).tolist(), 0.0]
+
+
+def diffsynth_sigmas(steps: int, tokens: int) -> list[float]:
+    """The sigmas of DiffSynth-Studio, noise first, with the final 0; float32 numbers, equal to its own.
+
+    With an official checkpoint they are the reference's but for last bits. A single step differs, as there.
+
+    Source: DiffSynth-Studio 2.1.12, `FlowMatchScheduler.set_timesteps_qwen_image`.
+    """
+    factor = math.exp(_DIFFSYNTH.mu(tokens))
+    t = torch.linspace(1, 0, whole_number("num_inference_steps", steps, most=MAX_STEPS) + 1)[:-1]
+    t = factor / (factor + (1 / t - 1))
+    return _falling([*_stretched(t, 0.02).tolist(), 0.0])
+
+
+_DIFFSYNTH = FlowMatchScheduler(  # its constants, whatever a checkpoint's file says
+    num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9,
+    base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
+)  # fmt: skip
+
+
+def comfy_sigmas(steps: int) -> list[float]:
+    """The sigmas of ComfyUI's scheduler "simple", noise first, with the final 0, as float32 numbers.
+
+    They are entries of a table of 10,000, shifted by the exponential of 1.15 at every size.
+
+    Source: comfy/samplers.py, `simple_scheduler`; comfy/model_sampling.py, `ModelSamplingFlux`, whose shift
+        is 1.15 for this family (comfy/supported_models.py, `QwenImage`).
+    """
+    steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
+    t = torch.arange(1, 10_001) / 10_000
+    table = math.exp(1.15) / (math.exp(1.15) + (1 / t - 1))
+    return _falling([*(float(table[-1 - int(i * (10_000 / steps))]) for i in range(steps)), 0.0])
+
+
+def _falling(sigmas: list[float]) -> list[float]:
+    if not all(a > b for a, b in pairwise(sigmas)):
+        raise ValueError(f"{len(sigmas) - 1} sigmas no longer fall strictly in float32, wanted fewer")
+    return sigmas
 
 
 def _even(steps: int) -> list[float]:

@@ -19,18 +19,13 @@ from torch import Tensor, nn
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.networks.mmdit import Block, MMDiT
-from qwenedit.networks.mmdit_layers import (
-    Rope,
-    joint_key_mask,
-    picture_positions,
-    rope_table,
-    sinusoids,
-)
+from qwenedit.networks.mmdit_layers import joint_key_mask
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict
-from qwenedit.sampling.scheduler import FlowMatchScheduler, given_sigmas
+from qwenedit.sampling.scheduler import FlowMatchScheduler, comfy_sigmas, diffsynth_sigmas, given_sigmas
+from qwenedit.sampling.transformer_switches import switched_transformer
 from qwenedit.switches import Interval, References, Switches, Time, own_generator
-from qwenedit.taps import Site, TapFunction, current_labels, named_modules, taps
+from qwenedit.taps import current_labels, named_modules
 
 __all__ = [
     "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
@@ -50,9 +45,9 @@ def require_pictures(switches: object, pictures: bool) -> None:
     if not isinstance(switches, Switches):
         got = type(switches).__name__
         raise ValueError(f"switches are {got}, wanted Switches (Switches.from_flat makes them of a dict)")
-    plain = Switches()
+    usual = switches.usual
     for name in ("references", "seen", "vae"):
-        if not pictures and getattr(switches, name) != getattr(plain, name):
+        if not pictures and getattr(switches, name) != getattr(usual, name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
 
 
@@ -130,10 +125,13 @@ def schedule(
             "shift_terminal": None,
         }
         scheduler = FlowMatchScheduler(**own)
-    elif not isinstance(time.sigmas, str):
+    elif time.sigmas != "official":
         if custom is not None:
-            raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
-        return given_sigmas(time.sigmas, steps)
+            what = f" {time.sigmas!r}" if isinstance(time.sigmas, str) else ""
+            raise ValueError(f"sigmas and time.sigmas{what} are both given, wanted one of them")
+        if time.sigmas == "diffsynth":
+            return diffsynth_sigmas(steps, tokens)
+        return comfy_sigmas(steps) if time.sigmas == "comfy" else given_sigmas(time.sigmas, steps)
     return scheduler.sigmas(steps, tokens, custom)
 
 
@@ -192,17 +190,15 @@ def switched_predictor(
         without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
         predict = _in_steps(references.steps, predict, without)
 
-    functions: dict[str, TapFunction] = {}
-    if references.frame == "target":
-        functions["rope.img"] = _in_the_targets_frame
-    if time.rounding == "exact":
-        functions["time_embed.sinusoids"] = _of_exact_sigma
-    if not functions and time.zero_cond_t is None and references.blocks is None:
+    transformer = Switches(transformer=switches.transformer, time=Time(rounding=time.rounding))
+    as_it_is = transformer == Switches() and references.frame == "own"
+    if as_it_is and time.zero_cond_t is None and references.blocks is None:
         return predict
 
     def under_switches(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
         with ExitStack() as stack:
-            stack.enter_context(taps(mmdit, functions, first=True))
+            if not as_it_is:
+                stack.enter_context(switched_transformer(mmdit, switches))
             if time.zero_cond_t is not None:
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
@@ -218,19 +214,6 @@ def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
         return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
 
     return predict
-
-
-def _in_the_targets_frame(table: Tensor, site: Site) -> Tensor:
-    assert isinstance(site.module, Rope)
-    positions = [picture_positions(0, grid, table.device) for grid in site.labels["layout"].grids]
-    return rope_table(torch.cat(positions), site.module.axes)
-
-
-def _of_exact_sigma(rounded: Tensor, site: Site) -> Tensor:
-    """The sinusoids of the unrounded sigma. The rows that `zero_cond_t` adds after the batch keep sigma 0."""
-    sigma = torch.zeros(rounded.shape[0], device=rounded.device)
-    sigma[: len(site.labels["rows"])] = site.labels["sigma"]
-    return sinusoids(sigma)
 
 
 @contextmanager
