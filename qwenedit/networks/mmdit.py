@@ -24,7 +24,6 @@ from qwenedit.networks.mmdit_layers import (
     MLP,
     AdaLayerNormOut,
     AdaLN,
-    Gelu,
     Grid,
     Modulation,
     QKNorm,
@@ -114,7 +113,6 @@ class MMDiT(Tapped):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.gelu: Gelu = "tanh"  # of all MLPs; "sigmoid" is DiffSynth-Studio's
         self.checkpointing = False  # True: the backward pass recomputes blocks, which saves their activations
         self.img_in = nn.Linear(config.in_channels, config.width)
         self.txt_norm = RMSNorm(config.joint_attention_dim)
@@ -158,7 +156,7 @@ class MMDiT(Tapped):
             mod = None if modulation is None else modulation.of(number, block, img.shape[0])
             wanted = lengths[0] if target_only and number == last else None
             run = recomputed(block) if self.checkpointing else block
-            img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted, self.gelu)
+            img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted)
 
         return self.tap("velocity", self.proj_out(self.norm_out(img, temb[: img.shape[0]])), "B S C")
 
@@ -301,7 +299,6 @@ class Block(Tapped):
         target: int,
         mod: BlockModulation | None = None,
         wanted: int | None = None,
-        gelu: Gelu = "tanh",
     ) -> tuple[Tensor, Tensor]:
         mod = self.modulate(temb, img.shape[0]) if mod is None else mod
 
@@ -311,7 +308,7 @@ class Block(Tapped):
         img_add = self.tap("img_attn_add", gated(img_a, mod.img_attn, target), "B S D")
         img = self.tap("img_mid", (img if wanted is None else img[:, :wanted]) + img_add, "B S D")
         img_h = self.tap("img_mlp_in", modulated(self.img_norm2(img), mod.img_mlp, target), "B S D")
-        img_add = self.tap("img_mlp_add", gated(self.img_mlp(img_h, gelu), mod.img_mlp, target), "B S D")
+        img_add = self.tap("img_mlp_add", gated(self.img_mlp(img_h), mod.img_mlp, target), "B S D")
         img = self.tap("img_out", clipped(img + img_add), "B S D")
         if wanted is not None:
             return img, txt
@@ -319,7 +316,7 @@ class Block(Tapped):
         txt_add = self.tap("txt_attn_add", gated(txt_a, mod.txt_attn, target), "B T D")
         txt = self.tap("txt_mid", txt + txt_add, "B T D")
         txt_h = self.tap("txt_mlp_in", modulated(self.txt_norm2(txt), mod.txt_mlp, target), "B T D")
-        txt_add = self.tap("txt_mlp_add", gated(self.txt_mlp(txt_h, gelu), mod.txt_mlp, target), "B T D")
+        txt_add = self.tap("txt_mlp_add", gated(self.txt_mlp(txt_h), mod.txt_mlp, target), "B T D")
         txt = self.tap("txt_out", clipped(txt + txt_add), "B T D")
         return img, txt
 

@@ -61,7 +61,9 @@ def sinusoids(timestep: Tensor) -> Tensor:
 
 
 class MLP(Tapped):
-    """Two linear layers, four times as wide between them, with the tanh form of GELU, or another `form`.
+    """Two linear layers, four times as wide between them, with the tanh form of GELU.
+
+    `gelu` is the form: "sigmoid" is that of DiffSynth-Studio, and of LoRAs that were trained there.
 
     Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
     """
@@ -72,9 +74,10 @@ class MLP(Tapped):
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
+        self.gelu: Gelu = "tanh"
 
-    def forward(self, x: Tensor, form: Gelu = "tanh") -> Tensor:
-        return self.down(self.tap("mlp_hidden", gelu(self.up(x), form), "B * E"))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.tap("mlp_hidden", gelu(self.up(x), self.gelu), "B * E"))
 
 
 def gelu(x: Tensor, form: Gelu) -> Tensor:

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.networks.mmdit_layers import Rope, picture_positions, rope_table, sinusoids, text_positions
+from qwenedit.networks.mmdit_layers import (
+    MLP,
+    Gelu,
+    Rope,
+    picture_positions,
+    rope_table,
+    sinusoids,
+    text_positions,
+)
 from qwenedit.sampling.precomputed import timestep_of
 from qwenedit.switches import Switches
-from qwenedit.taps import Site, TapFunction, taps
+from qwenedit.taps import Site, TapFunction, named_modules, taps
 
 __all__ = ["switched_transformer"]
 
@@ -23,14 +31,29 @@ def switched_transformer(mmdit: MMDiT, switches: Switches) -> Iterator[None]:
     """Run the transformer under `transformer.*`, `time.rounding` and `references.frame`.
 
     The tap functions read the labels `layout`, `sigma` and `rows`, which `predictor` sets.
+
+    Raises:
+        ValueError: another GELU under checkpointing, whose backward pass would compute the own one.
     """
-    before = mmdit.gelu
-    mmdit.gelu = switches.transformer.gelu
+    with taps(mmdit, _functions(switches, mmdit), first=True), _gelu(mmdit, switches.transformer.gelu):
+        yield
+
+
+@contextmanager
+def _gelu(mmdit: MMDiT, form: Gelu) -> Iterator[None]:
+    if form == "tanh":
+        yield
+        return
+    if mmdit.checkpointing and torch.is_grad_enabled():
+        raise ValueError("transformer.gelu does not work with checkpointing: set mmdit.checkpointing = False")
+    before = [(mlp, mlp.gelu) for _, mlp in named_modules(mmdit) if isinstance(mlp, MLP)]
     try:
-        with taps(mmdit, _functions(switches, mmdit), first=True):
-            yield
+        for mlp, _ in before:
+            mlp.gelu = form
+        yield
     finally:
-        mmdit.gelu = before
+        for mlp, own in before:
+            mlp.gelu = own
 
 
 def _functions(switches: Switches, mmdit: MMDiT) -> dict[str, TapFunction]:
