@@ -141,6 +141,7 @@ def parity(options: argparse.Namespace) -> int:
         dtypes=DTYPES if options.dtype is None else [options.dtype],
         device=options.device,
         progress=not options.quiet,
+        against=options.against,
     )
     say(result, options.output)
     return 0 if result.ok else 1

@@ -5,6 +5,9 @@ the files when it is needed: the checkpoint itself runs, even on a machine that 
 is given the reference's float32 streams, so that errors do not accumulate. At the end of the transformer and
 of the text encoder, the error that accumulates along our own streams is compared too. report.py defines what
 counts as equal.
+
+The reference is diffusers with transformers, or for some networks another tool (`oracles.COMPARED`); input is
+what diffusers makes of it. A network that the tool does not have runs on our side alone, to feed the others.
 """
 
 from __future__ import annotations
@@ -29,8 +32,13 @@ from qwenedit.files import replacing_file
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
+from qwenedit.latents import Layout
+from qwenedit.parity.entries import Trial, removing
+from qwenedit.parity.oracle_networks import oracle_network
+from qwenedit.parity.oracles import COMPARED, ORACLES, require_oracle
 from qwenedit.parity.reference import (
     VERSIONS,
+    Case,
     Streams,
     prepare,
     reference_network,
@@ -63,6 +71,7 @@ def parity(
     dtypes: Sequence[str] = DTYPES,
     device: torch.device | str | None = None,
     progress: bool = True,
+    against: str = "diffusers",
 ) -> Parity:
     """Compare a checkpoint's modules with the reference's; None is the embedded model.
 
@@ -73,12 +82,17 @@ def parity(
         output: the .json with all rows.
         picture: the picture to edit, reduced to at most 256 x 256 pixels in area; None: a drawn one.
         dtypes: "float32", "bfloat16" or both.
+        against: one of `oracles.COMPARED`.
 
     Raises:
         ValueError: the references are not installed; bad arguments; no checkpoint on this machine (nothing is
             downloaded), or files that do not fit their modules.
     """
-    require_reference()
+    require_reference()  # for any: it makes the input
+    if against not in COMPARED:
+        raise ValueError(f"against is {shown(repr(against))}, wanted one of {', '.join(COMPARED)}")
+    if against in ORACLES:
+        require_oracle(against)
     if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes are {dtypes!r}, wanted one or both of {', '.join(DTYPES)}")
     dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
@@ -99,14 +113,18 @@ def parity(
         "prompt": prompt,
         "device": str(where),
         "dtypes": dtypes,
-        "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS},
+        "against": against,
+        "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS, **ORACLES},
     }
     mark = _fingerprint(folder, {**about, "size": picture.size}, picture)
-    pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS}
+    pairs = {component: _Pair.of(folder, component, where, against) for component in COMPONENTS}
     with torch.no_grad(), _without_tf32():
         case, exact = prepare(folder, variant, areas, picture, prompt, where)
-        run = _Run(pairs, list(stages(folder, case)), dtypes, case.streams, Progress(output, mark))
-        for what, got, wanted in exact:
+        todo = list(stages(folder, case, heads_first=against == "diffsynth"))
+        last = max(k for k, stage in enumerate(todo) if stage.component in COMPARED[against])
+        trial = _trial(case)
+        run = _Run(pairs, todo[: last + 1], dtypes, case.streams, Progress(output, mark), trial)
+        for what, got, wanted in exact if against == "diffusers" else ():
             run.exact(f"input.{what}", _equal(got, wanted))
         result = Parity(folder, about, run.finish(progress))
     report = {**about, "fingerprint": mark, "ok": result.ok, "verdict": result.verdict()}
@@ -114,6 +132,12 @@ def parity(
     with replacing_file(output) as temporary:
         temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _trial(case: Case) -> Trial:
+    """The labels that a run's predictor would set, for entries of dialects that are tried."""
+    layout = Layout(case.ids.shape[1] - case.drop_index, case.grids)
+    return Trial(layout=layout, sigma=float(case.streams["timestep"]), rows=(0,))
 
 
 def _check_output(output: Path) -> None:
@@ -173,20 +197,29 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A network on both sides. Only the stage that runs has weights; the rest is on the meta device."""
+    """A network on both sides. Only the stage that runs has weights; the rest is on the meta device.
+
+    `reference` is None if the network is not compared.
+    """
 
     component: str
     ours: nn.Module
-    reference: nn.Module
+    reference: nn.Module | None
     found: dict[str, Any]
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, component: str, device: torch.device) -> _Pair:
+    def of(cls, folder: Path, component: str, device: torch.device, against: str) -> _Pair:
         ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
-        return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
+        reference = None
+        if component in COMPARED[against]:
+            other = against in ORACLES
+            reference = (
+                oracle_network(folder, component) if other else reference_network(folder, component, device)
+            )
+        return cls(component, ours.eval(), reference, found, device)
 
     @contextmanager
     def loaded(self, stage: Stage, dtype: torch.dtype) -> Iterator[None]:
@@ -213,6 +246,8 @@ class _Pair:
                         f"{shown(stored.key)} in {shown(stored.path.name)} has NaN or infinity"
                     )
             for stored in part.values():
+                if self.reference is None:
+                    break
                 name = reference_path(self.component, NETWORKS[self.component].hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:
                     value = stored.read(file)
@@ -230,16 +265,17 @@ def _place(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Run:
-    """The stages one after another, and the streams between them.
+    """The stages one after another, and the streams between them; those that are not compared have no rows.
 
     Streams have lanes. "reference" is the reference's float32, which every stage is given. The others show
     what accumulates: our own streams in each dtype, and the reference's in bfloat16.
     """
 
     def __init__(
-        self, pairs: dict[str, _Pair], todo: list[Stage], dtypes: list[str], streams: Streams, files: Progress
-    ) -> None:
-        self.pairs, self.stages, self.dtypes, self.files = pairs, todo, dtypes, files
+        self, pairs: dict[str, _Pair], todo: list[Stage], dtypes: list[str], streams: Streams,
+        files: Progress, trial: Trial,
+    ) -> None:  # fmt: skip
+        self.pairs, self.stages, self.dtypes, self.files, self.trial = pairs, todo, dtypes, files, trial
         self.lanes: dict[str, Streams] = {"reference": dict(streams)}
         self.rows = files.read_rows()
         self.keys: list[tuple[str, str]] = []  # of all rows, in the order of the report
@@ -256,7 +292,7 @@ class _Run:
 
     def finish(self, progress: bool) -> list[Row]:
         """Run the remaining stages; all rows in order. A network with NaN or infinity ends the run."""
-        for stage in self.stages:
+        for stage in (one for one in self.stages if self.pairs[one.component].reference is not None):
             modules = [stage.full, *([_whole(stage)] if stage.ends else [])]
             self.keys += [(module, dtype) for module in modules for dtype in self.dtypes]
         done, lanes = self.files.read_streams(self.pairs["vae"].device)
@@ -294,6 +330,11 @@ class _Run:
     def step(self, stage: Stage) -> list[Row]:
         """Run one stage in every dtype and every lane; its rows."""
         pair, given = self.pairs[stage.component], self.lanes["reference"]
+        if pair.reference is None:
+            with pair.loaded(stage, torch.float32):
+                made_here = stage.ours(pair.ours, given) if stage.paths else {}
+            self.lanes["reference"] = {**given, **made_here}
+            return []
         rows: list[Row] = []
         made: dict[str, Streams] = {}
         for name in DTYPES if "bfloat16" in self.dtypes else ("float32",):
@@ -309,6 +350,8 @@ class _Run:
                     sides = pair.ours, pair.reference
                     tolerance = FLOAT32 if name == "float32" else BFLOAT16_STEP
                     row = replace(row, first=first_difference(stage, *sides, streams, tolerance) or row.first)
+                    if name == "float32":
+                        row = replace(row, removed_by=removing(stage, *sides, streams, self.trial))
                 rows.append(row)
                 for lane, side, network, outputs in (
                     (f"ours {name}", stage.ours, pair.ours, got),
