@@ -19,6 +19,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Generator, Tensor
 
+from qwenedit.call import Call, RunOptions
 from qwenedit.checks import check_run, hinting, whole_number
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
@@ -27,7 +28,7 @@ from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.switches import Guidance, Seen, Switches
-from qwenedit.system import Result, RunOptions, System, as_array
+from qwenedit.system import Result, System, as_array
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,13 +131,16 @@ class Layers(System):
         frames = 1 + int(layers)
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
         pictures = [1] * len(rows) * int(num_images_per_prompt)
-        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
+        call = Call(
+            num_inference_steps=num_inference_steps, sigmas=sigmas, generator=generator, latents=latents
+        )
         guidance = layer_guidance(true_cfg_scale, negative_prompt, cfg_normalize=cfg_normalize)
+        run = self.prepare(grid, pictures, call, switches, guidance)
         conditioning = self._encode(
             rows, switches, guided=guidance is not None, max_tokens=max_sequence_length, frames=frames
         )
-        steps = self._steps(conditioning.repeat(int(num_images_per_prompt)), run, guidance, switches)
-        return self._finish(steps, len(run[1]) - 1, grid, output_type)
+        steps = self._steps(conditioning.repeat(int(num_images_per_prompt)), run)
+        return self._finish(steps, run, output_type)
 
     @torch.no_grad()
     def decode_layers(self, latents: Tensor, grid: Grid) -> Tensor:

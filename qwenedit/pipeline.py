@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from qwenedit.assembly import assemble, modes_of, other_files
+from qwenedit.call import MAX_TOKENS, Call, EditOptions, GenerateOptions, SampleOptions
 from qwenedit.checks import (
     check_output_type,
     check_run,
@@ -30,14 +31,14 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.reference_call import LOAD_OPTIONS, MAX_TOKENS
+from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.reference_scripts import ReferenceScripts, require_euler
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step
-from qwenedit.sampling.switched import count_steps, require_encoded, require_pictures
-from qwenedit.switches import Switches
-from qwenedit.system import Result, RunOptions
+from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.switches import Switches, switches_of
+from qwenedit.system import Result, Run
 from qwenedit.weights.checkpoints import find_local
 
 if TYPE_CHECKING:
@@ -46,27 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["QwenImageEdit", "load"]
 
 Pictures: TypeAlias = "Image.Image | Sequence[Any]"
-
-
-class SampleOptions(RunOptions, total=False):
-    """What `sample` takes besides its conditioning, for type checkers."""
-
-    switches: Switches | None
-
-
-class EditOptions(SampleOptions, total=False):
-    """What `edit` takes besides picture and prompt, for type checkers."""
-
-    negative_prompt: str | Sequence[str] | None
-    height: int | None
-    width: int | None
-    num_images_per_prompt: int
-
-
-class GenerateOptions(EditOptions, total=False):
-    """What `generate` takes besides the prompt, for type checkers."""
-
-    max_sequence_length: int
 
 
 class QwenImageEdit(Loras, ReferenceScripts):
@@ -181,9 +161,13 @@ class QwenImageEdit(Loras, ReferenceScripts):
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
-        return self._edit_or_generate(
-            image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type, switches,
+        return self._run(
+            Call(
+                image=image, prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
+                generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
+                output_type=output_type, switches=switches,
+            )
         )  # fmt: skip
 
     @overload
@@ -236,9 +220,13 @@ class QwenImageEdit(Loras, ReferenceScripts):
 
         Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
         """
-        return self._edit_or_generate(
-            None, prompt, negative_prompt, true_cfg_scale, num_inference_steps, sigmas, height, width,
-            generator, num_images_per_prompt, latents, output_type, switches, max_sequence_length,
+        return self._run(
+            Call(
+                prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
+                generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
+                output_type=output_type, switches=switches, max_sequence_length=max_sequence_length,
+            )
         )  # fmt: skip
 
     @hinting
@@ -261,7 +249,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         """
         require_flat(self.variant)
         rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        switches = switches or Switches()
+        switches = switches_of(switches)
         require_pictures(switches, image is not None)
         return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
@@ -281,16 +269,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
 
         Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
         """
-        switches = switches or Switches()
-        pictures = [len(row) for row in conditioning.reference_grids]
-        run = self.prepare(
-            conditioning.target_grid, pictures, num_inference_steps, sigmas, generator, latents, switches
-        )
-        require_encoded(switches, conditioning)
-        # The default negative prompt " " gives no warning if the run is unguided.
-        negative = None if conditioning.negative is None else " "
-        guidance = guidance_of(true_cfg_scale, negative, switches)
-        return self._steps(conditioning, run, guidance, switches)
+        call = Call(
+            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
+            generator=generator, latents=latents, switches=switches,
+        )  # fmt: skip
+        return self._steps(conditioning, self._run_under(conditioning, call))
 
     @overload
     def sample(
@@ -331,47 +314,38 @@ class QwenImageEdit(Loras, ReferenceScripts):
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
-        steps = self.steps(
-            conditioning,
-            true_cfg_scale=true_cfg_scale,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
-            generator=generator,
-            latents=latents,
-            switches=switches,
-        )
-        count = count_steps((switches or Switches()).time, num_inference_steps, sigmas)
-        return self._finish(steps, count, conditioning.target_grid, output_type)
+        call = Call(
+            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
+            generator=generator, latents=latents, switches=switches,
+        )  # fmt: skip
+        run = self._run_under(conditioning, call)
+        return self._finish(self._steps(conditioning, run), run, output_type)
 
-    def _edit_or_generate(
-        self,
-        image: Any,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None,
-        true_cfg_scale: float,
-        num_inference_steps: int | None,
-        sigmas: Sequence[float] | None,
-        height: int | None,
-        width: int | None,
-        generator: Generator | Sequence[Generator] | None,
-        num_images_per_prompt: int,
-        latents: Tensor | None,
-        output_type: str,
-        switches: Switches | None,
-        max_tokens: int = MAX_TOKENS,
-    ) -> Result[Any]:
-        """`generate` if the image is None, else `edit`."""
+    def _run_under(self, conditioning: Conditioning, call: Call) -> Run:
+        """The checked run of a call under a conditioning that is there already."""
+        switches = switches_of(call.switches)
+        # The default negative prompt " " gives no warning if the run is unguided.
+        negative = None if conditioning.negative is None else " "
+        guidance = guidance_of(call.true_cfg_scale, negative, switches)
+        pictures = [len(row) for row in conditioning.reference_grids]
+        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance)
+        require_encoded(switches, conditioning)
+        return run
+
+    def _run(self, call: Call) -> Result[Any]:
+        """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)
-        check_run(output_type, num_images_per_prompt, max_tokens)
-        rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        switches = switches or Switches()
-        grid, count = rows[0].geometry.grid, int(num_images_per_prompt)
+        check_run(call.output_type, call.num_images_per_prompt, call.max_sequence_length)
+        prompts = call.prompt, call.negative_prompt
+        rows = rows_of(*prompts, call.image, self.variant, self.areas, call.height, call.width)
+        switches = switches_of(call.switches)
+        guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches)
+        count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
-        run = self.prepare(grid, pictures, num_inference_steps, sigmas, generator, latents, switches)
-        guidance = guidance_of(true_cfg_scale, negative_prompt, switches)
-        conditioning = self._encode(rows, switches, guided=guidance is not None, max_tokens=max_tokens)
-        steps = self._steps(conditioning.repeat(count), run, guidance, switches)
-        return self._finish(steps, len(run[1]) - 1, grid, output_type)
+        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance)
+        guided, most = guidance is not None, call.max_sequence_length
+        conditioning = self._encode(rows, switches, guided=guided, max_tokens=most).repeat(count)
+        return self._finish(self._steps(conditioning, run), run, call.output_type)
 
 
 @hinting

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Generator, Tensor
+from torch import Tensor
 
+from qwenedit.call import Call
 from qwenedit.checks import (
     check_run,
     real_number,
@@ -17,11 +18,9 @@ from qwenedit.checks import (
 )
 from qwenedit.encoding.conditioning import Prompt
 from qwenedit.family import Variant
-from qwenedit.switches import Switches
 
-__all__ = ["LOAD_OPTIONS", "MAX_TOKENS", "ReferenceCall", "given_prompt"]
+__all__ = ["LOAD_OPTIONS", "ReferenceCall", "given_prompt"]
 
-MAX_TOKENS = 512  # of a text-to-image prompt, by default
 _EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
 _TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
 _FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
@@ -56,35 +55,23 @@ _CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ReferenceCall:
-    """The arguments of a call, with the reference's defaults; `switches` is ours."""
+class ReferenceCall(Call):
+    """The arguments of a call of the reference's pipelines, with their defaults; `switches` is ours."""
 
-    image: Any = None
-    prompt: str | Sequence[str] | None = None
     negative_prompt: str | Sequence[str] | None = None
-    true_cfg_scale: float = 4.0
-    height: int | None = None
-    width: int | None = None
     layers: int = 4
-    num_inference_steps: int = 50
-    sigmas: Sequence[float] | None = None
+    num_inference_steps: int | None = 50
     guidance_scale: float | None = None
-    num_images_per_prompt: int = 1
-    generator: Generator | Sequence[Generator] | None = None
-    latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     prompt_embeds_mask: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     negative_prompt_embeds_mask: Tensor | None = None
-    output_type: str = "pil"
     return_dict: bool = True
     attention_kwargs: Mapping[str, Any] | None = None
     callback_on_step_end: Callable[..., Any] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-    max_sequence_length: int = MAX_TOKENS
     resolution: int = 640
     cfg_normalize: bool = False
-    switches: Switches | None = None
 
     @classmethod
     def of(cls, variant: Variant, positional: Sequence[Any], options: dict[str, Any]) -> ReferenceCall:

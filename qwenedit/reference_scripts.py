@@ -38,11 +38,11 @@ from qwenedit.networks.low_rank import Change
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.reference_call import ReferenceCall, given_prompt
-from qwenedit.sampling.guidance import TrueCFG, guidance_of
-from qwenedit.sampling.sampler import Step, euler
+from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.switches import Seen, Switches
-from qwenedit.system import Result
+from qwenedit.switches import Seen, Switches, switches_of
+from qwenedit.system import Result, Run
 from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from
@@ -101,23 +101,23 @@ class ReferenceScripts(Layers):
         """
         call = ReferenceCall.of(self.variant, positional, options)
         rows, frames = self._rows_of(call)
-        switches = call.switches or Switches(seen=Seen(picture="unseen" if frames > 1 else "seen"))
+        switches = Switches(seen=Seen(picture="unseen")) if frames > 1 else switches_of(call.switches)
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
         count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
-        steps = call.num_inference_steps if call.sigmas is None else None  # given sigmas win, as there
-        run = self.prepare(grid, pictures, steps, call.sigmas, call.generator, call.latents, switches)
+        if call.sigmas is not None:  # given sigmas win, as there
+            call = dataclasses.replace(call, num_inference_steps=None)
         negative = call.prompts[1]
         if self.variant.layered:
             guidance = layer_guidance(call.true_cfg_scale, negative, cfg_normalize=call.cfg_normalize)
         else:
             guidance = guidance_of(call.true_cfg_scale, negative, switches)
+        run = self.prepare(grid, pictures, call, switches, guidance)
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
         conditioning = conditioning.repeat(count)
-        self._interrupt, self._num_timesteps = False, len(run[1]) - 1
+        self._interrupt, self._num_timesteps = False, len(run.sigmas) - 1
         with _lora_scale(self.mmdit, call.lora_scale):
-            taken = self._called_back(call, conditioning, run, guidance, switches)
-            images = self._finish(taken, self._num_timesteps, grid, call.output_type).images
+            images = self._finish(self._called_back(call, conditioning, run), run, call.output_type).images
         if self.variant.layered and call.output_type != "latent":
             single = call.output_type == "pil" and len(conditioning.reference_grids) == 1
             images = [images] if single else list(images)
@@ -171,26 +171,20 @@ class ReferenceScripts(Layers):
             },
         ).to(self.device, self.dtype)
 
-    def _called_back(
-        self,
-        call: ReferenceCall,
-        conditioning: Conditioning,
-        run: tuple[Tensor, list[float]],
-        guidance: TrueCFG | None,
-        switches: Switches,
-    ) -> Iterator[Step]:
+    def _called_back(self, call: ReferenceCall, conditioning: Conditioning, run: Run) -> Iterator[Step]:
         """The steps of a call; after each the callback sees and replaces the latents and the embeddings."""
         if call.callback_on_step_end is None:
-            yield from self._steps(conditioning, run, guidance, switches)
+            yield from self._steps(conditioning, run)
             return
-        predict = self._predictor(conditioning, run[1], guidance, switches)
+        start = self.begin(run)
+        predict = self._predictor(conditioning, run)
 
         def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:
             return predict(*args, **only)
 
         embeds = conditioning.to(self.device, self.dtype).prompt.embeds
         with present(self.mmdit):
-            for step in euler(current, *run, guidance):
+            for step in self._sampled(current, run, start):
                 tensors = {"latents": step.after, "prompt_embeds": embeds}
                 got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs or ()}
                 time = torch.tensor(step.sigma, device=self.device) * 1000
@@ -211,7 +205,7 @@ class ReferenceScripts(Layers):
                     embeds = changed
                     prompt = Prompt(embeds, conditioning.prompt.mask)
                     conditioning = dataclasses.replace(conditioning, prompt=prompt)
-                    predict = self._predictor(conditioning, run[1], guidance, switches)
+                    predict = self._predictor(conditioning, run)
                 yield step
                 if self._interrupt:
                     return

@@ -27,7 +27,7 @@ from qwenedit.foreign import shown
 
 __all__ = [
     "NORMS", "Guidance", "Interval", "PromptRule", "References", "Resize", "Seen", "Switches", "Time",
-    "Transformer", "VAEPath", "own_generator",
+    "Transformer", "VAEPath", "own_generator", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
@@ -398,6 +398,20 @@ class Switches:
         if self.references.latents == "other":
             references = References(latents="other", picture=self.references.picture)
         return Switches(references=references, seen=self.seen, vae=self.vae, prompt=self.prompt)
+
+
+def switches_of(value: object) -> Switches:
+    """The switches of a call; None stands for the default ones.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value is None:
+        return Switches()
+    if not isinstance(value, Switches):
+        got = type(value).__name__
+        raise ValueError(f"switches are {got}, wanted Switches (Switches.from_flat makes them of a dict)")
+    return value
 
 
 def own_generator(seed: int, *use: object) -> Generator:

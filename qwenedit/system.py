@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
+from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
@@ -18,19 +19,19 @@ from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
-from qwenedit.latents import Grid, denormalise, initial_noise, unpack
+from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
 from qwenedit.memory.residency import home, move, present, while_present
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.sampler import Predict, Step, euler
+from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
 from qwenedit.switches import Switches
 from qwenedit.taps import require_finite
 
-__all__ = ["Result", "RunOptions", "System", "as_array"]
+__all__ = ["Result", "Run", "Start", "System", "as_array"]
 
 Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
@@ -47,14 +48,40 @@ class Result(Generic[Images]):
     images: Images
 
 
-class RunOptions(TypedDict, total=False):
-    """What all kinds of run take, for type checkers; `QwenImageEdit.edit` describes it."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """A sampling run whose arguments are checked; nothing is drawn or computed yet.
 
-    true_cfg_scale: float
-    num_inference_steps: int | None
-    sigmas: Sequence[float] | None
+    Attributes:
+        grid: (frames, rows, columns) of the target's tokens.
+        batch: number of rows.
+        sigmas: those that the sampler visits, noise first, with the final 0.
+        generator: one for the batch, or a list with one for each row.
+        latents: given noise (B, S, C), or None.
+        guidance: how the two predictions of a step become one; None for an unguided run.
+        switches: changes to the system.
+    """
+
+    grid: Grid
+    batch: int
+    sigmas: list[float]
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    guidance: TrueCFG | None
+    switches: Switches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        latents: (B, S, C) at the run's first sigma.
+        preserve: what keeps a part of a picture in every step, or None.
+    """
+
+    latents: Tensor
+    preserve: Preserve | None = None
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -120,15 +147,13 @@ class System:
         self,
         grid: Grid,
         pictures: list[int],
-        steps: int | None,
-        sigmas: Sequence[float] | None,
-        generator: Generator | Sequence[Generator] | None,
-        latents: Tensor | None,
+        call: Call,
         switches: Switches,
-    ) -> tuple[Tensor, list[float]]:
-        """Initial latents and sigmas for a batch whose rows have so many `pictures`.
+        guidance: TrueCFG | None,
+    ) -> Run:
+        """The checked run of a call for a batch whose rows have so many `pictures`.
 
-        It is cheap and runs before any network, so that bad input is found early.
+        It is cheap and comes before any network, so that bad input is found early.
 
         Raises:
             ValueError: bad input, or switches that cannot act on this run.
@@ -138,20 +163,29 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
-        visited = schedule(self.scheduler, switches.time, steps, tokens, sigmas)
-        blocks, count = self.mmdit.config.num_layers, len(visited) - 1
-        require_fitting(switches, pictures=pictures, blocks=blocks, steps=count)
-        config, device, dtype = self.mmdit.config, self.device, self.dtype
-        if latents is None:
-            channels = config.out_channels
-            noise = initial_noise(batch, channels, grid, generator=generator, device=device, dtype=dtype)
-            return noise, visited
-        wanted = (batch, frames * tokens, config.in_channels)
+        visited = schedule(self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas)
+        config = self.mmdit.config
+        require_fitting(switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1)
+        generators_of(call.generator, batch, self.device)
+        latents, wanted = call.latents, (batch, frames * tokens, config.in_channels)
         is_tensor = isinstance(latents, Tensor)
-        if not is_tensor or tuple(latents.shape) != wanted:
+        if latents is not None and (not is_tensor or tuple(latents.shape) != wanted):
             got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
             raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
-        return latents.to(device, dtype), visited
+        return Run(
+            grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
+            guidance=guidance, switches=switches,
+        )  # fmt: skip
+
+    def begin(self, run: Run) -> Start:
+        """What the run starts from. The order of draws from its generator is the reference's."""
+        if run.latents is not None:
+            return Start(latents=run.latents.to(self.device, self.dtype))
+        noise = initial_noise(
+            run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+        return Start(latents=noise)
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
@@ -172,33 +206,30 @@ class System:
             micro_batch=self.micro_batch,
         )
 
-    def _steps(
-        self,
-        conditioning: Conditioning,
-        run: tuple[Tensor, list[float]],
-        guidance: TrueCFG | None,
-        switches: Switches,
-    ) -> Iterator[Step]:
-        """The Euler loop from the latents and sigmas that `prepare` returned."""
-        predict = self._predictor(conditioning, run[1], guidance, switches)
-        return while_present(self.mmdit, euler(predict, *run, guidance))
+    def _steps(self, conditioning: Conditioning, run: Run) -> Iterator[Step]:
+        """The steps of the run under a conditioning."""
+        start = self.begin(run)
+        predict = self._predictor(conditioning, run)
+        return while_present(self.mmdit, self._sampled(predict, run, start))
 
-    def _predictor(
-        self, conditioning: Conditioning, sigmas: list[float], guidance: TrueCFG | None, switches: Switches
-    ) -> Predict:
+    def _predictor(self, conditioning: Conditioning, run: Run) -> Predict:
         return switched_predictor(
-            self.mmdit, conditioning.to(self.device, self.dtype), switches, guided=guidance is not None,
-            micro_batch=self.micro_batch, sigmas=sigmas[:-1],
+            self.mmdit, conditioning.to(self.device, self.dtype), run.switches,
+            guided=run.guidance is not None, micro_batch=self.micro_batch, sigmas=run.sigmas[:-1],
         )  # fmt: skip
 
-    def _finish(self, steps: Iterator[Step], count: int, grid: Grid, output_type: str) -> Result[Any]:
+    def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:
+        return euler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+
+    def _finish(self, steps: Iterator[Step], run: Run, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
+        count = len(run.sigmas) - 1
         bar = progress_bar(steps, progress=self.progress, total=count, desc="sampling")
         (last,) = deque(bar, maxlen=1)
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":
             return Result(last.after)
-        return Result(self._images(last.after, grid, output_type))
+        return Result(self._images(last.after, run.grid, output_type))
 
     def _images(self, latents: Tensor, grid: Grid, output_type: str) -> Any:
         """Decoded latents, as "pil", "pt" or "np"."""

@@ -97,6 +97,11 @@ class Site:
     full: str
 
     @property
+    def optional(self) -> bool:
+        """True if the tap fires in some forwards only."""
+        return isinstance(self.module, Tapped) and self.name in self.module.OPTIONAL_TAPS
+
+    @property
     def labels(self) -> dict[str, Any]:
         """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ..."""
         return current_labels()
@@ -108,11 +113,12 @@ TapFunction = Callable[[Tensor, Site], "Tensor | None"]
 class Tapped(nn.Module):
     """A module whose named intermediates can be read or replaced with `taps`.
 
-    `TAPS` lists every tap of the class. `taps` matches patterns against it, so that a wrong pattern fails
-    before anything runs.
+    `TAPS` lists every tap that fires in every forward, `OPTIONAL_TAPS` those that fire in some. `taps`
+    matches patterns against both, so that a wrong pattern fails before anything runs.
     """
 
     TAPS: tuple[str, ...] = ()
+    OPTIONAL_TAPS: tuple[str, ...] = ()
     _taps: dict[str, list[tuple[TapFunction, Site]]] | None = None  # set on instances, by `taps` alone
 
     def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002
@@ -148,7 +154,7 @@ def _sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
     for path, module in named_modules(model):
         if isinstance(module, Tapped):
-            for name in module.TAPS:
+            for name in (*module.TAPS, *module.OPTIONAL_TAPS):
                 full = f"{path}.{name}" if path else name
                 sites[full] = Site(module, name, full)
     return sites
@@ -277,8 +283,8 @@ def tap_names(model: nn.Module) -> list[str]:
     """Every tap of a model by its full name, in the order of its modules.
 
     >>> import qwenedit
-    >>> tap_names(qwenedit.load(progress=False).mmdit)[:5]
-    ['img_in', 'txt_in', 'temb', 'velocity', 'time_embed.sinusoids']
+    >>> tap_names(qwenedit.load(progress=False).mmdit)[:4]
+    ['img_in', 'txt_in', 'temb', 'velocity']
     """
     return list(_sites(model))
 
@@ -301,7 +307,8 @@ def taps(
             Several functions on one tap run in the order of this mapping, after those of outer contexts.
         eager: run compiled modules eagerly meanwhile, so that functions may do anything. With `eager=False`
             the functions are compiled in: they must be pure and read no labels.
-        strict: on a clean exit, raise if an attached tap never fired.
+        strict: on a clean exit, raise if an attached tap never fired. An optional tap, which fires in some
+            forwards only, is missed where no other has fired either.
         first: run before the functions of outer contexts, which then see the replacements.
 
     Raises:
@@ -357,7 +364,7 @@ def taps(
             del module.__dict__["_taps"]
             if old_taps is not None:
                 module.__dict__["_taps"] = old_taps
-    silent = [full for full in added if full not in fired]
+    silent = [full for full in added if full not in fired and not (fired and sites[full].optional)]
     if strict and silent:
         raise RuntimeError(
             f"{len(silent)} of {len(added)} attached taps never fired: {', '.join(silent[:10])}"

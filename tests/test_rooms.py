@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1] / "qwenedit"
 GROUND = (
     "version", "taps", "switches", "dialects", "annotated", "latents", "foreign", "files", "family", "checks",
 )  # fmt: skip
-TIED = ("lora", "system", "layered", "reference_call", "reference_scripts", "verify", "assembly", "pipeline")
+TIED = (
+    "call",
+    "lora",
+    "system",
+    "layered",
+    "reference_call",
+    "reference_scripts",
+    "verify",
+    "assembly",
+    "pipeline",
+)
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up
     GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", TIED,

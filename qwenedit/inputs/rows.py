@@ -34,7 +34,7 @@ class BatchRow:
 
 
 def rows_of(
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     negative_prompt: str | Sequence[str] | None,
     image: Any,
     variant: Variant,
@@ -78,7 +78,7 @@ def rows_of(
     return rows
 
 
-def _prompts(name: str, value: str | Sequence[str], *, illustrated: bool) -> list[str]:
+def _prompts(name: str, value: str | Sequence[str] | None, *, illustrated: bool) -> list[str]:
     if not isinstance(value, Sequence) or not (isinstance(value, str) or value):
         raise ValueError(f"{name} is {_describe(value)}, wanted a string or a list of at least one")
     prompts = [value] if isinstance(value, str) else list(value)

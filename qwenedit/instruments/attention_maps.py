@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwenedit.instruments.records import Records, Wanted, key_of, require_numbers
 from qwenedit.latents import Layout
-from qwenedit.networks.mmdit import JointAttention
+from qwenedit.networks.mmdit_layers import JointAttention
 from qwenedit.taps import Site, require_module, taps
 
 __all__ = ["AttentionMaps", "attention_map", "token_groups"]

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 from torch import Tensor
 
+from qwenedit.call import Call
 from qwenedit.checks import hinting, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import encode_pictures
@@ -38,7 +39,7 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.sampler import Predict, Step, predict_at, require_interval
 from qwenedit.sampling.switched import require_encoded, switched_predictor
-from qwenedit.switches import Switches
+from qwenedit.switches import Switches, switches_of
 from qwenedit.taps import scope
 
 __all__ = ["inverse_euler", "invert", "picture_latents"]
@@ -82,21 +83,21 @@ def invert(
     """
     if latents is None:  # `prepare` would draw noise
         raise ValueError("latents are None, wanted a tensor: picture_latents makes those of a picture")
-    switches = switches or Switches()
+    switches = switches_of(switches)
     pictures = [len(row) for row in conditioning.reference_grids]
-    start, visited = pipe.prepare(
-        conditioning.target_grid, pictures, num_inference_steps, sigmas, None, latents, switches
-    )
-    require_encoded(switches, conditioning)
     negative = None if conditioning.negative is None else " "
     guidance = guidance_of(true_cfg_scale, negative, switches)
-    _require_invertible(guidance, iterations, len(visited) - 1)
+    call = Call(num_inference_steps=num_inference_steps, sigmas=sigmas, latents=latents)
+    run = pipe.prepare(conditioning.target_grid, pictures, call, switches, guidance)
+    require_encoded(switches, conditioning)
+    _require_invertible(guidance, iterations, len(run.sigmas) - 1)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
     predict = switched_predictor(
         pipe.mmdit, conditioning, switches, guided=guidance is not None, micro_batch=pipe.micro_batch,
-        sigmas=visited,
+        sigmas=run.sigmas,
     )  # fmt: skip
-    return while_present(pipe.mmdit, inverse_euler(predict, start, visited, guidance, iterations))
+    start = pipe.begin(run).latents
+    return while_present(pipe.mmdit, inverse_euler(predict, start, run.sigmas, guidance, iterations))
 
 
 def inverse_euler(

@@ -11,12 +11,11 @@ design is that of Stable Diffusion 3 (arXiv 2403.03206) and Flux, with every blo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenedit.networks.checkpointing import recomputed
@@ -25,24 +24,30 @@ from qwenedit.networks.mmdit_layers import (
     AdaLayerNormOut,
     AdaLN,
     Grid,
+    JointAttention,
     Modulation,
-    QKNorm,
     RMSNorm,
     Rope,
     TimeEmbedding,
     both_halves,
-    by_heads,
     gated,
     joint_key_mask,
     joint_rope,
     layer_norm,
     modulated,
-    rotate,
 )
 from qwenedit.networks.ranges import CHANNELS, LAYERS, require_ranges
 from qwenedit.taps import Fingerprint, Tapped, fingerprint
 
-__all__ = ["KEY_TABLE", "Grid", "MMDiT", "MMDiTConfig", "RunCache", "StepModulation"]
+__all__ = [
+    "KEY_TABLE", "TRUNK_KEYS", "Block", "Control", "Grid", "MMDiT", "MMDiTConfig", "RunCache",
+    "StepModulation",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+# number of a block, the target's tokens (B, *, D) after it -> what is added to them, or None for nothing
+Control = Callable[[int, Tensor], "Tensor | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +106,14 @@ class MMDiT(Tapped):
         Returns (B, S, in_channels), or with `target_only` the target's tokens of it.
     Units: `timestep` is sigma in [0, 1], 1 = noise (the embedding multiplies it by 1000); latents are
         normalised; the velocity is noise - clean.
+    Control: `control` is called after every block. What it returns is added to the target's tokens, before
+        the next block sees them; reference tokens are left alone.
     Caching: `cache` keeps step-invariant tensors from one call to the next, see `RunCache`. With
         `target_only` the last block computes the target's tokens only. Pass neither if something observes the
         module (`taps.observed`), so that every tap and hook fires at every step, for every token.
     Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
-    Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices.
+    Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices, and adds
+        controls to the target alone, where the reference knows no other tokens.
     """
 
     TAPS = ("img_in", "txt_in", "temb", "velocity")
@@ -119,7 +127,9 @@ class MMDiT(Tapped):
         self.txt_in = nn.Linear(config.joint_attention_dim, config.width)
         self.time_embed = TimeEmbedding(config.width, addition=config.use_additional_t_cond)
         self.rope = Rope(config.axes_dims_rope, layered=config.use_layer3d_rope)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        self.blocks = nn.ModuleList([Block(heads, head_dim) for _ in range(config.num_layers)])
+        self.OPTIONAL_TAPS = tuple(f"blocks.{n}.control_add" for n in range(config.num_layers))
         self.norm_out = AdaLayerNormOut(config.width)
         self.proj_out = nn.Linear(config.width, config.in_channels)
 
@@ -132,6 +142,7 @@ class MMDiT(Tapped):
         txt_mask: Tensor | None = None,
         addition_t: Tensor | None = None,
         *,
+        control: Control | None = None,
         cache: RunCache | None = None,
         target_only: bool = False,
     ) -> Tensor:
@@ -157,8 +168,19 @@ class MMDiT(Tapped):
             wanted = lengths[0] if target_only and number == last else None
             run = recomputed(block) if self.checkpointing else block
             img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted)
+            if control is not None:
+                img = self.controlled(img, number, lengths[0], control)
 
         return self.tap("velocity", self.proj_out(self.norm_out(img, temb[: img.shape[0]])), "B S C")
+
+    def controlled(self, img: Tensor, number: int, target: int, control: Control) -> Tensor:
+        """The image tokens after block `number`, with what the control adds to the target's."""
+        own, references = img.tensor_split([target], dim=1)
+        added = control(number, own)
+        if added is None:
+            return img
+        own = own + self.tap(f"blocks.{number}.control_add", added, "B * D")
+        return torch.cat([own, references], dim=1) if references.shape[1] else own
 
     def step_invariant(
         self, references: Tensor, txt: Tensor, grids: Sequence[Grid], txt_mask: Tensor | None
@@ -226,7 +248,7 @@ class RunCache:
     """
 
     def __init__(self) -> None:
-        self._fixed: dict[tuple[int, tuple[Grid, ...]], tuple[Fingerprint | None, StepInvariant]] = {}
+        self._kept: dict[Hashable, tuple[Fingerprint | None, Any]] = {}
         self._steps: dict[int, tuple[Tensor, Tensor | None, StepModulation]] = {}
 
     def step_invariant(
@@ -237,13 +259,27 @@ class RunCache:
         grids: Sequence[Grid],
         txt_mask: Tensor | None,
     ) -> StepInvariant:
-        key = id(txt), tuple(grids)
-        made_of = fingerprint((mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), (txt, txt_mask))
-        if key not in self._fixed or made_of is None or self._fixed[key][0] != made_of:
+        def make() -> StepInvariant:
             fixed = mmdit.step_invariant(references, txt, grids, txt_mask)
             # A clone: as a view, the first block's input would be compiled apart from the others'.
-            self._fixed[key] = made_of, fixed._replace(txt=fixed.txt.clone())
-        return self._fixed[key][1]
+            return fixed._replace(txt=fixed.txt.clone())
+
+        key = id(txt), tuple(grids)
+        return self.once(key, (mmdit.img_in, mmdit.txt_norm, mmdit.txt_in), (txt, txt_mask), make)
+
+    def once(
+        self,
+        key: Hashable,
+        modules: Sequence[nn.Module],
+        tensors: Sequence[Tensor | None],
+        make: Callable[[], T],
+    ) -> T:
+        """What `make` returned for the key; made again if a weight of the modules or a tensor changes."""
+        made_of = fingerprint(modules, tensors)
+        if key not in self._kept or made_of is None or self._kept[key][0] != made_of:
+            self._kept[key] = made_of, make()
+        kept: T = self._kept[key][1]
+        return kept
 
     def modulation(
         self, mmdit: MMDiT, timestep: Tensor, dtype: torch.dtype, addition_t: Tensor | None
@@ -276,14 +312,14 @@ class Block(Tapped):
         "txt_mod", "txt_attn_in", "txt_attn_add", "txt_mid", "txt_mlp_in", "txt_mlp_add", "txt_out",
     )  # fmt: skip
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
-        width = config.width
+        width = heads * head_dim
         self.img_mod = Modulation(width)
         self.txt_mod = Modulation(width)
         self.img_norm1 = layer_norm(width)
         self.txt_norm1 = layer_norm(width)
-        self.attn = JointAttention(config)
+        self.attn = JointAttention(heads, head_dim)
         self.img_norm2 = layer_norm(width)
         self.txt_norm2 = layer_norm(width)
         self.img_mlp = MLP(width)
@@ -334,107 +370,13 @@ def clipped(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-class JointAttention(Tapped):
-    """Attention over the tokens of both streams at once, in the order [text, image].
-
-    Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (J, 1, K), `key_mask` (B, 1, 1, J) bool or
-        None. Returns what is added to each stream, before its gate. With `wanted` only that many image tokens
-        are queries, and `txt` is returned unchanged.
-    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
-        heads at a time if the maps are large (`by_heads`).
-    """
-
-    TAPS = (
-        "img_q", "img_k", "img_v", "img_q_rot", "img_k_rot", "img_heads", "img_attn_out",
-        "txt_q", "txt_k", "txt_v", "txt_q_rot", "txt_k_rot", "txt_heads", "txt_attn_out",
-        "scores", "probs",
-    )  # fmt: skip
-
-    def __init__(self, config: MMDiTConfig) -> None:
-        super().__init__()
-        width, head_dim = config.width, config.attention_head_dim
-        self.heads = config.num_attention_heads
-        self.img_q = nn.Linear(width, width)
-        self.img_k = nn.Linear(width, width)
-        self.img_v = nn.Linear(width, width)
-        self.txt_q = nn.Linear(width, width)
-        self.txt_k = nn.Linear(width, width)
-        self.txt_v = nn.Linear(width, width)
-        self.q_norm = QKNorm(head_dim)
-        self.k_norm = QKNorm(head_dim)
-        self.img_out = nn.Linear(width, width)
-        self.txt_out = nn.Linear(width, width)
-
-    def forward(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-        wanted: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        lengths = [txt.shape[1], img.shape[1]]
-        k = self.k_norm(self.joint(self.txt_k(txt), self.img_k(img)), lengths[0])
-        v = self.joint(self.txt_v(txt), self.img_v(img))
-        if wanted is not None:
-            # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
-            q = self.q_norm(self.split_heads(self.img_q(img[:, :wanted].contiguous())), 0)
-            own = slice(lengths[0], lengths[0] + wanted)
-            q, k = rotate(q, (rope[0][own], rope[1][own])), rotate(k, rope)
-            return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
-
-        q = self.q_norm(self.joint(self.txt_q(txt), self.img_q(img)), lengths[0])
-        if self.tapped("img_q", "img_k", "img_v", "txt_q", "txt_k", "txt_v"):
-            (txt_q, img_q), (txt_k, img_k), (txt_v, img_v) = (x.split(lengths, dim=1) for x in (q, k, v))
-            img_q, txt_q = self.tap("img_q", img_q, "B S H K"), self.tap("txt_q", txt_q, "B T H K")
-            img_k, txt_k = self.tap("img_k", img_k, "B S H K"), self.tap("txt_k", txt_k, "B T H K")
-            img_v, txt_v = self.tap("img_v", img_v, "B S H K"), self.tap("txt_v", txt_v, "B T H K")
-            q, k, v = (torch.cat(pair, dim=1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
-        q, k = rotate(q, rope), rotate(k, rope)  # after the QK-norm
-        if self.tapped("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot"):
-            (txt_q, img_q), (txt_k, img_k) = (x.split(lengths, dim=1) for x in (q, k))
-            img_q, txt_q = self.tap("img_q_rot", img_q, "B S H K"), self.tap("txt_q_rot", txt_q, "B T H K")
-            img_k, txt_k = self.tap("img_k_rot", img_k, "B S H K"), self.tap("txt_k_rot", txt_k, "B T H K")
-            q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
-
-        txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
-        img_heads = self.tap("img_heads", img_heads, "B S H K")
-        txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
-        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
-        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
-        return img_a, txt_a
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Scaled dot-product attention of (B, N, H, K) queries, explicit if its maps are tapped."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H N K
-        if self.tapped("scores", "probs"):
-            return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
-
-    def joint(self, txt: Tensor, img: Tensor) -> Tensor:
-        return self.split_heads(torch.cat([txt, img], dim=1))  # B J H K
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
-
-    def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The same attention with its maps as tensors; softmax in at least float32."""
-        scores = self.tap("scores", q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, "B H J J")
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask, float("-inf"))
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        probs = self.tap("probs", torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype), "B H J J")
-        return probs @ v
-
-
 # official name -> ours; {n} is a number, {p} is weight or bias
-KEY_TABLE: tuple[tuple[str, str], ...] = (
+TRUNK_KEYS: tuple[tuple[str, str], ...] = (  # what a ControlNet has, too
     ("img_in.{p}", "img_in.{p}"),
     ("txt_norm.weight", "txt_norm.weight"),
     ("txt_in.{p}", "txt_in.{p}"),
     ("time_text_embed.timestep_embedder.linear_1.{p}", "time_embed.linear_1.{p}"),
     ("time_text_embed.timestep_embedder.linear_2.{p}", "time_embed.linear_2.{p}"),
-    ("time_text_embed.addition_t_embedding.weight", "time_embed.addition.weight"),
     ("transformer_blocks.{n}.img_mod.1.{p}", "blocks.{n}.img_mod.linear.{p}"),
     ("transformer_blocks.{n}.txt_mod.1.{p}", "blocks.{n}.txt_mod.linear.{p}"),
     ("transformer_blocks.{n}.attn.to_q.{p}", "blocks.{n}.attn.img_q.{p}"),
@@ -453,6 +395,10 @@ KEY_TABLE: tuple[tuple[str, str], ...] = (
     ("transformer_blocks.{n}.img_mlp.net.2.{p}", "blocks.{n}.img_mlp.down.{p}"),
     ("transformer_blocks.{n}.txt_mlp.net.0.proj.{p}", "blocks.{n}.txt_mlp.up.{p}"),
     ("transformer_blocks.{n}.txt_mlp.net.2.{p}", "blocks.{n}.txt_mlp.down.{p}"),
+)
+KEY_TABLE: tuple[tuple[str, str], ...] = (
+    *TRUNK_KEYS,
+    ("time_text_embed.addition_t_embedding.weight", "time_embed.addition.weight"),
     ("norm_out.linear.{p}", "norm_out.linear.{p}"),
     ("proj_out.{p}", "proj_out.{p}"),
 )

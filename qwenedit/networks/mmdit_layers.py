@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from qwenedit.taps import Tapped, scope
 
 __all__ = [
-    "MLP", "AdaLN", "AdaLayerNormOut", "Gelu", "Grid", "Modulation", "QKNorm", "RMSNorm", "Rope",
-    "TimeEmbedding", "both_halves", "by_heads", "gated", "gelu", "joint_key_mask", "joint_rope", "layer_norm",
-    "modulated", "picture_positions", "rope_table", "rotate", "sinusoids", "text_positions",
+    "MLP", "AdaLN", "AdaLayerNormOut", "Gelu", "Grid", "JointAttention", "Modulation", "QKNorm", "RMSNorm",
+    "Rope", "TimeEmbedding", "both_halves", "by_heads", "gated", "gelu", "joint_key_mask", "joint_rope",
+    "layer_norm", "modulated", "picture_positions", "rope_table", "rotate", "sinusoids", "text_positions",
 ]  # fmt: skip
 
 Gelu = Literal["tanh", "sigmoid"]
@@ -58,6 +58,99 @@ def sinusoids(timestep: Tensor) -> Tensor:
     exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
     angles = 1000 * (timestep[:, None].float() * exponent.exp())
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class JointAttention(Tapped):
+    """Attention over the tokens of both streams at once, in the order [text, image].
+
+    Shapes: `img` (B, S, D), `txt` (B, T, D), `rope` two tables (J, 1, K), `key_mask` (B, 1, 1, J) bool or
+        None. Returns what is added to each stream, before its gate. With `wanted` only that many image tokens
+        are queries, and `txt` is returned unchanged.
+    Source: `QwenDoubleStreamAttnProcessor2_0`. With `scores` or `probs` tapped, attention is explicit, some
+        heads at a time if the maps are large (`by_heads`).
+    """
+
+    TAPS = (
+        "img_q", "img_k", "img_v", "img_q_rot", "img_k_rot", "img_heads", "img_attn_out",
+        "txt_q", "txt_k", "txt_v", "txt_q_rot", "txt_k_rot", "txt_heads", "txt_attn_out",
+        "scores", "probs",
+    )  # fmt: skip
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.img_q = nn.Linear(width, width)
+        self.img_k = nn.Linear(width, width)
+        self.img_v = nn.Linear(width, width)
+        self.txt_q = nn.Linear(width, width)
+        self.txt_k = nn.Linear(width, width)
+        self.txt_v = nn.Linear(width, width)
+        self.q_norm = QKNorm(head_dim)
+        self.k_norm = QKNorm(head_dim)
+        self.img_out = nn.Linear(width, width)
+        self.txt_out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        rope: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = [txt.shape[1], img.shape[1]]
+        k = self.k_norm(self.joint(self.txt_k(txt), self.img_k(img)), lengths[0])
+        v = self.joint(self.txt_v(txt), self.img_v(img))
+        if wanted is not None:
+            # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
+            q = self.q_norm(self.split_heads(self.img_q(img[:, :wanted].contiguous())), 0)
+            own = slice(lengths[0], lengths[0] + wanted)
+            q, k = rotate(q, (rope[0][own], rope[1][own])), rotate(k, rope)
+            return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
+
+        q = self.q_norm(self.joint(self.txt_q(txt), self.img_q(img)), lengths[0])
+        if self.tapped("img_q", "img_k", "img_v", "txt_q", "txt_k", "txt_v"):
+            (txt_q, img_q), (txt_k, img_k), (txt_v, img_v) = (x.split(lengths, dim=1) for x in (q, k, v))
+            img_q, txt_q = self.tap("img_q", img_q, "B S H K"), self.tap("txt_q", txt_q, "B T H K")
+            img_k, txt_k = self.tap("img_k", img_k, "B S H K"), self.tap("txt_k", txt_k, "B T H K")
+            img_v, txt_v = self.tap("img_v", img_v, "B S H K"), self.tap("txt_v", txt_v, "B T H K")
+            q, k, v = (torch.cat(pair, dim=1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
+        q, k = rotate(q, rope), rotate(k, rope)  # after the QK-norm
+        if self.tapped("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot"):
+            (txt_q, img_q), (txt_k, img_k) = (x.split(lengths, dim=1) for x in (q, k))
+            img_q, txt_q = self.tap("img_q_rot", img_q, "B S H K"), self.tap("txt_q_rot", txt_q, "B T H K")
+            img_k, txt_k = self.tap("img_k_rot", img_k, "B S H K"), self.tap("txt_k_rot", txt_k, "B T H K")
+            q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
+
+        txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
+        img_heads = self.tap("img_heads", img_heads, "B S H K")
+        txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
+        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
+        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
+        return img_a, txt_a
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Scaled dot-product attention of (B, N, H, K) queries, explicit if its maps are tapped."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H N K
+        if self.tapped("scores", "probs"):
+            return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
+
+    def joint(self, txt: Tensor, img: Tensor) -> Tensor:
+        return self.split_heads(torch.cat([txt, img], dim=1))  # B J H K
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
+
+    def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The same attention with its maps as tensors; softmax in at least float32."""
+        scores = self.tap("scores", q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, "B H J J")
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask, float("-inf"))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        probs = self.tap("probs", torch.softmax(scores, dim=-1, dtype=wide).to(v.dtype), "B H J J")
+        return probs @ v
 
 
 class MLP(Tapped):

@@ -36,15 +36,12 @@ STEPS = 50  # the reference pipelines' default
 LIGHTNING_SHIFT = math.log(3)  # exponential: sigmas are shifted by 3, for any number of tokens
 
 
-def require_pictures(switches: object, pictures: bool) -> None:
-    """Check that the value is `Switches`, and that its switches for pictures have pictures to act on.
+def require_pictures(switches: Switches, pictures: bool) -> None:
+    """Check that the switches for pictures have pictures to act on.
 
     Raises:
-        ValueError: one of these is not so.
+        ValueError: they have none.
     """
-    if not isinstance(switches, Switches):
-        got = type(switches).__name__
-        raise ValueError(f"switches are {got}, wanted Switches (Switches.from_flat makes them of a dict)")
     usual = switches.usual
     for name in ("references", "seen", "vae"):
         if not pictures and getattr(switches, name) != getattr(usual, name):

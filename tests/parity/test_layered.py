@@ -149,7 +149,8 @@ def test_every_tap_of_the_transformer():
     case = (img, txt, torch.tensor([0.5, 0.5]), grids, None, addition_t)
     plain = ours(*case)
     seen = {}
-    names = [name for name in tap_names(ours) if not name.endswith(("scores", "probs"))]
+    others = ("scores", "probs", "control_add")
+    names = [name for name in tap_names(ours) if not name.endswith(others)]
     with shapes_checked(), taps(ours, {name: lambda x, site: seen.update({site.full: x}) for name in names}):
         assert torch.equal(ours(*case), plain)
     assert set(seen) == set(names)

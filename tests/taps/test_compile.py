@@ -41,7 +41,7 @@ def check(compiled, plain, case, tap):
         seen = []
         with taps(compiled, {"*": lambda x, site: seen.append(site.full)}):
             compiled(*case)
-        assert set(seen) == set(tap_names(plain))
+        assert set(seen) == {name for name in tap_names(plain) if not name.endswith(".control_add")}
         for eager in (True, False):
             with taps(compiled, {tap: half}, eager=eager):
                 assert torch.equal(compiled(*case), changed)

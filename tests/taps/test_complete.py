@@ -9,7 +9,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import qwenedit
+from qwenedit.networks.controlnet import spread
 from qwenedit.taps import tap_names, taps
+from tests.networks import test_controlnet as controlnet
 from tests.properties import test_mmdit as mmdit
 from tests.properties import test_vae as vae
 from tests.properties.test_vision_language import CONFIG, LAYOUT
@@ -43,6 +45,12 @@ MMDIT = {
     "TimeEmbedding.forward: silu": 1,
     **{f"rope_table: {op}": 1 for op in ("arange", "div", "rpow", "rdiv", "mul", "cat", "cos", "sin")},
 }
+OF_ZERO_COND_T = ("MMDiT.embed_time: mul", "MMDiT.embed_time: cat", "gated: mul", "modulated: add")
+WITHOUT_ZERO_COND_T = {site: n for site, n in MMDIT.items() if site not in OF_ZERO_COND_T} | {
+    "modulated: mul": 1
+}
+OF_THE_END = ("AdaLayerNormOut.forward: add", "AdaLayerNormOut.forward: mul", "AdaLayerNormOut.forward: silu")
+CONTROLNET = {site: n for site, n in WITHOUT_ZERO_COND_T.items() if site not in OF_THE_END}
 VAE = {
     "RMSNorm.forward: linalg_vector_norm": 1,  # the quotient by it becomes the module's output, in place
     "RMSNorm.forward: clamp_min": 1,
@@ -146,9 +154,21 @@ def test_transformer_of_layered():
     img, txt, timestep, _ = mmdit.inputs([(1, 9, 5), (1, 3, 5)])
     grids = [(3, 3, 5), (1, 3, 5)]
     got = anonymous(ours, lambda: ours(img, txt, timestep, grids, None, torch.tensor([0, 1])))
-    of_zero_cond_t = ("MMDiT.embed_time: mul", "MMDiT.embed_time: cat", "gated: mul", "modulated: add")
-    wanted = {site: count for site, count in MMDIT.items() if site not in of_zero_cond_t}
-    assert got == {**wanted, "modulated: mul": 1}
+    assert got == WITHOUT_ZERO_COND_T
+
+
+def test_controlnet():
+    ours, case = controlnet.network(), controlnet.inputs()
+    assert anonymous(ours, lambda: ours(*case, controlnet.MASK)) == CONTROLNET
+
+
+@pytest.mark.parametrize("grids", [mmdit.GRIDS, mmdit.GRIDS[:1]])
+def test_transformer_under_control(grids):
+    """What is added has a name, and so has what it is added to."""
+    ours, control, case = mmdit.network(), spread(controlnet.residuals(), 2), mmdit.inputs(grids)
+    got = anonymous(ours, lambda: ours(*case, control=control))
+    joined = {"MMDiT.controlled: cat": 1} if len(grids) > 1 else {}
+    assert got == {**WITHOUT_ZERO_COND_T, "MMDiT.controlled: add": 1, **joined}
 
 
 @pytest.mark.parametrize("frames", [1, 5])

@@ -9,21 +9,23 @@ import pytest
 
 import qwenedit
 from qwenedit.taps import tap_names
+from tests.networks import test_controlnet
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "tests" / "data" / "tap_names.json").read_text())
-NETWORKS = ("vision_language", "vae", "mmdit")
+NETWORKS = ("vision_language", "vae", "mmdit", "controlnet")
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return qwenedit.load(device="cpu", progress=False)
+def networks():
+    pipe = qwenedit.load(device="cpu", progress=False)
+    return {"controlnet": test_controlnet.network(), **vars(pipe)}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_names_are_the_recorded_ones(pipe, network):
+def test_names_are_the_recorded_ones(networks, network):
     """A new name is added to the file; one that is renamed keeps its old form for a release."""
-    names = {re.sub(r"\.\d+\.", ".*.", name) for name in tap_names(getattr(pipe, network))}
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name in tap_names(networks[network])}
     assert sorted(names) == RECORDED[network]
 
 
@@ -39,7 +41,10 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.parametrize("file", ["mmdit", "vae", "vae_layers", "vision_language", "vision_tower"])
+@pytest.mark.parametrize(
+    "file",
+    ["controlnet", "mmdit", "mmdit_layers", "vae", "vae_layers", "vision_language", "vision_tower"],
+)
 def test_nothing_is_changed_in_place(file):
     """A tap or a hook may keep any tensor: what it holds must not change afterwards."""
     tree = ast.parse((ROOT / "qwenedit" / "networks" / f"{file}.py").read_text())
