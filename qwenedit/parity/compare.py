@@ -209,7 +209,7 @@ class _Pair:
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, component: str, device: torch.device, against: str) -> _Pair:
+    def of(cls, folder: Path, component: str, device: torch.device, against: str = "diffusers") -> _Pair:
         ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")

@@ -27,15 +27,19 @@ __all__ = ["switched_transformer"]
 
 
 @contextmanager
-def switched_transformer(mmdit: MMDiT, switches: Switches) -> Iterator[None]:
+def switched_transformer(mmdit: MMDiT, switches: Switches, *, strict: bool = True) -> Iterator[None]:
     """Run the transformer under `transformer.*`, `time.rounding` and `references.frame`.
 
-    The tap functions read the labels `layout`, `sigma` and `rows`, which `predictor` sets.
+    The tap functions read the labels `layout`, `sigma` and `rows`, which `predictor` sets. If a part of the
+    transformer runs that does not reach them, `strict` must be False.
 
     Raises:
         ValueError: another GELU under checkpointing, whose backward pass would compute the own one.
     """
-    with taps(mmdit, _functions(switches, mmdit), first=True), _gelu(mmdit, switches.transformer.gelu):
+    with (
+        taps(mmdit, _functions(switches, mmdit), first=True, strict=strict),
+        _gelu(mmdit, switches.transformer.gelu),
+    ):
         yield
 
 
