@@ -141,5 +141,4 @@ def engine_encoder(config: VisionLanguageConfig) -> Any:
     whole.model.rotary_emb = Rotary(dim=text.head_dim)
     network = nn.Module()
     network.visual, network.language_model = whole.visual, whole.model
-    network.get_rope_index = whole.get_rope_index
     return network
