@@ -1,4 +1,4 @@
-"""`qwenedit parity --against`: another tool's networks, the entry that removes a difference, what is missing."""
+"""`qwenedit parity --against`: another tool's networks, and the entry that removes a difference."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -141,7 +141,7 @@ def network(seed):
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=32,
         num_attention_heads=2, joint_attention_dim=24, guidance_embeds=False, axes_dims_rope=(8, 12, 12),
     )  # fmt: skip
-    return randomise_(MMDiT(config), seed).eval()
+    return randomise_(MMDiT(config), seed).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(("tool", "entry"), ACTING, ids=lambda value: getattr(value, "switch", value))
@@ -156,11 +156,10 @@ def test_every_entry_that_acts_in_the_transformer_is_found(tool, entry):
     def side(_network, streams):
         return {"velocity": ours(streams["img"], txt, timestep, grids)}
 
+    switches = Switches.from_flat({entry.switch: entry.value})
+
     def reference(_network, streams):
-        with (
-            scope(**vars(trial)),
-            switched_transformer(ours, Switches.from_flat({entry.switch: entry.value})),
-        ):
+        with scope(**vars(trial)), switched_transformer(ours, switches):
             return side(_network, streams)
 
     stage = Stage("transformer", "whole", side, reference)
