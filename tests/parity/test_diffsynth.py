@@ -12,12 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.networks.mmdit import KEY_TABLE as MMDIT_KEYS
-from qwenedit.networks.mmdit import MMDiT
+from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.networks.vae import KEY_TABLE as VAE_KEYS
 from qwenedit.networks.vae import VAE, VAEConfig
 from qwenedit.parity.oracle_networks import diffsynth_transformer, diffsynth_vae
+from qwenedit.parity.report import END_TO_END
+from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.sampler import euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler, diffsynth_sigmas
+from qwenedit.sampling.switched import switched_predictor
 from qwenedit.sampling.transformer_switches import switched_transformer
 from qwenedit.switches import Switches
 from tests import oracles
@@ -66,6 +71,13 @@ def theirs(dit, grids, img, txt, timestep):
     return dit.proj_out(dit.norm_out(img, temb[:1]))
 
 
+def small_config():
+    return MMDiTConfig(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=32,
+        num_attention_heads=2, joint_attention_dim=24, guidance_embeds=False, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
 CASES = dict(config=configs(), grids=several, length=st.integers(1, 9), seed=st.integers(0, 1000))
 
 
@@ -83,9 +95,7 @@ def test_the_transformer_is_diffsynth_s_but_for_the_gelu(config, grids, length, 
 
 
 def test_layered_is_diffsynth_s_too():
-    config = dataclasses.replace(
-        configs_of_layered(), use_layer3d_rope=True, use_additional_t_cond=True, zero_cond_t=False
-    )
+    config = dataclasses.replace(small_config(), use_layer3d_rope=True, use_additional_t_cond=True)
     ours, reference = transformers(config, 3)
     frames, size, picture = 3, (3, 5), (1, 3, 5)
     img, txt, timestep, _ = inputs(config, [(1, 3 * frames, 5), picture], 1, 6, False, 3)
@@ -101,15 +111,6 @@ def test_layered_is_diffsynth_s_too():
         with switched_transformer(ours, Switches(dialect="diffsynth")):
             got = ours(img, txt, timestep, [(frames, *size), picture], None, zero)
     assert_close(got, wanted, FP32)
-
-
-def configs_of_layered():
-    from tests.parity.test_mmdit import MMDiTConfig
-
-    return MMDiTConfig(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=32,
-        num_attention_heads=2, joint_attention_dim=24, guidance_embeds=False, axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
 
 
 @st.composite
@@ -165,3 +166,34 @@ def test_with_the_official_constants_the_two_schedules_differ_in_last_bits_only(
     )  # fmt: skip
     ours = FlowMatchScheduler(**vars(constants)).sigmas(50, 4096)
     assert_close(torch.tensor(diffsynth_sigmas(50, 4096)), torch.tensor(ours), 1e-6)
+
+
+@pytest.mark.parametrize(("steps", "zero_cond_t"), [(2, False), (5, True)])
+@torch.no_grad()
+def test_a_run_is_diffsynth_s(steps, zero_cond_t):
+    """Its network, `cfg_guided_model_fn` and its scheduler's schedule and step, two pictures, odd grids."""
+    config = dataclasses.replace(small_config(), zero_cond_t=zero_cond_t)
+    ours, reference = transformers(config, 5)
+    grids = [(1, 5, 3), (1, 4, 7), (1, 3, 3)]
+    img, prompt, _, _ = inputs(config, grids, 1, 6, False, 5)
+    start, *references = img.split([15, 28, 9], dim=1)
+    negative = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(1))
+    scheduler = oracles.diffsynth("diffusion.flow_match").FlowMatchScheduler("Qwen-Image")
+    scheduler.set_timesteps(steps, dynamic_shift_len=15)
+    x = start
+    for timestep in scheduler.timesteps:
+        at = torch.cat([x, *references], dim=1)
+        cond, uncond = (
+            theirs(reference, grids, at, txt, timestep[None] / 1000)[:, :15] for txt in (prompt, negative)
+        )
+        x = scheduler.step(uncond + 4.0 * (cond - uncond), timestep, x)
+
+    switches = Switches(dialect="diffsynth")
+    conditioning = Conditioning(
+        prompt=Prompt(prompt), negative=Prompt(negative), target_grid=grids[0],
+        reference_latents=(tuple(x[0] for x in references),), reference_grids=(tuple(grids[1:]),),
+    )  # fmt: skip
+    predict = switched_predictor(ours, conditioning, switches, guided=True)
+    sigmas = diffsynth_sigmas(steps, 15)
+    *_, last = euler(predict, start, sigmas, TrueCFG(4.0, switches.guidance))
+    assert_close(last.after, x, END_TO_END)
