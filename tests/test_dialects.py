@@ -10,9 +10,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import qwenedit
+from qwenedit import mini
 from qwenedit.ablation.spec import read_spec
+from qwenedit.cli import options as cli
 from qwenedit.dialects import DIALECTS
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.inputs import geometry
@@ -296,6 +299,24 @@ def test_another_gelu_under_checkpointing_is_refused_and_its_own_is_not(edit):
         for mlp in mlps:
             mlp.gelu = "tanh"
     assert not torch.equal(gradient(None), wanted)
+
+
+def test_the_command_line_takes_a_dialect_and_what_wins_over_it(edit, tmp_path, capsys):
+    def made(*switches):
+        output = tmp_path / "made.png"
+        options = ["--steps", "2", "--seed", "0", "--device", "cpu", "--quiet", "-o", str(output)]
+        given = [one for switch in switches for one in ("--switch", switch)]
+        capsys.readouterr()
+        status = cli.main(["edit", str(mini.EXAMPLE), "make it red", *options, *given])
+        return status, output.read_bytes() if status == 0 else capsys.readouterr().err
+
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2}
+    switches = Switches(dialect="comfy", guidance=Guidance(norm="none"))
+    (wanted,) = edit.edit(Image.open(mini.EXAMPLE), "make it red", switches=switches, **options).images
+    status, _ = made("dialect=comfy", "guidance.norm=none")
+    assert status == 0 and Image.open(tmp_path / "made.png").tobytes() == wanted.tobytes()
+    status, line = made("dialect=comfi")
+    assert status == 2 and line.count("\n") == 1 and "did you mean 'comfy'?" in line
 
 
 # --- pictures
