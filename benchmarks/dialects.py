@@ -1,9 +1,9 @@
 """How far each entry of a dialect moves a result: `python -m benchmarks.dialects [--count 60] [--out docs]`.
 
 Held-out edits of the embedded model, each entry alone and each tool whole: the mean difference of the
-pictures from those of the reference's arithmetic, from the same noise, and the oracle's success. The scenes are drawn
-at 160x160, so that they are resized. Beside it, what an entry does to the velocity of one block at the
-official width, with random weights. --out writes dialects.md.
+pictures from those of the reference's arithmetic, from the same noise, and the oracle's success. The scenes
+are drawn at 160x160, so that they are resized. Beside it, what an entry does to the velocity of one block at
+the official width, with random weights. --out writes dialects.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,20 +27,20 @@ from qwenedit.mini.scenes import DETERMINED, draw
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.transformer_switches import switched_transformer
-from qwenedit.switches import Switches
+from qwenedit.switches import Mask, Switches
 from qwenedit.taps import scope
 
 DRAWN = 160  # pixels a side; the embedded model works at 64
 GRIDS = ((1, 15, 17), (1, 21, 13))  # of the block's target and picture: odd, the picture taller
+STRENGTH = 0.7  # of the runs with a mask
 TEXT, SIGMA = 40, 0.8726  # the block's prompt tokens, and a sigma that bfloat16 does not have
 DTYPES = ("float32", "bfloat16")
 IN_HALF = ("rounded", "exact")  # values that change nothing in float32
 HEAD = ["entry", "pixels, of 255", "success", "velocity of a block"]
 
 
-@torch.no_grad()
-def edited(pipe: QwenImageEdit, todo: list[Case], switches: Switches) -> Tensor:
-    """The edited pictures (N, 3, 64, 64)."""
+def edited(pipe: QwenImageEdit, todo: list[Case], switches: Switches, **masked: Any) -> Tensor:
+    """The edited pictures (N, 3, 64, 64); `masked` are the arguments of a run with a mask."""
     made = []
     for start in range(0, len(todo), BATCH):
         part = todo[start : start + BATCH]
@@ -47,7 +48,7 @@ def edited(pipe: QwenImageEdit, todo: list[Case], switches: Switches) -> Tensor:
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         result = pipe.edit(
             pictures, [case.prompt for case in part], num_inference_steps=STEPS, true_cfg_scale=SCALE,
-            generator=generators, output_type="pt", switches=switches,
+            generator=generators, output_type="pt", switches=switches, **masked,
         )  # fmt: skip
         made.append(result.images.float())
     return torch.cat(made)
@@ -99,9 +100,14 @@ def report(count: int) -> str:
     plain = {name: edited(pipe, todo, Switches()) for name, pipe in pipes.items()}
 
     def row(name: str, switches: Switches, dtype: str, velocity: str) -> list[str]:
-        made = edited(pipes[dtype], todo, switches)
-        moved = 255 * float((made - plain[dtype]).abs().mean())
-        note = " (bfloat16)" if dtype == "bfloat16" else ""
+        before, note, masked = plain[dtype], " (bfloat16)" if dtype == "bfloat16" else "", {}
+        if name.startswith("mask."):  # these act on a run with a mask, whose grey is blended
+            blended = Mask(grey="blended")
+            masked = {"mask_image": Image.linear_gradient("L").resize((DRAWN, DRAWN)), "strength": STRENGTH}
+            before = edited(pipes[dtype], todo, Switches(mask=blended), **masked)
+            switches, note = Switches.from_flat({**switches.flat(), "mask.grey": "blended"}), " (masked)"
+        made = edited(pipes[dtype], todo, switches, **masked)
+        moved = 255 * float((made - before).abs().mean())
         return [f"`{name}`", f"{moved:.2g}{note}", rate(todo, made), velocity]
 
     block = Block()
@@ -144,10 +150,11 @@ Made by `python -m benchmarks.dialects --count {count} --out docs` (torch {torch
   width, with random weights, for entries that act in it: a target of {target} tokens, a picture of
   {picture}, sigma {sigma}.
 
-Entries that change nothing in float32 are measured in bfloat16. Where pixels do not move, an entry cannot act
-on these edits: their grids are even, their pictures are of one size, and their prompts are never cut. With
-several pictures, odd grids, or prompts alone, they do (`tests/test_dialects.py`). DiffSynth's schedule is the
-official one but for last bits, unless a checkpoint's file says otherwise.
+Entries that change nothing in float32 are measured in bfloat16, and those of masks in runs that start from
+the picture at strength {strength}, under a mask that is a gradient and blended. Where pixels do not move, an
+entry cannot act on these edits: their grids are even, their pictures are of one size, and their prompts are
+never cut. With several pictures, odd grids, or prompts alone, they do (`tests/test_dialects.py`). DiffSynth's
+schedule is the official one but for last bits, unless a checkpoint's file says otherwise.
 
 """
 TEXT_AFTER = """
@@ -156,13 +163,15 @@ TEXT_AFTER = """
 
 - **Arguments of a call** have other defaults. In DiffSynth the negative prompt is empty, not a space, a run
   has 30 steps, and `zero_cond_t`, which Edit-2511 needs, is off unless it is given.
+- **Strength** in ComfyUI: its sampler takes the last N of int(N / s) steps. N steps at strength s are steps
+  int(N / s) here.
 - **Sizes**: ComfyUI's nodes resize to multiples of 8 pixels for the VAE, and to any size for the language
   model, where the reference has multiples of 32. Its language model's picture is then resized bilinearly,
   and both stay in floats. In DiffSynth the second resize of `seen.twice` follows the ratio of the first one's
   result; here the size stays the reference's.
 - **Precision**: ComfyUI keeps latents in float32 from step to step, and its products with rounded tables of
   RoPE are in the model's dtype, too.
-- **LoRAs** that were trained in DiffSynth saw its GELU: `transformer.gelu=sigmoid` gives it back. For training
+- **LoRAs** that were trained in DiffSynth saw its GELU: `transformer.gelu=sigmoid` gives it back. To train
   under checkpointing, set `mlp.gelu = "sigmoid"` on every MLP of the transformer.
 
 `qwenedit parity MODEL --against diffsynth`, or `diffsynth-engine`, compares a checkpoint's modules with the
@@ -181,7 +190,7 @@ def main() -> None:
         sizes = [rows * columns for _, rows, columns in GRIDS]
         text = TEXT_BEFORE.format(
             count=options.count, machine=platform.machine(), torch=torch.__version__, steps=STEPS,
-            scale=SCALE, drawn=DRAWN, target=sizes[0], picture=sizes[1], sigma=SIGMA,
+            scale=SCALE, drawn=DRAWN, strength=STRENGTH, target=sizes[0], picture=sizes[1], sigma=SIGMA,
         )  # fmt: skip
         with replacing_file(options.out / "dialects.md") as temporary:
             temporary.write_text(text + tables + TEXT_AFTER, encoding="utf-8")

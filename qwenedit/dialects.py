@@ -8,11 +8,66 @@ picture, and what is no switch: a tool's defaults for the arguments of a call, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-__all__ = ["DIALECTS", "Dialect", "Entry"]
+from qwenedit.annotated import check_types
+
+__all__ = ["DIALECTS", "Dialect", "Entry", "Group", "PromptRule", "TransformerRule"]
 
 Dialect = Literal["reference", "diffsynth", "comfy", "lightx2v"]
+
+
+class Group:
+    """Options that remember which of them were given: a dialect sets the others."""
+
+    given: frozenset[str]
+
+    def __new__(cls, **options: Any) -> Group:
+        group = super().__new__(cls)
+        object.__setattr__(group, "given", frozenset(options))  # the class is frozen
+        return group
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerRule(Group):
+    """The transformer's arithmetic where tools differ. The defaults are the reference's.
+
+    Attributes:
+        gelu: of the MLPs: "tanh", or "sigmoid", x * sigmoid(1.702 x).
+        odd_grids: the side on which a grid with an odd number of rows (or columns) has one more than on the
+            other, counted from 0: "negative", rows -2, -1, 0 of three; or "positive", rows -1, 0, 1.
+        text_start: the first position of the text: half the "largest" side of any picture, or of the
+            "target" alone.
+        rope: the tables of cosines and sines in "float32", or "rounded" to the model's dtype. The products
+            with them are float32 in both.
+
+    Source: `DIALECTS` names the tools, and where they do this.
+    """
+
+    gelu: Literal["tanh", "sigmoid"] = "tanh"
+    odd_grids: Literal["negative", "positive"] = "negative"
+    text_start: Literal["largest", "target"] = "largest"
+    rope: Literal["float32", "rounded"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_types(self, "transformer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRule(Group):
+    """How long a prompt may be.
+
+    Attributes:
+        max_tokens: prompts without pictures are cut to this many tokens; None for the call's
+            max_sequence_length. Prompts with pictures are never cut, here as in the reference.
+    """
+
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "prompt")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"prompt.max_tokens is {self.max_tokens}, wanted at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +121,18 @@ _DIFFSYNTH = (  # DiffSynth-Studio 2.1.12
         switch="time.sigmas",
         value="diffsynth",
         formula="mu from 0.5 at 256 tokens to 0.9 at 8192, to 0.02 at the end, whatever the checkpoint has",
+        source="diffusion/flow_match.py, `FlowMatchScheduler.set_timesteps_qwen_image`",
+    ),
+    Entry(
+        switch="mask.preserve",
+        value="velocity",
+        formula="the kept part has the velocity (x - x0) / sigma, which leads to the picture",
+        source="diffusion/base_pipeline.py, `step` and `blend_with_mask`",
+    ),
+    Entry(
+        switch="mask.strength",
+        value="diffsynth",
+        formula="all N steps, from sigmas s (1 - i / N) before shift and stretch",
         source="diffusion/flow_match.py, `FlowMatchScheduler.set_timesteps_qwen_image`",
     ),
     Entry(
@@ -125,6 +192,12 @@ _COMFY = (  # ComfyUI, with its nodes for Qwen-Image-Edit; read in its repositor
         source="comfy_extras/nodes_qwen.py, `TextEncodeQwenImageEdit`, `TextEncodeQwenImageEditPlus`",
     ),
     Entry(
+        switch="mask.preserve",
+        value="x0",
+        formula="in the kept part, the latents before the model and the estimate of the clean ones after it",
+        source="comfy/samplers.py, `KSamplerX0Inpaint`",
+    ),
+    Entry(
         switch="prompt.max_tokens",
         value=99_999_999,
         formula="prompts without pictures are not cut",
@@ -137,6 +210,12 @@ _LIGHTX2V = (  # LightX2V; read in its repository, late 2025
         value="bfloat16",
         formula="1000 sigma in bfloat16 whatever the model's dtype; no difference in bfloat16",
         source="lightx2v/models/schedulers/qwen_image/scheduler.py, `QwenImageScheduler.step_pre`",
+    ),
+    Entry(
+        switch="mask.strength",
+        value="lightx2v",
+        formula="the last round(N s) steps of N",
+        source="lightx2v/models/schedulers/qwen_image/scheduler.py, `QwenImageScheduler`",
     ),
     Entry(
         switch="prompt.max_tokens",

@@ -18,7 +18,15 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from qwenedit.assembly import assemble, modes_of, other_files
-from qwenedit.call import MAX_TOKENS, Call, EditOptions, GenerateOptions, SampleOptions
+from qwenedit.call import (
+    MAX_TOKENS,
+    Call,
+    EditOptions,
+    GenerateOptions,
+    SampleOptions,
+    sources_for,
+    sources_under,
+)
 from qwenedit.checks import (
     check_output_type,
     check_run,
@@ -115,6 +123,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
         image: Pictures,
         prompt: str | Sequence[str],
         *,
+        mask_image: Pictures | None = None,
+        strength: float = 1.0,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -135,6 +146,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 A list of lists gives each prompt its own references, which may differ in number and size.
                 Pictures are turned upright by EXIF, and 16 bits of grey are scaled to 8 (`as_picture`).
             prompt: one prompt, or a list for a batch.
+            mask_image: a picture, or one for each prompt, that is white where the picture may change and
+                black where it is kept; grey below 128 is black. For the multi-picture variants it belongs to
+                the last picture, and the others stay references. The VAE then sees that picture at the
+                output's size. docs/masks.md says what is kept exactly.
+            strength: the share of the steps that are run, in [0, 1], from the picture with as much noise as
+                the first of them has. At 1 the run starts from noise alone.
+            padding_mask_crop: make only a region around the mask's white, with so many pixels about it, at
+                the whole size of the output, and lay it back into the picture.
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
@@ -145,7 +164,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 checkpoint's area.
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
-            latents: packed noise (B, S, 64) in place of the generator's.
+            latents: packed noise (B, S, 64) in place of the generator's, also for a run with a mask.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
@@ -153,17 +172,20 @@ class QwenImageEdit(Loras, ReferenceScripts):
         Raises:
             ValueError: bad input, before any network runs.
             NonFiniteError: NaN or infinity, naming the component and the step where it first shows.
-        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` of diffusers 0.39.0. We
-            differ in turning pictures upright and scaling their levels, in batches (the reference pairs
-            prompts with other prompts' masks and pictures, refuses batches for the multi-picture variants,
-            and shows Edit's language model the pictures of a list at their original sizes) and in refusing
-            sizes that it would round.
+        Source: `QwenImageEditPipeline.__call__`, `QwenImageEditPlusPipeline.__call__` and, with a mask,
+            `QwenImageEditInpaintPipeline.__call__` of diffusers 0.39.0. We differ in turning pictures upright
+            and scaling their levels, in batches (the reference pairs prompts with other prompts' masks and
+            pictures, refuses batches for the multi-picture variants, and shows Edit's language model the
+            pictures of a list at their original sizes) and in refusing sizes that it would round. With a mask
+            we also differ in the default strength (0.6 there), in taking several references, a size and
+            `latents`, and in refusing a mask that changes nothing.
         """
         if image is None:
             raise ValueError("image is None, wanted a PIL picture or a list of them; `generate` needs none")
         return self._run(
             Call(
-                image=image, prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
+                image=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
+                prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
                 output_type=output_type, switches=switches,
@@ -199,6 +221,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         prompt: str | Sequence[str],
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         negative_prompt: str | Sequence[str] | None = " ",
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
@@ -212,16 +238,24 @@ class QwenImageEdit(Loras, ReferenceScripts):
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
     ) -> Result[Any]:
-        """Make pictures from text alone: the original Qwen-Image flow, with the weights of any variant.
+        """Make pictures from text, also from a picture to start from, with the weights of any variant.
 
         The arguments are those of `edit`; height and width default to 128 latent pixels (1024 pixels in the
         official checkpoints), or to a square of the area that the checkpoint's model_index.json names.
         Prompts are cut to max_sequence_length tokens (at most 1024), as in the reference.
 
-        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0.
+        Args: those that are not listed here are the same as in `edit`.
+            image: the picture to start from, or one for each prompt; it is stretched to the output's size.
+            mask_image: what of it may change.
+            strength: as in `edit`; by default 0.6 with an image.
+
+        Source: `QwenImagePipeline.__call__` of diffusers 0.39.0; with an image
+            `QwenImageImg2ImgPipeline.__call__`, with a mask `QwenImageInpaintPipeline.__call__`. We differ in
+            given latents, which are the noise: the first of these starts from them, the second fails.
         """
         return self._run(
             Call(
+                source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
                 prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
@@ -258,6 +292,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -267,9 +305,13 @@ class QwenImageEdit(Loras, ReferenceScripts):
     ) -> Iterator[Step]:
         """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
 
+        `image` is the picture to start from, or one for each row; it takes a mask and a strength as in
+        `edit`. By default the strength is 1 if the conditioning has pictures, else 0.6.
+
         Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
         """
         call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
             generator=generator, latents=latents, switches=switches,
         )  # fmt: skip
@@ -304,6 +346,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         self,
         conditioning: Conditioning,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
         true_cfg_scale: float = 4.0,
         num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
@@ -315,8 +361,9 @@ class QwenImageEdit(Loras, ReferenceScripts):
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         call = Call(
+            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, switches=switches,
+            generator=generator, latents=latents, output_type=output_type, switches=switches,
         )  # fmt: skip
         run = self._run_under(conditioning, call)
         return self._finish(self._steps(conditioning, run), run, output_type)
@@ -328,7 +375,8 @@ class QwenImageEdit(Loras, ReferenceScripts):
         negative = None if conditioning.negative is None else " "
         guidance = guidance_of(call.true_cfg_scale, negative, switches)
         pictures = [len(row) for row in conditioning.reference_grids]
-        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance)
+        sources = sources_under(call, conditioning, self.areas.token)
+        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance, sources)
         require_encoded(switches, conditioning)
         return run
 
@@ -337,12 +385,15 @@ class QwenImageEdit(Loras, ReferenceScripts):
         require_flat(self.variant)
         check_run(call.output_type, call.num_images_per_prompt, call.max_sequence_length)
         prompts = call.prompt, call.negative_prompt
-        rows = rows_of(*prompts, call.image, self.variant, self.areas, call.height, call.width)
+        rows = rows_of(
+            *prompts, call.image, self.variant, self.areas, call.height, call.width, starts=call.starts
+        )
         switches = switches_of(call.switches)
         guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches)
         count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
-        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance)
+        sources = sources_for(call, rows, self.variant, self.areas)
+        run = self.prepare(rows[0].geometry.grid, pictures, call, switches, guidance, sources)
         guided, most = guidance is not None, call.max_sequence_length
         conditioning = self._encode(rows, switches, guided=guided, max_tokens=most).repeat(count)
         return self._finish(self._steps(conditioning, run), run, call.output_type)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from qwenedit.call import Call
+from qwenedit.call import STRENGTH, Call
 from qwenedit.checks import (
     check_run,
     real_number,
@@ -24,6 +25,7 @@ __all__ = ["LOAD_OPTIONS", "ReferenceCall", "given_prompt"]
 _EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
 _TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
 _FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
+_MASKS = ("mask_image", "strength", "padding_mask_crop")
 _LAST = (
     "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
     "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
@@ -51,6 +53,7 @@ LOAD_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_en_prompt": ((), ""),  # the language of automatic captions, which we do not make
+    "masked_image_latents": ((None,), "they change nothing in the reference either: leave them out"),
 }
 
 
@@ -81,19 +84,20 @@ class ReferenceCall(Call):
             TypeError: too many arguments, one given twice, or one that this pipeline does not take.
             ValueError: values that exclude each other or cannot be used.
         """
-        order: tuple[str, ...] = (*_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
-        ours = () if variant.layered else ("switches",)
-        if not variant.layered:
-            order = (*_FIRST, "height", "width", *_LAST)
-        if variant.takes_pictures:
-            order = ("image", *order)
+        order = _order(variant, positional)
+        ours = () if variant.layered else (*_MASKS, "switches")
         if len(positional) > len(order):
             raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
         if twice := [name for name in order[: len(positional)] if name in options]:
             raise TypeError(f"{twice[0]} is given twice, by its place and by its name")
+        options = {**dict(zip(order, positional, strict=False)), **options}
         options = without_reference_options(options, _CALL_OPTIONS)
         require_known("__call__", options, ("image", *order, *ours))
-        call = cls(**dict(zip(order, positional, strict=False)), **options)
+        if not variant.takes_pictures:  # the picture that it starts from, not one that it sees
+            options["source"] = options.pop("image", None)
+        if options.get("mask_image") is not None and options.get("strength") is None:
+            options["strength"] = STRENGTH
+        call = cls(**options)
         if call.prompt is None and call.prompt_embeds is None and not variant.layered:  # which says more
             place = ": the picture comes first, then the prompt" if isinstance(call.image, str) else ""
             raise ValueError(f"prompt is None, wanted a string or a list of strings, or prompt_embeds{place}")
@@ -143,6 +147,31 @@ class ReferenceCall(Call):
             [_EMBEDDED] * len(prompt.embeds) if prompt is not None else self.prompt or "",
             _EMBEDDED if negative is not None else self.negative_prompt,
         )
+
+
+def _order(variant: Variant, positional: Sequence[Any]) -> tuple[str, ...]:
+    """The order of arguments. Of the pipelines for a variant it is the one that takes what was given fourth:
+    a picture there is what to start from, or a mask, and no size or scale.
+
+    Source: `__call__` of QwenImagePipeline, its Img2Img, Inpaint, Edit, EditPlus and EditInpaint pipelines,
+        and QwenImageLayeredPipeline.
+    """
+    fourth, fifth = (k < len(positional) and not _is_number(positional[k]) for k in (3, 4))
+    size, masked = ("height", "width"), ("mask_image", "masked_image_latents")
+    cropped = (*size, "padding_mask_crop", "strength")
+    if variant.layered:
+        return ("image", *_FIRST, "layers", *_LAST, "resolution", "cfg_normalize")
+    if variant.takes_pictures:
+        if fourth:
+            return ("image", *_FIRST[:2], *masked, "true_cfg_scale", *cropped, *_LAST)
+        return ("image", *_FIRST, *size, *_LAST)
+    if fourth and fifth:
+        return (*_FIRST, "image", *masked, *cropped, *_LAST)
+    return (*_FIRST, "image", *size, "strength", *_LAST) if fourth else (*_FIRST, *size, *_LAST)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, numbers.Number)
 
 
 def given_prompt(embeds: Tensor | None, mask: Tensor | None) -> Prompt | None:

@@ -10,7 +10,8 @@ A call takes the reference's arguments, in its order and with its defaults, and 
 What cannot work here is an error that says what to write.
 
 Source: `__call__` and `encode_prompt` of diffusers 0.39.0's QwenImagePipeline, QwenImageEditPipeline,
-QwenImageEditPlusPipeline and QwenImageLayeredPipeline.
+QwenImageEditPlusPipeline and QwenImageLayeredPipeline; `__call__` of QwenImageImg2ImgPipeline,
+QwenImageInpaintPipeline and QwenImageEditInpaintPipeline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from qwenedit.call import sources_for
 from qwenedit.checks import check_run, device_of, warn, whole_number
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import encode_pictures
@@ -89,7 +91,8 @@ class ReferenceScripts(Layers):
         """Edit, generate without an image, or decompose with a Layered checkpoint, as in the reference.
 
         Arguments, their order and their defaults are the reference's: without a negative prompt the run is
-        unguided, unlike `edit`'s. Text-to-image checkpoints take no image, so the prompt comes first.
+        unguided, unlike `edit`'s. With text-to-image checkpoints the prompt comes first, and an image is what
+        the run starts from. With a mask the defaults and the order are those of the inpainting pipelines.
 
         We differ in this: `guidance_scale` is ignored with a warning; `max_sequence_length` has no effect on
         editing, as there; `image` may be left out with an editing checkpoint, which then generates; batches
@@ -112,7 +115,8 @@ class ReferenceScripts(Layers):
             guidance = layer_guidance(call.true_cfg_scale, negative, cfg_normalize=call.cfg_normalize)
         else:
             guidance = guidance_of(call.true_cfg_scale, negative, switches)
-        run = self.prepare(grid, pictures, call, switches, guidance)
+        sources = None if self.variant.layered else sources_for(call, rows, self.variant, self.areas)
+        run = self.prepare(grid, pictures, call, switches, guidance, sources)
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
         conditioning = conditioning.repeat(count)
         self._interrupt, self._num_timesteps = False, len(run.sigmas) - 1
@@ -129,11 +133,16 @@ class ReferenceScripts(Layers):
         if self.variant.layered:
             rows = layer_rows(call.image, *prompts, self.variant, self.areas, call.layers, call.resolution)
             return rows, 1 + int(call.layers)
-        multiple = self.areas.token
+        multiple, sides = self.areas.token, (call.height, call.width)
+        if call.image is not None and call.starts and any(sides):
+            warn("height and width have no effect with a mask: the output follows its picture, as there")
+            sides = (None, None)
         height, width = (
-            _rounded(name, side, multiple) for name, side in (("height", call.height), ("width", call.width))
+            _rounded(name, side, multiple) for name, side in zip(("height", "width"), sides, strict=True)
         )
-        return inputs.rows_of(*prompts, call.image, self.variant, self.areas, height, width), 1
+        return inputs.rows_of(
+            *prompts, call.image, self.variant, self.areas, height, width, starts=call.starts
+        ), 1
 
     def _conditioning_of(
         self, call: ReferenceCall, rows: list[BatchRow], switches: Switches, frames: int, *, guided: bool
@@ -177,6 +186,7 @@ class ReferenceScripts(Layers):
             yield from self._steps(conditioning, run)
             return
         start = self.begin(run)
+        conditioning = self._started(conditioning, run, start)
         predict = self._predictor(conditioning, run)
 
         def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:

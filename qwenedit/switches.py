@@ -22,12 +22,12 @@ from PIL import ExifTags, Image
 from torch import Generator
 
 from qwenedit.annotated import check_types
-from qwenedit.dialects import DIALECTS, Dialect
+from qwenedit.dialects import DIALECTS, Dialect, Group, PromptRule, TransformerRule
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Guidance", "Interval", "PromptRule", "References", "Resize", "Seen", "Switches", "Time",
-    "Transformer", "VAEPath", "own_generator", "switches_of",
+    "NORMS", "Guidance", "Interval", "Mask", "PromptRule", "References", "Resize", "Seen", "Switches", "Time",
+    "TransformerRule", "VAEPath", "own_generator", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
@@ -40,19 +40,8 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 _UNDO_RESCALE = ("reference", "global", "channel")
 
 
-class _Group:
-    """Options that remember which of them were given: a dialect sets the others."""
-
-    given: frozenset[str]
-
-    def __new__(cls, **options: Any) -> _Group:
-        group = super().__new__(cls)
-        object.__setattr__(group, "given", frozenset(options))  # the class is frozen
-        return group
-
-
 @dataclass(frozen=True, kw_only=True)
-class References(_Group):
+class References(Group):
     """The reference latents: the path of appearance.
 
     Attributes:
@@ -102,7 +91,7 @@ class References(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen(_Group):
+class Seen(Group):
     """The picture that the language model sees: the path of meaning.
 
     Attributes:
@@ -141,7 +130,7 @@ class Seen(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEPath(_Group):
+class VAEPath(Group):
     """How the VAE's posterior becomes reference latents. Decoding does not change.
 
     Attributes:
@@ -163,7 +152,7 @@ class VAEPath(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance(_Group):
+class Guidance(Group):
     """The options of guidance other than its scale. The defaults are the reference's.
 
     Let c and u be the velocities with the prompt and with the negative prompt, and w the scale. A step
@@ -241,7 +230,7 @@ class Guidance(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Time(_Group):
+class Time(Group):
     """The timesteps that the transformer gets, and the schedule of sigmas.
 
     Attributes:
@@ -267,45 +256,31 @@ class Time(_Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer(_Group):
-    """The transformer's arithmetic where tools differ. The defaults are the reference's.
+class Mask(Group):
+    """How a run starts from a picture, and how it keeps the black part of a mask; see docs/masks.md.
 
     Attributes:
-        gelu: of the MLPs: "tanh", or "sigmoid", x * sigmoid(1.702 x).
-        odd_grids: the side on which a grid with an odd number of rows (or columns) has one more than on the
-            other, counted from 0: "negative", rows -2, -1, 0 of three; or "positive", rows -1, 0, 1.
-        text_start: the first position of the text: half the "largest" side of any picture, or of the
-            "target" alone.
-        rope: the tables of cosines and sines in "float32", or "rounded" to the model's dtype. The products
-            with them are float32 in both.
+        preserve: what is replaced in the kept part: "latent", the latents after each step (diffusers);
+            "velocity", the velocity (DiffSynth-Studio); "x0", the latents before a step and the estimate of
+            the clean ones (ComfyUI).
+        grey: "rounded" to black or white, as in the reference; "steps": a grey of g in [0, 1] is kept until
+            the last floor(g N) of N steps; "blended": kept and made parts are mixed in proportion.
+        posterior: a "sample" of the VAE's posterior, as in the reference, or its "mode", as in an edit
+            without a mask: then nothing but the noise is drawn.
+        strength: which steps are run. "reference": the last N - int(N - N s) of N; "lightx2v": the last
+            round(N s); "diffsynth": always N, from sigmas that are s (1 - i / N) before shift and stretch.
 
-    Source: `DIALECTS` names the tools, and where they do this.
+    Source: diffusers 0.39.0's inpainting pipelines; arXiv 2306.00950 for "steps"; the sources of
+        sampling/preserve.py; LightX2V's and DiffSynth-Studio's schedulers for Qwen-Image.
     """
 
-    gelu: Literal["tanh", "sigmoid"] = "tanh"
-    odd_grids: Literal["negative", "positive"] = "negative"
-    text_start: Literal["largest", "target"] = "largest"
-    rope: Literal["float32", "rounded"] = "float32"
+    preserve: Literal["latent", "velocity", "x0"] = "latent"
+    grey: Literal["rounded", "steps", "blended"] = "rounded"
+    posterior: Literal["sample", "mode"] = "sample"
+    strength: Literal["reference", "lightx2v", "diffsynth"] = "reference"
 
     def __post_init__(self) -> None:
-        check_types(self, "transformer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptRule(_Group):
-    """How long a prompt may be.
-
-    Attributes:
-        max_tokens: prompts without pictures are cut to this many tokens; None for the call's
-            max_sequence_length. Prompts with pictures are never cut, here as in the reference.
-    """
-
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self, "prompt")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"prompt.max_tokens is {self.max_tokens}, wanted at least 1")
+        check_types(self, "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +296,7 @@ class Switches:
         vae: how the VAE's posterior becomes reference latents.
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
         time: the transformer's timesteps, and the sigmas.
+        mask: how a run starts from a picture and keeps a part of it.
         transformer: its arithmetic, as other tools have it.
         prompt: how long a prompt may be.
 
@@ -342,7 +318,8 @@ class Switches:
     vae: VAEPath = field(default_factory=VAEPath)
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
-    transformer: Transformer = field(default_factory=Transformer)
+    mask: Mask = field(default_factory=Mask)
+    transformer: TransformerRule = field(default_factory=TransformerRule)
     prompt: PromptRule = field(default_factory=PromptRule)
 
     def __post_init__(self) -> None:
@@ -376,6 +353,12 @@ class Switches:
     def usual(self) -> Switches:
         """What the dialect alone sets."""
         return Switches(dialect=self.dialect)
+
+    def own(self, group: str) -> list[str]:
+        """The options of a group that have neither their default nor the dialect's value."""
+        value, others = getattr(self, group), [getattr(one, group) for one in (Switches(), self.usual)]
+        names = [one.name for one in dataclasses.fields(value)]
+        return [name for name in names if getattr(value, name) not in [getattr(x, name) for x in others]]
 
     def flat(self) -> dict[str, Any]:
         """The dialect, if it is another than the reference, and the values that differ from what it sets, by

@@ -14,8 +14,10 @@ from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
+from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
 from qwenedit.family import Variant
 from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.masks import Sources, laid_back
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
 from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
@@ -25,10 +27,11 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.preserve import Kept, noised
 from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
-from qwenedit.switches import Switches
+from qwenedit.switches import Switches, VAEPath
 from qwenedit.taps import require_finite
 
 __all__ = ["Result", "Run", "Start", "System", "as_array"]
@@ -60,6 +63,7 @@ class Run:
         latents: given noise (B, S, C), or None.
         guidance: how the two predictions of a step become one; None for an unguided run.
         switches: changes to the system.
+        sources: pictures to start from, with their masks; None for noise alone.
     """
 
     grid: Grid
@@ -69,6 +73,7 @@ class Run:
     latents: Tensor | None
     guidance: TrueCFG | None
     switches: Switches
+    sources: Sources | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,10 +83,12 @@ class Start:
     Attributes:
         latents: (B, S, C) at the run's first sigma.
         preserve: what keeps a part of a picture in every step, or None.
+        source: (B, S, C) clean latents of the pictures to start from, or None.
     """
 
     latents: Tensor
     preserve: Preserve | None = None
+    source: Tensor | None = None
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -150,6 +157,7 @@ class System:
         call: Call,
         switches: Switches,
         guidance: TrueCFG | None,
+        sources: Sources | None = None,
     ) -> Run:
         """The checked run of a call for a batch whose rows have so many `pictures`.
 
@@ -163,9 +171,15 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
-        visited = schedule(self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas)
+        strength = 1.0 if sources is None else sources.strength
+        visited = schedule(
+            self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas,
+            strength, switches.mask.strength,
+        )  # fmt: skip
         config = self.mmdit.config
-        require_fitting(switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1)
+        require_fitting(
+            switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1, sources=sources
+        )
         generators_of(call.generator, batch, self.device)
         latents, wanted = call.latents, (batch, frames * tokens, config.in_channels)
         is_tensor = isinstance(latents, Tensor)
@@ -174,18 +188,43 @@ class System:
             raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
-            guidance=guidance, switches=switches,
+            guidance=guidance, switches=switches, sources=sources,
         )  # fmt: skip
 
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
+        source = self._source(run)
         if run.latents is not None:
-            return Start(latents=run.latents.to(self.device, self.dtype))
-        noise = initial_noise(
-            run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
-            device=self.device, dtype=self.dtype,
-        )  # fmt: skip
-        return Start(latents=noise)
+            noise = run.latents.to(self.device, self.dtype)
+        else:
+            noise = initial_noise(
+                run.batch, self.mmdit.config.out_channels, run.grid, generator=run.generator,
+                device=self.device, dtype=self.dtype,
+            )  # fmt: skip
+        if source is None:
+            return Start(latents=noise)
+        preserve = self._preserve(run, source, noise)
+        return Start(latents=noised(source, noise, run.sigmas[0]), preserve=preserve, source=source)
+
+    def _source(self, run: Run) -> Tensor | None:
+        """The clean latents of the pictures to start from, drawn from the run's generator."""
+        if run.sources is None:
+            return None
+        posterior = run.switches.mask.posterior
+        latents = source_latents(run.sources, self.vae, run.generator, run.batch, posterior=posterior)
+        return latents.to(self.device, self.dtype)
+
+    def _preserve(self, run: Run, source: Tensor, noise: Tensor) -> Preserve | None:
+        """What keeps the black part of the run's masks."""
+        if run.sources is None or not run.sources.masks:
+            return None
+        how, config = run.switches.mask, self.vae.config
+        if how.posterior == "sample":
+            draw_masked(run.sources, self.vae, run.generator, run.batch)
+        mask = mask_tokens(
+            run.sources, run.batch, config.spatial_factor, config.z_dim, grey=how.grey != "rounded"
+        )
+        return Kept(x0=source, noise=noise, mask=mask.to(self.device), sigmas=run.sigmas, how=how)
 
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
@@ -209,8 +248,13 @@ class System:
     def _steps(self, conditioning: Conditioning, run: Run) -> Iterator[Step]:
         """The steps of the run under a conditioning."""
         start = self.begin(run)
-        predict = self._predictor(conditioning, run)
+        predict = self._predictor(self._started(conditioning, run, start), run)
         return while_present(self.mmdit, self._sampled(predict, run, start))
+
+    def _started(self, conditioning: Conditioning, run: Run, start: Start) -> Conditioning:
+        """The conditioning of a run that starts so; switches for the references' own encoding come first."""
+        other = run.switches.references.latents == "other" or run.switches.vae != VAEPath()
+        return conditioning if start.source is None or other else with_source(conditioning, start.source)
 
     def _predictor(self, conditioning: Conditioning, run: Run) -> Predict:
         return switched_predictor(
@@ -229,7 +273,10 @@ class System:
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":
             return Result(last.after)
-        return Result(self._images(last.after, run.grid, output_type))
+        images = self._images(last.after, run.grid, output_type)
+        if run.sources is not None and output_type == "pil":
+            images = laid_back(run.sources, images)
+        return Result(images)
 
     def _images(self, latents: Tensor, grid: Grid, output_type: str) -> Any:
         """Decoded latents, as "pil", "pt" or "np"."""

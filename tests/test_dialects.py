@@ -26,14 +26,16 @@ from qwenedit.sampling.sampler import euler
 from qwenedit.sampling.scheduler import LayeredScheduler, comfy_sigmas
 from qwenedit.sampling.switched import schedule, switched_predictor
 from qwenedit.switches import (
+    GROUPS,
     NAMES,
     Guidance,
+    Mask,
     PromptRule,
     References,
     Seen,
     Switches,
     Time,
-    Transformer,
+    TransformerRule,
     VAEPath,
 )
 from qwenedit.taps import taps
@@ -72,15 +74,20 @@ def test_a_dialect_sets_its_entries_and_nothing_else(tool):
     )
     assert pickle.loads(pickle.dumps(switches)) == switches
     assert switches.usual == switches and Switches().usual == Switches()
+    assert not any(switches.own(group) or alone.own(group) != mine(alone, group) for group in GROUPS)
     for entry in DIALECTS[tool]:
         assert entry.formula and ".py" in entry.source
+
+
+def mine(switches, group):
+    return [name.partition(".")[2] for name in switches.flat() if name.startswith(f"{group}.")]
 
 
 def test_what_is_given_wins_over_the_dialect():
     """Also where it is the default; and nothing is lost on the way through flat names."""
     built = Switches(
         dialect="comfy", guidance=Guidance(norm="reference"), time=Time(zero_cond_t=True, sigmas="official"),
-        transformer=Transformer(odd_grids="negative"),
+        transformer=TransformerRule(odd_grids="negative"),
     )  # fmt: skip
     flat = {
         "guidance.norm": "reference", "time.zero_cond_t": True, "time.sigmas": "official",
@@ -167,6 +174,11 @@ def test_every_entry_changes_the_result(edit, plus, smaller, half, entry):
     elif entry.switch == "transformer.odd_grids":
         size = {"height": 48, "width": 80}
         before, after = (drawn(edit, one, **size) for one in (None, switches))
+    elif entry.switch.startswith("mask."):  # of grey: black and white are kept alike
+        options = {"mask_image": Image.linear_gradient("L").resize(WIDE.size), "strength": 0.4}
+        blended = Switches(mask=Mask(grey="blended"))
+        switches = Switches.from_flat({entry.switch: entry.value, "mask.grey": "blended"})
+        before, after = (latents(edit, WIDE, one, **options) for one in (blended, switches))
     elif entry.value in ("rounded", "exact"):
         before, after = (latents(half, WIDE, one) for one in (None, switches))
     elif entry.value == "diffsynth":  # an official schedule is its own: this one is another
@@ -222,7 +234,8 @@ def test_a_saved_conditioning_remembers_how_its_pictures_were_resized(edit, tmp_
 
     again = sampled(Conditioning.load(tmp_path / "c.safetensors"), switches)
     assert torch.equal(again, latents(edit, WIDE, switches))
-    apart = Switches.from_flat({entry.switch: entry.value for entry in DIALECTS[tool]})
+    acting = [entry for entry in DIALECTS[tool] if not entry.switch.startswith("mask.")]
+    apart = Switches.from_flat({entry.switch: entry.value for entry in acting})
     assert torch.equal(sampled(conditioning, apart), again)
     with pytest.raises(ValueError, match="give them to `condition`, too"):
         sampled(edit.condition(WIDE, "make it red"), switches)
@@ -277,7 +290,7 @@ def test_another_gelu_under_checkpointing_is_refused_and_its_own_is_not(edit):
     """The backward pass computes blocks again, when a switch is over; a field that stays is right there."""
     conditioning = edit.condition(WIDE, "red")
     noise = torch.randn(1, math.prod(conditioning.target_grid), 64)
-    gelu = Switches(transformer=Transformer(gelu="sigmoid"))
+    gelu = Switches(transformer=TransformerRule(gelu="sigmoid"))
 
     def gradient(switches):
         start = noise.clone().requires_grad_()

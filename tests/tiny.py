@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import json
 import shutil
 import tempfile
@@ -145,8 +146,11 @@ def checkpoint(
     return folder
 
 
-def reference_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
-    """The reference's pipeline on a tiny checkpoint, at the tiny areas (see `tiny_areas`)."""
+def reference_pipeline(folder: Path, dtype: torch.dtype = torch.float32, name: str | None = None):
+    """The reference's pipeline on a tiny checkpoint, at the tiny areas (see `tiny_areas`).
+
+    By its class's `name`; by default the one that the checkpoint names.
+    """
     index = json.loads((folder / "model_index.json").read_text())
     tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
     parts = {
@@ -160,10 +164,11 @@ def reference_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
             folder / "transformer", torch_dtype=dtype
         ),
     }
-    if "processor" in index:
+    pipeline_class = getattr(diffusers, name or index["_class_name"])
+    if "processor" in inspect.signature(pipeline_class).parameters:
         image_processor = Qwen2VLImageProcessor.from_pretrained(folder / "processor")
         parts["processor"] = ReferenceProcessor(tokenizer, image_processor)
-    pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    pipeline = pipeline_class(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -171,11 +176,12 @@ def reference_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
 def tiny_areas(monkeypatch) -> None:
     """Make the reference pipelines, whose areas are constants, work at the tiny ones."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint as inpaint
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as layered
 
     areas = {1024 * 1024: AREA, 384 * 384: VL_AREA, 640 * 640: AREA}
-    for module in (edit, plus, layered):
+    for module in (edit, inpaint, plus, layered):
         official = module.calculate_dimensions
         monkeypatch.setattr(
             module,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from qwenedit.assembly import modes_of, other_files
+from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
@@ -48,20 +48,28 @@ T = TypeVar("T")
 def edit(options: argparse.Namespace) -> None:
     outputs = output_files(options.output, options.num_images)
     pictures = [open_picture(path) for path in options.pictures]
-    pipe, settings = _prepare(options, pictures)
-    _save(pipe.edit(pictures, options.prompt, **settings).images, outputs)
+    masks = _masks(options)
+    pipe, settings = _prepare(options, Call(image=pictures, **masks))
+    _save(pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
     outputs = output_files(options.output, options.num_images)
-    pipe, settings = _prepare(options, None)
-    _save(pipe.generate(options.prompt, **settings).images, outputs)
+    image = None if options.image is None else open_picture(options.image)
+    masks = _masks(options)
+    pipe, settings = _prepare(options, Call(source=image, **masks))
+    _save(pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
 
 
-def _prepare(
-    options: argparse.Namespace, pictures: list[Image.Image] | None
-) -> tuple[QwenImageEdit, dict[str, Any]]:
-    """The pipeline and the arguments of its call, after all checks: weights may be many gigabytes."""
+def _masks(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call about its mask, where they are given."""
+    mask = None if options.mask is None else open_picture(options.mask)
+    all_of = {"mask_image": mask, "strength": options.strength, "padding_mask_crop": options.mask_crop}
+    return {name: value for name, value in all_of.items() if value is not None}
+
+
+def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
+    """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
     switches = _switches(options)
     folder = _folder(options)
     variant = read_variant(folder)
@@ -70,11 +78,16 @@ def _prepare(
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
     size = {"height": options.height, "width": options.width}
     areas, prompts = read_areas(folder, variant), (options.prompt, run.negative_prompt)
-    (row,) = _silent(lambda: rows_of(*prompts, pictures, variant, areas, **size))
+    (row,) = rows = _silent(lambda: rows_of(*prompts, call.image, variant, areas, **size, starts=call.starts))
+    call = dataclasses.replace(call, switches=switches)
+    sources = _silent(lambda: sources_for(call, rows, variant, areas))
     _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
-    schedule(load_scheduler(folder), switches.time, steps, math.prod(row.geometry.grid))
-    require_fitting(switches, pictures=[len(row.pictures)], blocks=blocks, steps=steps)
+    strength = 1.0 if sources is None else sources.strength
+    scheduler, tokens = load_scheduler(folder), math.prod(row.geometry.grid)
+    sigmas = schedule(scheduler, switches.time, steps, tokens, None, strength, switches.mask.strength)
+    pictures = [len(row.pictures)]
+    require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
     pipe = _load(options, folder)
     count, generator = options.num_images, _generator(options)
     return pipe, {

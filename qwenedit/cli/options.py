@@ -94,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     _run_options(edit)
     _picture_options(edit)
 
-    generate = command(commands.generate, "make a picture from a prompt alone")
+    generate = command(commands.generate, "make a picture from a prompt, alone or from another picture")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
+    generate.add_argument("--image", type=Path, metavar="PICTURE", help="a picture to start from")
     _run_options(generate)
     _picture_options(generate)
 
@@ -217,6 +218,11 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     for option, letter in (("--height", "H"), ("--width", "W")):
         help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
         add(option, type=_side, metavar=letter, help=help)
+    add("--mask", type=Path, metavar="PICTURE", help="white where the (last) picture may change, else black")
+    help = "share of the steps that run, from the picture under noise (default: 1 for edit, 0.6 for --image)"
+    add("--strength", type=float, metavar="X", help=help)
+    help = "make only what is around the mask's white, with N pixels about it, at the whole size"
+    add("--mask-crop", type=_whole, metavar="N", help=help)
     add(
         "--num-images",
         type=_batch,

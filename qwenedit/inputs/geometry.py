@@ -12,14 +12,15 @@ becomes 1376x768, 0.8 % too wide. `Resize` measures the stretch and maps coordin
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "fit_area", "plan", "require_visible",
-    "smart_resize",
+    "Areas", "Box", "Geometry", "Grid", "Picture", "Resize", "Size", "at_output", "fit_area", "plan",
+    "require_visible", "smart_resize",
 ]  # fmt: skip
 
 Size = tuple[int, int]  # width, height in pixels
@@ -218,6 +219,14 @@ def plan(
         follows=follows,
         token=areas.token,
     )
+
+
+def at_output(geometry: Geometry) -> Geometry:
+    """The sizes of a run that starts from the picture that its output follows, which has its size."""
+    assert geometry.follows is not None
+    pictures = list(geometry.pictures)
+    pictures[geometry.follows] = dataclasses.replace(pictures[geometry.follows], vae=geometry.size)
+    return dataclasses.replace(geometry, pictures=tuple(pictures))
 
 
 def require_visible(geometry: Geometry) -> None:

@@ -41,10 +41,13 @@ def rows_of(
     areas: Areas,
     height: int | None,
     width: int | None,
+    *,
+    starts: bool = False,
 ) -> list[BatchRow]:
     """One row per prompt; without an image the rows have no pictures.
 
-    All checks of prompts, pictures and sizes are here; they need no network.
+    With `starts` the run starts from the picture that the output follows, which the VAE then sees at the
+    output's size. All checks of prompts, pictures and sizes are here; they need no network.
 
     Raises:
         ValueError: bad input.
@@ -59,6 +62,8 @@ def rows_of(
     for text, negative, of_row in zip(prompts, negatives, pictures, strict=True):
         sizes = [picture.size for picture in of_row]
         plan = geometry.plan(sizes, areas=areas, height=height, width=width)
+        if starts and plan.follows is not None:
+            plan = geometry.at_output(plan)
         if not variant.layered:  # there the language model sees no picture
             require_visible(plan)
         rows.append(BatchRow(text, negative, of_row, plan))

@@ -123,7 +123,11 @@ class Posterior:
         """
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
+        return self.at(noise.to(self.mean.device))
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The latents that standard normal noise of the mean's shape stands for."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class VAE(Tapped):

@@ -205,7 +205,7 @@ def guidance_of(scale: float, negative_prompt: object, switches: Switches | None
     scale = guidance.scale
     if scale > 1 and negative_prompt is not None:
         return guidance
-    if guidance.rule != switches.usual.guidance:
+    if switches.own("guidance"):
         warn(f"{guidance.rule} has no effect: the run is unguided")
     if scale > 1:
         warn(f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided")

@@ -157,15 +157,16 @@ def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     return [*torch.tensor(checked, dtype=torch.float32).tolist(), 0.0]
 
 
-def diffsynth_sigmas(steps: int, tokens: int) -> list[float]:
+def diffsynth_sigmas(steps: int, tokens: int, start: float = 1.0) -> list[float]:
     """The sigmas of DiffSynth-Studio, noise first, with the final 0; float32 numbers, equal to its own.
 
-    With an official checkpoint they are the reference's but for last bits. A single step differs, as there.
+    A `start` below 1, its denoising strength, is the first sigma before shift and stretch. With an official
+    checkpoint they are the reference's but for last bits. For a single step from 1 there is no stretch.
 
     Source: DiffSynth-Studio 2.1.12, `FlowMatchScheduler.set_timesteps_qwen_image`.
     """
     factor = math.exp(_DIFFSYNTH.mu(tokens))
-    t = torch.linspace(1, 0, whole_number("num_inference_steps", steps, most=MAX_STEPS) + 1)[:-1]
+    t = torch.linspace(start, 0, whole_number("num_inference_steps", steps, most=MAX_STEPS) + 1)[:-1]
     t = factor / (factor + (1 / t - 1))
     return _falling([*_stretched(t, 0.02).tolist(), 0.0])
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.masks import Sources
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import joint_key_mask
 from qwenedit.sampling.predictor import predictor
@@ -42,9 +43,8 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
     Raises:
         ValueError: they have none.
     """
-    usual = switches.usual
     for name in ("references", "seen", "vae"):
-        if not pictures and getattr(switches, name) != getattr(usual, name):
+        if not pictures and switches.own(name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
 
 
@@ -62,13 +62,17 @@ def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
         )
 
 
-def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int) -> None:
-    """Check the switches against each row's number of pictures, the transformer's blocks and the run's steps.
+def require_fitting(
+    switches: Switches, *, pictures: Sequence[int], blocks: int, steps: int, sources: Sources | None = None
+) -> None:
+    """Check the switches against each row's number of pictures, the transformer's blocks, the run's steps,
+    and what the run starts from.
 
     Raises:
         ValueError: a switch that could not act.
     """
     require_pictures(switches, any(pictures))
+    _require_source(switches, sources)
     references = switches.references
     for name, interval, count in (
         ("references.steps", references.steps, steps),
@@ -82,6 +86,16 @@ def require_fitting(switches: Switches, *, pictures: Sequence[int], blocks: int,
             f"references.order is {references.order}, but the rows have {list(pictures)} pictures: wanted as "
             "many numbers"
         )
+
+
+def _require_source(switches: Switches, sources: Sources | None) -> None:
+    own, masked = switches.own("mask"), sources is not None and sources.masks > 0
+    needs = {"preserve": "a mask", "grey": "a mask"} if not masked else {}
+    if sources is None:
+        needs |= dict.fromkeys(("posterior", "strength"), "a picture to start from")
+    for name, needed in needs.items():
+        if name in own:
+            raise ValueError(f"switches.mask.{name} acts on {needed}, but this run has none")
 
 
 def count_steps(time: Time, steps: int | None, custom: Sequence[float] | None = None) -> int:
@@ -104,15 +118,27 @@ def schedule(
     steps: int | None,
     tokens: int,
     custom: Sequence[float] | None = None,
+    strength: float = 1.0,
+    convention: str = "reference",
 ) -> list[float]:
     """The sigmas of a run under `time.sigmas`; `custom` as in `FlowMatchScheduler.sigmas`.
 
-    `steps` is as in `count_steps`.
+    `steps` is as in `count_steps`. A `strength` below 1 starts later, by the convention `mask.strength`.
 
     Raises:
-        ValueError: as there; or custom sigmas together with given ones.
+        ValueError: as there; custom sigmas together with given ones; or a strength that leaves no step.
     """
     steps = count_steps(time, steps, custom)
+    first = _first_step(steps, strength, convention)
+    if custom is not None and time.sigmas not in ("official", "lightning"):
+        what = f" {time.sigmas!r}" if isinstance(time.sigmas, str) else ""
+        raise ValueError(f"sigmas and time.sigmas{what} are both given, wanted one of them")
+    if time.sigmas == "diffsynth":
+        return diffsynth_sigmas(steps, tokens, strength if convention == "diffsynth" else 1.0)[first:]
+    if convention == "diffsynth" and strength < 1:
+        if custom is not None or time.sigmas not in ("official", "lightning"):
+            raise ValueError("mask.strength is 'diffsynth', which makes the sigmas, but they are given")
+        custom = torch.linspace(strength, 0.0, steps + 1)[:-1].tolist()
     if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
         own = dataclasses.asdict(scheduler) | {
             "use_dynamic_shifting": True,
@@ -123,13 +149,28 @@ def schedule(
         }
         scheduler = FlowMatchScheduler(**own)
     elif time.sigmas != "official":
-        if custom is not None:
-            what = f" {time.sigmas!r}" if isinstance(time.sigmas, str) else ""
-            raise ValueError(f"sigmas and time.sigmas{what} are both given, wanted one of them")
-        if time.sigmas == "diffsynth":
-            return diffsynth_sigmas(steps, tokens)
-        return comfy_sigmas(steps) if time.sigmas == "comfy" else given_sigmas(time.sigmas, steps)
-    return scheduler.sigmas(steps, tokens, custom)
+        given = time.sigmas
+        return (comfy_sigmas(steps) if given == "comfy" else given_sigmas(given, steps))[first:]
+    return scheduler.sigmas(steps, tokens, custom)[first:]
+
+
+def _first_step(steps: int, strength: float, convention: str) -> int:
+    """The first of these steps that is run, for a strength in [0, 1].
+
+    Raises:
+        ValueError: there is none.
+    Source: `get_timesteps` of the reference's image-to-image pipelines. Steps are counted, not noise: at 4
+        steps a strength of 0.25 may start at sigma 0.02, where 0.3 starts at 0.42.
+    """
+    if convention == "reference":
+        first = int(max(steps - min(steps * strength, steps), 0))
+    elif convention == "lightx2v":
+        first = steps - round(steps * strength)
+    else:
+        first = 0 if strength > 0 else steps
+    if first == steps:
+        raise ValueError(f"strength is {strength}, which leaves none of {steps} steps: wanted more of either")
+    return first
 
 
 def changed(conditioning: Conditioning, references: References) -> Conditioning:
