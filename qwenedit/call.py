@@ -16,6 +16,7 @@ from qwenedit.inputs.geometry import Areas, Size
 from qwenedit.inputs.masks import Sources, one_for_each, sources_of
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import PATCH
+from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Switches, switches_of
 
 __all__ = [
@@ -49,9 +50,15 @@ class Call:
     generator: Generator | Sequence[Generator] | None = None
     num_images_per_prompt: int = 1
     latents: Tensor | None = None
+    sampler: str | Sampler | None = None
     output_type: str = "pil"
     switches: Switches | None = None
     max_sequence_length: int = MAX_TOKENS
+    control_image: Any = None
+    control_mask: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
     @property
     def starts(self) -> bool:
@@ -68,6 +75,7 @@ class RunOptions(TypedDict, total=False):
     sigmas: Sequence[float] | None
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    sampler: str | Sampler | None
 
 
 class SwitchedOptions(RunOptions, total=False):
@@ -77,6 +85,11 @@ class SwitchedOptions(RunOptions, total=False):
     strength: float
     padding_mask_crop: int | None
     switches: Switches | None
+    control_image: Any
+    control_mask: Any
+    controlnet_conditioning_scale: float | Sequence[float]
+    control_guidance_start: float | Sequence[float]
+    control_guidance_end: float | Sequence[float]
 
 
 class SampleOptions(SwitchedOptions, total=False):

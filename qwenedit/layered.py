@@ -27,6 +27,7 @@ from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
+from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Guidance, Seen, Switches
 from qwenedit.system import Result, System, as_array
 
@@ -97,6 +98,7 @@ class Layers(System):
         generator: Generator | Sequence[Generator] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         max_sequence_length: int = 512,
     ) -> Result[Any]:
@@ -132,8 +134,9 @@ class Layers(System):
         grid: Grid = (frames, *rows[0].geometry.grid[1:])
         pictures = [1] * len(rows) * int(num_images_per_prompt)
         call = Call(
-            num_inference_steps=num_inference_steps, sigmas=sigmas, generator=generator, latents=latents
-        )
+            num_inference_steps=num_inference_steps, sigmas=sigmas, generator=generator, latents=latents,
+            sampler=sampler,
+        )  # fmt: skip
         guidance = layer_guidance(true_cfg_scale, negative_prompt, cfg_normalize=cfg_normalize)
         run = self.prepare(grid, pictures, call, switches, guidance)
         conditioning = self._encode(

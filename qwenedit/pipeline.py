@@ -1,7 +1,7 @@
 """The components tied together: pictures and prompts in, pictures out.
 
     condition   pictures and prompts -> Conditioning     (vision_language, vae.encode)
-    steps       Conditioning -> the Euler loop           (mmdit)
+    steps       Conditioning -> the sampler's loop       (mmdit)
     decode      latents -> pixels                        (vae.decode)
 
 `edit` and `generate` are these three in a row; each can be called alone.
@@ -40,10 +40,12 @@ from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
 from qwenedit.reference_call import LOAD_OPTIONS
-from qwenedit.reference_scripts import ReferenceScripts, require_euler
+from qwenedit.reference_scripts import ReferenceScripts
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
+from qwenedit.sampling.samplers import Sampler
 from qwenedit.sampling.switched import require_encoded, require_pictures
 from qwenedit.switches import Switches, switches_of
 from qwenedit.system import Result, Run
@@ -74,7 +76,7 @@ class QwenImageEdit(Loras, ReferenceScripts):
         options = without_reference_options(options, LOAD_OPTIONS)
         scheduler = options.pop("scheduler", None)
         if scheduler is not None:
-            require_euler(scheduler)  # before anything is downloaded
+            from_reference(scheduler)  # before anything is downloaded
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
         if (device_map := options.pop("device_map", None)) not in (None, "auto", "balanced"):
@@ -135,8 +137,14 @@ class QwenImageEdit(Loras, ReferenceScripts):
         generator: Generator | Sequence[Generator] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Change pictures as the prompt says.
 
@@ -157,7 +165,8 @@ class QwenImageEdit(Loras, ReferenceScripts):
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns
                 guidance off.
             true_cfg_scale: guidance scale; guidance runs if it is above 1 and there is a negative prompt.
-            num_inference_steps: Euler steps; by default 50, or as many as there are given sigmas.
+            num_inference_steps: intervals of the schedule; by default 50, or as many as there are given
+                sigmas. Each takes one prediction, with the sampler "heun" two.
             sigmas: unshifted sigmas in place of the evenly spaced ones, one per step; the last may be 0.
             height, width: of the output, multiples of a token's side, 16 in the official checkpoints; by
                 default they follow from the picture (the last one, for the multi-picture variants) at the
@@ -165,9 +174,21 @@ class QwenImageEdit(Loras, ReferenceScripts):
             generator: one for the batch, or a list with one for each output.
             num_images_per_prompt: outputs for each prompt, prompt-major.
             latents: packed noise (B, S, 64) in place of the generator's, also for a run with a mask.
+            sampler: "euler", "heun", "dpmpp_2m" or "unipc"; or "stochastic" or "flow_sde", which draw noise
+                from the generator in every step, too; or a function of that form, such as
+                functools.partial(flow_sde, eta=1.2, generator=generator). See `qwenedit.sampling.samplers`.
+                None is the pipeline's own, `pipe.sampler`.
             output_type: "pil", "pt" ((B, 3, H, W) in [0, 1]), "np" (an array (B, H, W, 3) of the same) or
                 "latent" (packed, normalised).
             switches: changes to the system (`qwenedit.switches`); None changes nothing.
+            control_image: what the ControlNets (`pipe.controlnets`) read, resized to the output. A list is
+                for several controls: one picture for each net, or several for one, whose residuals are
+                summed. A list in the list gives each prompt its own.
+            control_mask: for inpainting nets: white hides the picture from the net. Likewise a list, with
+                None for nets that take no mask.
+            controlnet_conditioning_scale: factor on what a net adds to the target's tokens, or a list.
+            control_guidance_start, control_guidance_end: shares of the run between which a net acts, or
+                lists.
 
         Raises:
             ValueError: bad input, before any network runs.
@@ -188,7 +209,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
-                output_type=output_type, switches=switches,
+                sampler=sampler, output_type=output_type, switches=switches,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -234,9 +258,15 @@ class QwenImageEdit(Loras, ReferenceScripts):
         generator: Generator | Sequence[Generator] | None = None,
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
         max_sequence_length: int = MAX_TOKENS,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Make pictures from text, also from a picture to start from, with the weights of any variant.
 
@@ -259,7 +289,11 @@ class QwenImageEdit(Loras, ReferenceScripts):
                 prompt=prompt, negative_prompt=negative_prompt, true_cfg_scale=true_cfg_scale,
                 num_inference_steps=num_inference_steps, sigmas=sigmas, height=height, width=width,
                 generator=generator, num_images_per_prompt=num_images_per_prompt, latents=latents,
-                output_type=output_type, switches=switches, max_sequence_length=max_sequence_length,
+                sampler=sampler, output_type=output_type, switches=switches,
+                max_sequence_length=max_sequence_length,
+                control_image=control_image, control_mask=control_mask,
+                controlnet_conditioning_scale=controlnet_conditioning_scale,
+                control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
             )
         )  # fmt: skip
 
@@ -301,9 +335,15 @@ class QwenImageEdit(Loras, ReferenceScripts):
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Iterator[Step]:
-        """The Euler loop under a conditioning, one `Step` at a time; `step.after` of the last is the result.
+        """The sampler's loop under a conditioning, one `Step` at a time; the result is the last's `after`.
 
         `image` is the picture to start from, or one for each row; it takes a mask and a strength as in
         `edit`. By default the strength is 1 if the conditioning has pictures, else 0.6.
@@ -313,7 +353,10 @@ class QwenImageEdit(Loras, ReferenceScripts):
         call = Call(
             source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, switches=switches,
+            generator=generator, latents=latents, sampler=sampler, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         return self._steps(conditioning, self._run_under(conditioning, call))
 
@@ -355,15 +398,24 @@ class QwenImageEdit(Loras, ReferenceScripts):
         sigmas: Sequence[float] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         latents: Tensor | None = None,
+        sampler: str | Sampler | None = None,
         output_type: str = "pil",
         switches: Switches | None = None,
+        control_image: Any = None,
+        control_mask: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> Result[Any]:
         """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
         check_output_type(output_type)
         call = Call(
             source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
             true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, output_type=output_type, switches=switches,
+            generator=generator, latents=latents, sampler=sampler, output_type=output_type, switches=switches,
+            control_image=control_image, control_mask=control_mask,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         run = self._run_under(conditioning, call)
         return self._finish(self._steps(conditioning, run), run, output_type)

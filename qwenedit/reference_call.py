@@ -26,6 +26,10 @@ _EMBEDDED = "(given as embeddings)"  # stands for a prompt's text
 _TENSORS = ("latents", "prompt_embeds")  # what a callback can read and replace
 _FIRST = ("prompt", "negative_prompt", "true_cfg_scale")
 _MASKS = ("mask_image", "strength", "padding_mask_crop")
+_CONTROL = (  # by name alone; the pipelines that take them have other places for them
+    "control_image", "control_mask", "controlnet_conditioning_scale", "control_guidance_start",
+    "control_guidance_end",
+)  # fmt: skip
 _LAST = (
     "num_inference_steps", "sigmas", "guidance_scale", "num_images_per_prompt", "generator", "latents",
     "prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
@@ -59,7 +63,7 @@ _CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReferenceCall(Call):
-    """The arguments of a call of the reference's pipelines, with their defaults; `switches` is ours."""
+    """A call's arguments of the reference's pipelines, their defaults; `sampler` and `switches` are ours."""
 
     negative_prompt: str | Sequence[str] | None = None
     layers: int = 4
@@ -85,7 +89,7 @@ class ReferenceCall(Call):
             ValueError: values that exclude each other or cannot be used.
         """
         order = _order(variant, positional)
-        ours = () if variant.layered else (*_MASKS, "switches")
+        ours = ("sampler",) if variant.layered else (*_MASKS, *_CONTROL, "sampler", "switches")
         if len(positional) > len(order):
             raise TypeError(f"got {len(positional)} arguments, wanted at most {len(order)}")
         if twice := [name for name in order[: len(positional)] if name in options]:

@@ -41,6 +41,7 @@ from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.reference_call import ReferenceCall, given_prompt
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.switches import Seen, Switches, switches_of
@@ -49,7 +50,7 @@ from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from
 
-__all__ = ["ReferenceScripts", "require_euler"]
+__all__ = ["ReferenceScripts"]
 
 _ALIASES = {"transformer": "mmdit", "text_encoder": "vision_language"}
 # What the reference's attributes are here.
@@ -119,7 +120,7 @@ class ReferenceScripts(Layers):
         run = self.prepare(grid, pictures, call, switches, guidance, sources)
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
         conditioning = conditioning.repeat(count)
-        self._interrupt, self._num_timesteps = False, len(run.sigmas) - 1
+        self._interrupt, self._num_timesteps = False, run.predictions
         with _lora_scale(self.mmdit, call.lora_scale):
             images = self._finish(self._called_back(call, conditioning, run), run, call.output_type).images
         if self.variant.layered and call.output_type != "latent":
@@ -187,13 +188,13 @@ class ReferenceScripts(Layers):
             return
         start = self.begin(run)
         conditioning = self._started(conditioning, run, start)
-        predict = self._predictor(conditioning, run)
+        predict = self._predictor(conditioning, run, start)
 
         def current(*args: Any, **only: Any) -> tuple[Tensor, Tensor | None]:
             return predict(*args, **only)
 
         embeds = conditioning.to(self.device, self.dtype).prompt.embeds
-        with present(self.mmdit):
+        with present(*self._sampling_networks(start)):
             for step in self._sampled(current, run, start):
                 tensors = {"latents": step.after, "prompt_embeds": embeds}
                 got = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs or ()}
@@ -215,7 +216,7 @@ class ReferenceScripts(Layers):
                     embeds = changed
                     prompt = Prompt(embeds, conditioning.prompt.mask)
                     conditioning = dataclasses.replace(conditioning, prompt=prompt)
-                    predict = self._predictor(conditioning, run)
+                    predict = self._predictor(conditioning, run, start)
                 yield step
                 if self._interrupt:
                     return
@@ -317,10 +318,13 @@ class ReferenceScripts(Layers):
     if not TYPE_CHECKING:  # type checkers would take any name for an attribute
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """A scheduler of the reference becomes ours; the reference's names of networks are ours."""
-            if name == "scheduler" and not isinstance(value, FlowMatchScheduler):
-                config = {**self.scheduler.config, **require_euler(value)}
-                value = config_from(type(self.scheduler), config, "the scheduler")
+            """A scheduler of the reference is a schedule and a sampler; its names of networks are ours."""
+            if name == "scheduler":
+                config, sampler = from_reference(value)
+                if not isinstance(value, FlowMatchScheduler):
+                    config = {**self.scheduler.config, **config}
+                    value = config_from(type(self.scheduler), config, "the scheduler")
+                super().__setattr__("sampler", sampler)
             if name in _ALIASES:
                 if not isinstance(value, (MMDiT, VisionLanguage, type(None))):
                     raise ValueError(
@@ -336,23 +340,6 @@ class ReferenceScripts(Layers):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r}{remedy}", name=name, obj=self
             )
-
-
-def require_euler(scheduler: Any) -> dict[str, Any]:
-    """The config of a scheduler of the reference, whose package is not needed for it.
-
-    Raises:
-        ValueError: something else, or a scheduler that takes other steps than Euler's.
-    """
-    if isinstance(scheduler, FlowMatchScheduler):
-        return scheduler.config
-    config, name = getattr(scheduler, "config", None), type(scheduler).__name__
-    if not isinstance(config, Mapping) or name != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(
-            f"the scheduler is a {name}, wanted a FlowMatchEulerDiscreteScheduler: for other steps than "
-            "Euler's loop over pipe.steps(conditioning), which takes changes"
-        )
-    return {**config, "shift": getattr(scheduler, "shift", config.get("shift"))}  # `set_shift` changes it
 
 
 def _rounded(name: str, side: int | None, multiple: int) -> int | None:

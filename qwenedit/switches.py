@@ -26,8 +26,8 @@ from qwenedit.dialects import DIALECTS, Dialect, Group, PromptRule, TransformerR
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Guidance", "Interval", "Mask", "PromptRule", "References", "Resize", "Seen", "Switches", "Time",
-    "TransformerRule", "VAEPath", "own_generator", "switches_of",
+    "NORMS", "Controls", "Guidance", "Interval", "Mask", "PromptRule", "References", "Resize", "Seen",
+    "Switches", "Time", "TransformerRule", "VAEPath", "own_generator", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
@@ -239,8 +239,9 @@ class Time(Group):
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
             "bfloat16" to that, whatever their dtype; "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
-            every size, no terminal stretch); "diffsynth" and "comfy", those of these tools (`DIALECTS` has
-            the formulas), which take no custom sigmas; or the sigmas themselves, noise first, one per step,
+            every size, no terminal stretch); "karras", "exponential" or "beta", that curve between the first
+            and the last sigma of the checkpoint's; "diffsynth" or "comfy", those of these tools (`DIALECTS`
+            has the formulas), without custom sigmas; or the sigmas themselves, noise first, one per step,
             without the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
@@ -249,7 +250,10 @@ class Time(Group):
 
     zero_cond_t: bool | None = None
     rounding: Literal["reference", "bfloat16", "exact"] = "reference"
-    sigmas: Literal["official", "lightning", "diffsynth", "comfy"] | tuple[float, ...] = "official"
+    sigmas: (
+        Literal["official", "lightning", "karras", "exponential", "beta", "diffsynth", "comfy"]
+        | tuple[float, ...]
+    ) = "official"
 
     def __post_init__(self) -> None:
         check_types(self, "time")
@@ -284,6 +288,24 @@ class Mask(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Controls(Group):
+    """How ControlNets run.
+
+    Attributes:
+        branches: "cond", as in the reference: once a step with the prompt, and the same residuals are added
+            in both branches of the guidance; "each": once for each branch, with that branch's prompt.
+            (DiffSynth's blockwise nets follow the branch that they are in, whatever this says.)
+
+    Source: `QwenImageControlNetPipeline.__call__`.
+    """
+
+    branches: Literal["cond", "each"] = "cond"
+
+    def __post_init__(self) -> None:
+        check_types(self, "control")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Switches:
     """All changes to a run; the default changes nothing.
 
@@ -297,6 +319,7 @@ class Switches:
         guidance: how the two predictions become one; the scale is the call's `true_cfg_scale`.
         time: the transformer's timesteps, and the sigmas.
         mask: how a run starts from a picture and keeps a part of it.
+        control: how ControlNets run.
         transformer: its arithmetic, as other tools have it.
         prompt: how long a prompt may be.
 
@@ -319,6 +342,7 @@ class Switches:
     guidance: Guidance = field(default_factory=Guidance)
     time: Time = field(default_factory=Time)
     mask: Mask = field(default_factory=Mask)
+    control: Controls = field(default_factory=Controls)
     transformer: TransformerRule = field(default_factory=TransformerRule)
     prompt: PromptRule = field(default_factory=PromptRule)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from qwenedit.call import Call
 from qwenedit.checks import progress_bar, warn_of_float16, whole_number
@@ -16,6 +16,7 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
 from qwenedit.family import Variant
+from qwenedit.inputs.controls import ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
@@ -23,14 +24,23 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
 from qwenedit.memory.residency import home, move, present, while_present
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.preserve import Kept, noised
-from qwenedit.sampling.sampler import Predict, Preserve, Step, euler
+from qwenedit.sampling.sampler import Predict, Preserve, Step
+from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
-from qwenedit.sampling.switched import require_fitting, require_pictures, schedule, switched_predictor
+from qwenedit.sampling.switched import (
+    require_controls,
+    require_fitting,
+    require_pictures,
+    schedule,
+    switched_predictor,
+)
 from qwenedit.switches import Switches, VAEPath
 from qwenedit.taps import require_finite
 
@@ -61,9 +71,11 @@ class Run:
         sigmas: those that the sampler visits, noise first, with the final 0.
         generator: one for the batch, or a list with one for each row.
         latents: given noise (B, S, C), or None.
+        sampler: the name of the way from noise to latents, or a function (`qwenedit.sampling.samplers`).
         guidance: how the two predictions of a step become one; None for an unguided run.
         switches: changes to the system.
         sources: pictures to start from, with their masks; None for noise alone.
+        controls: control pictures, each with the ControlNet that reads it.
     """
 
     grid: Grid
@@ -71,9 +83,16 @@ class Run:
     sigmas: list[float]
     generator: Generator | Sequence[Generator] | None
     latents: Tensor | None
+    sampler: str | Sampler
     guidance: TrueCFG | None
     switches: Switches
     sources: Sources | None = None
+    controls: tuple[ControlInput, ...] = ()
+
+    @property
+    def predictions(self) -> int:
+        """How many steps the sampler takes, with one prediction each."""
+        return count_predictions(self.sampler, self.sigmas)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,11 +103,13 @@ class Start:
         latents: (B, S, C) at the run's first sigma.
         preserve: what keeps a part of a picture in every step, or None.
         source: (B, S, C) clean latents of the pictures to start from, or None.
+        controls: the control pictures' latents, each with its ControlNet.
     """
 
     latents: Tensor
     preserve: Preserve | None = None
     source: Tensor | None = None
+    controls: tuple[RunControl, ...] = ()
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -108,6 +129,9 @@ class System:
             pictures included: about half the time, and the last bits differ. False, as in the reference.
         micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
             with one generator per row, each row equals its single run bit by bit.
+        controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
+            all of them.
+        sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
     """
 
     vision_language: VisionLanguage | None
@@ -120,6 +144,8 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
+    controlnets: list[ControlNet] = field(default_factory=list)
+    sampler: str | Sampler | None = None
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +156,8 @@ class System:
         return next(self.mmdit.parameters()).dtype
 
     def to(self: Own, *args: Any, **kwargs: Any) -> Own:
-        """Move the three networks, with the arguments of `torch.nn.Module.to`."""
-        networks = (self.vision_language, self.vae, self.mmdit)
+        """Move the networks, with the arguments of `torch.nn.Module.to`."""
+        networks = (self.vision_language, self.vae, self.mmdit, *self.controlnets)
         move([network for network in networks if network is not None], *args, **kwargs)
         warn_of_float16(self.dtype)
         return self
@@ -171,6 +197,9 @@ class System:
         if self.micro_batch is not None:
             self.micro_batch = whole_number("micro_batch", self.micro_batch)
         require_pictures(switches, any(pictures))
+        named = (call.sampler, self.sampler, self.scheduler.sampler)
+        sampler = next(one for one in named if one is not None)
+        require_sampler(sampler)
         strength = 1.0 if sources is None else sources.strength
         visited = schedule(
             self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas,
@@ -186,13 +215,21 @@ class System:
         if latents is not None and (not is_tensor or tuple(latents.shape) != wanted):
             got = f"shape {tuple(latents.shape)}" if is_tensor else type(latents).__name__
             raise ValueError(f"latents are {got}, wanted a tensor of shape {wanted}")
+        controls = controls_of(
+            self.controlnets, call.control_image, call.control_mask, call.controlnet_conditioning_scale,
+            call.control_guidance_start, call.control_guidance_end, config=config, batch=batch,
+            prompts=batch // int(call.num_images_per_prompt), steps=len(visited) - 1,
+            size=(columns * self.areas.token, rows * self.areas.token),
+        )  # fmt: skip
+        require_controls(switches, bool(controls))
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
-            guidance=guidance, switches=switches, sources=sources,
+            sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
 
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
+        controls = drawn(run.controls, self.vae, run.generator, self.device, self.dtype)
         source = self._source(run)
         if run.latents is not None:
             noise = run.latents.to(self.device, self.dtype)
@@ -202,9 +239,10 @@ class System:
                 device=self.device, dtype=self.dtype,
             )  # fmt: skip
         if source is None:
-            return Start(latents=noise)
+            return Start(latents=noise, controls=controls)
         preserve = self._preserve(run, source, noise)
-        return Start(latents=noised(source, noise, run.sigmas[0]), preserve=preserve, source=source)
+        latents = noised(source, noise, run.sigmas[0])
+        return Start(latents=latents, preserve=preserve, source=source, controls=controls)
 
     def _source(self, run: Run) -> Tensor | None:
         """The clean latents of the pictures to start from, drawn from the run's generator."""
@@ -248,27 +286,31 @@ class System:
     def _steps(self, conditioning: Conditioning, run: Run) -> Iterator[Step]:
         """The steps of the run under a conditioning."""
         start = self.begin(run)
-        predict = self._predictor(self._started(conditioning, run, start), run)
-        return while_present(self.mmdit, self._sampled(predict, run, start))
+        predict = self._predictor(self._started(conditioning, run, start), run, start)
+        return while_present(self._sampling_networks(start), self._sampled(predict, run, start))
 
     def _started(self, conditioning: Conditioning, run: Run, start: Start) -> Conditioning:
         """The conditioning of a run that starts so; switches for the references' own encoding come first."""
         other = run.switches.references.latents == "other" or run.switches.vae != VAEPath()
         return conditioning if start.source is None or other else with_source(conditioning, start.source)
 
-    def _predictor(self, conditioning: Conditioning, run: Run) -> Predict:
+    def _sampling_networks(self, start: Start) -> list[nn.Module]:
+        return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
+
+    def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
         return switched_predictor(
             self.mmdit, conditioning.to(self.device, self.dtype), run.switches,
             guided=run.guidance is not None, micro_batch=self.micro_batch, sigmas=run.sigmas[:-1],
+            controls=start.controls,
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:
-        return euler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+        sampler = sampler_of(run.sampler, run.generator)
+        return sampler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
 
     def _finish(self, steps: Iterator[Step], run: Run, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
-        count = len(run.sigmas) - 1
-        bar = progress_bar(steps, progress=self.progress, total=count, desc="sampling")
+        bar = progress_bar(steps, progress=self.progress, total=run.predictions, desc="sampling")
         (last,) = deque(bar, maxlen=1)
         require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":

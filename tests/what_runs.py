@@ -12,6 +12,7 @@ A worker process imports torch once. For each forward it forks a child, which im
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -225,6 +226,31 @@ class Models:
             pipe.load_lora_weights(file.name)
         return self._result(pipe.edit, "turn left")
 
+    def generate_under_control(self) -> Tensor:
+        from qwenedit.mini import EXAMPLE
+
+        pipe = self.load()
+        pipe.controlnets = [self.controlnet()]
+        try:
+            return pipe.generate(
+                "a red circle", true_cfg_scale=1.0, negative_prompt=None, num_inference_steps=1, height=32,
+                width=48, control_image=Image.open(EXAMPLE).crop((0, 0, 48, 32)), output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+        finally:
+            pipe.controlnets = []
+
+    @functools.cache  # noqa: B019
+    def controlnet(self) -> nn.Module:
+        from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
+
+        config, names = self.load().mmdit.config, (one.name for one in dataclasses.fields(ControlNetConfig))
+        shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        net = ControlNet(ControlNetConfig(**{**shared, "num_layers": 2}))
+        for parameter in net.parameters():
+            parameter.copy_(_random(*parameter.shape) * (0.1 if parameter.ndim > 1 else 1.0))
+        return net
+
     def decompose(self) -> Tensor:
         pipe = self.load(self.folder_layered)
         return self._result(pipe.decompose, "a red circle", output_type="pt", layers=1, resolution=64)
@@ -272,6 +298,7 @@ RUNS: dict[str, Run] = {
     "2511": lambda models: [models.edit_2511()],
     "layered": lambda models: [models.decompose()],
     "LoRA": lambda models: [models.edit_with_lora()],
+    "control": lambda models: [models.generate_under_control()],
     "video": lambda models: [models.encode_video(), models.decode_video()],
 }
 
@@ -294,6 +321,7 @@ MODES: dict[str, tuple[Callable[[Models], nn.Module], Run]] = {
         lambda models: models.load().vision_language,
         lambda models: [models.edit_with_shared_prefix()],
     ),
+    "control": (lambda models: models.controlnet(), lambda models: [models.generate_under_control()]),
     "encode": (lambda models: models.load().vae.encoder, lambda models: [models.encode_picture()]),
     "decode": (lambda models: models.load().vae.decoder, lambda models: [models.decode_picture()]),
     "encode video": (lambda models: models.load().vae.encoder, lambda models: [models.encode_video()]),

@@ -20,6 +20,7 @@ from qwenedit.ablation.spec import CALL, Spec
 from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines, replacing_file
 from qwenedit.foreign import shown
+from qwenedit.sampling.samplers import count_predictions
 
 __all__ = [
     "MEASURES", "PICTURES", "Mean", "Record", "Sweep", "picture_of", "quoted", "read_results", "write_csv",
@@ -135,10 +136,12 @@ def _record(value: Any) -> Record:
     if "success" in metrics and metrics.get("reason", "") is not None:
         _wanted("metrics.reason", metrics.get("reason"), str)
     ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
+    sampler = _wanted("sampler", record.get("sampler", "euler"), str)  # older records have none
+    count = count_predictions(sampler, [*[1.0] * record["steps"], 0.0])
     for name in ("sigma", "velocity"):
-        _numbers(f"curves.{name}", curves.get(name), record["steps"])
+        _numbers(f"curves.{name}", curves.get(name), count)
     for name in ("mean", "min", "max"):
-        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), record["steps"], holes=True)
+        _numbers(f"curves.norm_ratio.{name}", ratios.get(name), count, holes=True)
     for group, blocks in _wanted("attention", record.get("attention", {}), dict).items():
         if group not in GROUPS:
             raise ValueError(f"attention has {shown(repr(group))}, wanted {', '.join(GROUPS)}")

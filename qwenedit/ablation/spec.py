@@ -7,8 +7,9 @@
     prompts = ["give the cat a hat"]      # for the pictures that are files
     pairing = "each"                      # one prompt per such picture, in order; "all": every combination
     seeds = [0, 1]                        # of the noise
-    true_cfg_scale = 4.0                  # arguments of every run: also steps, negative_prompt, height, width
+    true_cfg_scale = 4.0                  # arguments of every run: also negative_prompt, height, width
     steps = 20
+    sampler = "euler"                     # or another of `qwenedit.sampling.samplers`
     attention = true                      # record attention maps of the first picture's target tokens
     deterministic = true                  # run under `qwenedit.deterministic`
 
@@ -18,7 +19,7 @@
     [grid]                                # all combinations are run, except those that contradict themselves
                                           # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
-    true_cfg_scale = [1, 4]                                 # or true_cfg_scale, steps, negative_prompt
+    true_cfg_scale = [1, 4]                                 # or an argument, like steps
 
 The unablated run, with the arguments and switches that stand above the grid, is always included; all others
 are compared with it. Paths are relative to the folder of SPEC.toml.
@@ -45,11 +46,14 @@ from qwenedit.foreign import read_toml
 from qwenedit.inputs.pictures import as_picture, open_picture
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
+from qwenedit.sampling.samplers import require_sampler
 from qwenedit.switches import NAMES, Guidance, Switches
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
-CALL: dict[str, Any] = {"true_cfg_scale": 4.0, "steps": 20, "negative_prompt": " "}  # with their defaults
+CALL: dict[str, Any] = {  # with their defaults
+    "true_cfg_scale": 4.0, "steps": 20, "sampler": "euler", "negative_prompt": " ",
+}  # fmt: skip
 FLAGS = ("attention", "deterministic")
 KEYS = (
     "model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", *FLAGS, "switches", "grid",
@@ -103,6 +107,7 @@ class Cell:
     switches: Switches
     true_cfg_scale: float
     steps: int
+    sampler: str
     negative_prompt: str
 
     @property
@@ -294,6 +299,8 @@ def _call_value(name: str, value: Any) -> Any:
     if name == "steps":
         return whole_number(name, value)
     _require(_is_text(value), name, value, "a text")
+    if name == "sampler":
+        require_sampler(value)
     return value
 
 

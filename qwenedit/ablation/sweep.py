@@ -282,6 +282,7 @@ def _edit(
             conditioning,
             true_cfg_scale=run.cell.true_cfg_scale,
             num_inference_steps=run.cell.steps,
+            sampler=run.cell.sampler,
             generator=torch.Generator().manual_seed(run.seed),
             switches=run.cell.switches,
         )

@@ -92,6 +92,7 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     count, generator = options.num_images, _generator(options)
     return pipe, {
         **vars(run), **size, "num_images_per_prompt": count, "generator": generator, "switches": switches,
+        "sampler": options.sampler,
     }  # fmt: skip
 
 
@@ -110,7 +111,8 @@ def decompose(options: argparse.Namespace) -> None:
     areas = read_areas(folder, variant)
     (row,) = layer_rows(picture, *prompts, variant, areas, layering.layers, layering.resolution)
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
-    settings = {**vars(run), **vars(layering), "generator": _generator(options)}
+    generator, sampler = _generator(options), options.sampler
+    settings = {**vars(run), **vars(layering), "generator": generator, "sampler": sampler}
     _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
 
 

@@ -20,6 +20,7 @@ from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.family import LIGHTNING
 from qwenedit.foreign import parse_json, shown
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, STORAGES
+from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.sampling.scheduler import MAX_STEPS
 from qwenedit.version import __version__
 
@@ -177,7 +178,8 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
-    add("--steps", type=_steps, metavar="N", help="Euler steps (default: the preset's, 50 for Edit)")
+    add("--steps", type=_steps, metavar="N", help="of the sampler (default: the preset's, 50 for Edit)")
+    add("--sampler", choices=SAMPLERS, help="from noise to the picture (default: the checkpoint's, euler)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
     add("--seed", type=_seed, metavar="N", help="seed of the noise (default: another picture every time)")

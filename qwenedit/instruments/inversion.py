@@ -37,7 +37,7 @@ from qwenedit.latents import Grid
 from qwenedit.memory.residency import while_present
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
-from qwenedit.sampling.sampler import Predict, Step, predict_at, require_interval
+from qwenedit.sampling.sampler import Predict, Step, euler, predict_at, require_interval
 from qwenedit.sampling.switched import require_encoded, switched_predictor
 from qwenedit.switches import Switches, switches_of
 from qwenedit.taps import scope
@@ -74,8 +74,8 @@ def invert(
 ) -> Iterator[Step]:
     """The steps of a run backwards, from the picture's latents (B, S, 64) at sigma 0 to the noise.
 
-    The noise is the last step's `after`. `pipe.steps` from it, with the same conditioning, scale, steps,
-    sigmas and switches, leads back to the picture. The arguments are those of `pipe.steps` and
+    The noise is the last step's `after`. Euler's `pipe.steps` from it, with the same conditioning, scale,
+    steps, sigmas and switches, lead back to the picture. The arguments are those of `pipe.steps` and
     `inverse_euler`. Gradients are the caller's choice, as in `pipe.steps`.
 
     Raises:
@@ -89,6 +89,11 @@ def invert(
     guidance = guidance_of(true_cfg_scale, negative, switches)
     call = Call(num_inference_steps=num_inference_steps, sigmas=sigmas, latents=latents)
     run = pipe.prepare(conditioning.target_grid, pictures, call, switches, guidance)
+    if run.sampler not in ("euler", euler):
+        raise ValueError(
+            f"the pipeline's sampler is {run.sampler!r}, and only Euler's is inverted here: set pipe.sampler "
+            "= 'euler'"
+        )
     require_encoded(switches, conditioning)
     _require_invertible(guidance, iterations, len(run.sigmas) - 1)
     conditioning = conditioning.to(pipe.device, pipe.dtype)
@@ -97,7 +102,7 @@ def invert(
         sigmas=run.sigmas,
     )  # fmt: skip
     start = pipe.begin(run).latents
-    return while_present(pipe.mmdit, inverse_euler(predict, start, run.sigmas, guidance, iterations))
+    return while_present([pipe.mmdit], inverse_euler(predict, start, run.sigmas, guidance, iterations))
 
 
 def inverse_euler(

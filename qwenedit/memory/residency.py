@@ -147,9 +147,9 @@ def present(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def while_present(module: nn.Module, items: Iterator[T]) -> Iterator[T]:
-    """Yield the items. The network's weights are loaded from the first item until the generator ends."""
-    with present(module):
+def while_present(modules: Sequence[nn.Module], items: Iterator[T]) -> Iterator[T]:
+    """Yield the items. The networks' weights are loaded from the first item until the generator ends."""
+    with present(*modules):
         yield from items
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qwenedit.encoding.conditioning import Conditioning, Prompt, RowGroup
 from qwenedit.latents import Layout
-from qwenedit.networks.mmdit import MMDiT, RunCache
+from qwenedit.networks.mmdit import Control, MMDiT, RunCache
 from qwenedit.sampling.compiling import eager_if_modified
+from qwenedit.sampling.controls import Controls, RunControl
 from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, timestep_of, without_modulation
 from qwenedit.sampling.sampler import Predict
 from qwenedit.taps import current_labels, observed, require_finite, scope
@@ -27,6 +28,8 @@ def predictor(
     guided: bool,
     micro_batch: int | None = None,
     sigmas: Sequence[float] = (),
+    controls: Sequence[RunControl] = (),
+    each: bool = False,
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
@@ -39,6 +42,8 @@ def predictor(
             its single run, and with micro_batch=1 equal to it, bit by bit.
         sigmas: the run's sigmas, if known. `modulation="precomputed"` computes the adaLN vectors of all of
             them at once.
+        controls: what ControlNets add to the target's tokens, in the steps in which they act.
+        each: run the ControlNets for each branch; by default the positive prompt's residuals serve both.
 
     Rows whose reference pictures differ in size run in groups, so that each row is computed as it would be
     alone. If nothing observes the transformer (`taps.observed`), step-invariant tensors are cached between
@@ -59,6 +64,7 @@ def predictor(
     order = torch.tensor([row for group in groups for row in group.rows]).argsort()
 
     run_cache = PrecomputedCache(sigmas) if is_precomputed(mmdit) else RunCache()
+    controlled = Controls(controls, mmdit, groups, steps=len(sigmas), each=each, cache=run_cache)
 
     def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
         cache = None if observed(mmdit) else run_cache
@@ -66,10 +72,15 @@ def predictor(
             count: _time(mmdit, sigma, latents, count) for count in {len(group.rows) for group in groups}
         }
 
+        control_of = controlled.of_step()
+
         def branch(name: str) -> Tensor:
-            parts = [
-                _velocity(mmdit, group, name, latents, times[len(group.rows)], cache) for group in groups
-            ]
+            parts = []
+            for number, group in enumerate(groups):
+                own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
+                time = times[len(group.rows)]
+                control = control_of(number, name, own, time[0])
+                parts.append(_velocity(mmdit, group, name, own, time, cache, control))
             return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
 
         with _as_cached(mmdit, cache):
@@ -142,16 +153,16 @@ def _velocity(
     latents: Tensor,
     time: tuple[Tensor, Tensor | None],
     cache: RunCache | None,
+    control: Control | None,
 ) -> Tensor:
     prompt = group.prompt if branch == "cond" else group.negative
     assert prompt is not None
-    own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
     layout = Layout(prompt.embeds.shape[1], group.grids)
-    img = own if group.references is None else torch.cat([own, group.references], dim=1)
+    img = latents if group.references is None else torch.cat([latents, group.references], dim=1)
     with scope(branch=branch, layout=layout, rows=group.rows, text_lengths=prompt.lengths):
         velocity = mmdit(
             img, prompt.embeds, time[0], group.grids, prompt.mask, time[1],
-            cache=cache, target_only=cache is not None,
+            control=control, cache=cache, target_only=cache is not None,
         )  # fmt: skip
     return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
 

@@ -7,6 +7,7 @@ latents = step.after
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
@@ -14,15 +15,22 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from qwenedit.taps import require_finite, scope
+from qwenedit.taps import current_labels, require_finite, scope
 
 if TYPE_CHECKING:  # not at run time: this file also works without the rest of the package
     from qwenedit.sampling.guidance import TrueCFG
 
-__all__ = ["Predict", "Preserve", "Step", "euler", "euler_step", "predict_at", "require_interval", "step_at"]
+__all__ = [
+    "Predict", "Preserve", "Step", "Transition", "current_interval", "euler", "euler_step", "predict_at",
+    "require_interval", "step_at",
+]  # fmt: skip
 
 # latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
 Predict = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+# A step -> mean and standard deviation of the latents after it.
+Transition = Callable[["Step"], "tuple[Tensor, Tensor]"]
 
 
 class Preserve(Protocol):
@@ -45,7 +53,7 @@ class Step:
     """One step before it is taken. The loop uses the values that the caller writes into it.
 
     Attributes:
-        index, sigma, sigma_next: which step; sigma in [0, 1], 1 = noise.
+        index, sigma, sigma_next: which step, counted by predictions; sigma in [0, 1], 1 = noise.
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
         velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction, and then what
@@ -57,6 +65,8 @@ class Step:
         norm_ratio: (B, S), |cond| over the norm of the combined prediction for each token: the factor in the
             reference's guidance, whatever norm this run has. None without guidance.
         average: the state of guidance with momentum for the next step (see `TrueCFG.average`), or None.
+        transition: mean (B, S, C) and standard deviation of the latents at `sigma_next`, which a stochastic
+            sampler draws, before `preserve`; in float32. None at a step without a draw.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Step:
         *,
         advance: Callable[[Step], Tensor] | None = None,
         preserve: Preserve | None = None,
+        transition: Transition | None = None,
     ) -> None:
         self.index = index
         self.sigma = sigma
@@ -84,6 +95,7 @@ class Step:
         self._average = average
         self._advance = advance or euler_step
         self._preserve = preserve
+        self._transition = transition
         self._velocity: Tensor | None = None
         self._after: Tensor | None = None
 
@@ -141,6 +153,37 @@ class Step:
     @after.setter
     def after(self, value: Tensor) -> None:
         self._after = value
+
+    @property
+    def transition(self) -> tuple[Tensor, Tensor] | None:
+        return None if self._transition is None else self._transition(self)
+
+    def log_prob(self, of: Tensor | None = None) -> Tensor:
+        """The log-probability (B,) of latents at `sigma_next`, by default of the step's own `after`.
+
+        It is the mean over a row's elements, in float32. Gradients flow to the velocity, not to `of`. A run's
+        log-probabilities are computed again, bit by bit, from its saved latents: start the sampler at the
+        first, and write the next into each step (`step.after = saved[step.index + 1]`).
+
+        Raises:
+            ValueError: a step without a draw, as of other samplers; one with `preserve`, which keeps what was
+                not drawn; or latents of another shape.
+        Source: `sde_step_with_logprob` of flow_grpo (arXiv 2505.05470).
+        """
+        if self._transition is None:
+            raise ValueError(
+                f"log_prob of step {self.index}, which draws nothing: wanted a step of the samplers "
+                "'stochastic' or 'flow_sde', and not the last"
+            )
+        if self._preserve is not None:
+            raise ValueError("log_prob of a step that preserves a part of the latents, which is not drawn")
+        latents = self.after if of is None else of
+        if latents.shape != self.latents.shape:
+            got, wanted = tuple(latents.shape), tuple(self.latents.shape)
+            raise ValueError(f"log_prob of latents of shape {got}, wanted {wanted}")
+        mean, std = self._transition(self)
+        squares = (latents.detach().to(mean.dtype) - mean) ** 2 / (2 * std**2)
+        return (-squares - std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(dim=1)
 
     @property
     def norm_ratio(self) -> Tensor | None:
@@ -208,15 +251,33 @@ def step_at(
     average: Tensor | None = None,
     preserve: Preserve | None = None,
     advance: Callable[[Step], Tensor] | None = None,
+    *,
+    transition: Transition | None = None,
+    interval: int | None = None,
 ) -> Step:
-    """Predict at these latents: the step as its sampler yields it. `advance` is the sampler's rule."""
+    """Predict at these latents: the step as its sampler yields it.
+
+    Args:
+        advance: the sampler's rule; `euler_step` by default.
+        transition: of a stochastic sampler: the distribution that `advance` draws from.
+        interval: which interval of the schedule the step belongs to, if that is not `index`. Switches with an
+            interval of steps count these, by a label of this name.
+    """
     if preserve is not None:
         latents = preserve.before(latents, sigma)
-    with scope(step=index, sigma=sigma):
-        cond, uncond = predict_at(predict, latents, sigma, index, guidance)
+    labels = {} if interval is None else {"interval": interval}
+    with scope(step=index, sigma=sigma, **labels):
+        cond, uncond = predict_at(predict, latents, sigma, index if interval is None else interval, guidance)
     return Step(
-        index, sigma, sigma_next, latents, cond, uncond, guidance, average, advance=advance, preserve=preserve
-    )
+        index, sigma, sigma_next, latents, cond, uncond, guidance, average,
+        advance=advance, preserve=preserve, transition=transition,
+    )  # fmt: skip
+
+
+def current_interval() -> int:
+    """The interval of the schedule that is being predicted in: the label `interval`, by default `step`."""
+    labels = current_labels()
+    return int(labels.get("interval", labels["step"]))
 
 
 def require_interval(guidance: TrueCFG | None, steps: int) -> None:

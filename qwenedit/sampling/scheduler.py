@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from qwenedit.weights.checkpoints import read_variant
 from qwenedit.weights.configs import config_from
 
 __all__ = [
-    "MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "comfy_sigmas", "diffsynth_sigmas", "given_sigmas",
-    "load_scheduler",
+    "CURVES", "MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "comfy_sigmas", "diffsynth_sigmas",
+    "given_sigmas", "load_scheduler",
 ]  # fmt: skip
 
+Own = TypeVar("Own", bound="FlowMatchScheduler")
 MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
 
 
@@ -50,14 +51,13 @@ class FlowMatchScheduler:
     max_image_seq_len: int
     shift_terminal: float | None
     time_shift_type: str  # "exponential" or "linear"
+    # At most one of these: the curve between the first and the last sigma, after shift and stretch.
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    stochastic_sampling: bool = False  # the sampler "stochastic" where a run names none
 
-    FIXED: ClassVar[dict[str, Any]] = {
-        "invert_sigmas": False,
-        "stochastic_sampling": False,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-    }
+    FIXED: ClassVar[dict[str, Any]] = {"invert_sigmas": False}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -76,6 +76,19 @@ class FlowMatchScheduler:
                 raise ValueError(f"{name} is {value}, wanted {least} to 100")
         if self.shift_terminal and not 0 < self.shift_terminal < 1:
             raise ValueError(f"shift_terminal is {self.shift_terminal}, wanted a number between 0 and 1")
+        curves = [name for name in CURVES if getattr(self, f"use_{name}_sigmas")]
+        if len(curves) > 1:
+            raise ValueError(f"sigmas are to be {' and '.join(curves)}, wanted at most one of these")
+
+    def curved(self: Own, name: str | None) -> Own:
+        """The schedule with one of `CURVES` or none, whatever its config says."""
+        flags: dict[str, Any] = {f"use_{one}_sigmas": one == name for one in CURVES}
+        return dataclasses.replace(self, **flags)
+
+    @property
+    def sampler(self) -> str:
+        """The sampler of runs that name none."""
+        return "stochastic" if self.stochastic_sampling else "euler"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -98,7 +111,8 @@ class FlowMatchScheduler:
             steps: number of Euler steps.
             tokens: tokens of the target (in Layered, of one layer), which determine the shift.
             custom: unshifted sigmas in place of the even ones from 1 to 1/steps. They, too, are shifted and
-                stretched. The last may be 0: its step moves nothing, unless the stretch raises it.
+                stretched; a curve keeps only the ends. The last may be 0: its step moves nothing, unless the
+                stretch raises it.
 
         Each is a float32 number, equal to the reference's bit by bit. Runs of a single step differ: there the
         reference's stretch is 0/0 and its sigma NaN; ours stays 1.
@@ -108,10 +122,13 @@ class FlowMatchScheduler:
                 are not `steps` many; or sigmas so close that float32 or the shift makes them equal.
         """
         steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
-        plain = _even(steps) if custom is None else _checked(custom, steps)
+        plain = _line(1.0, 1 / steps, steps) if custom is None else _checked(custom, steps)
         t = self._shifted(torch.tensor(plain, dtype=torch.float32), tokens)
         if self.shift_terminal:
             t = _stretched(t, self.shift_terminal)
+        for name, curve in CURVES.items():
+            if getattr(self, f"use_{name}_sigmas"):
+                t = curve(t[-1].item(), t[0].item(), steps).float()
         sigmas = [*t.tolist(), 0.0]
         last = len(sigmas) if plain[-1] > 0 else -1  # custom sigmas may end with a 0 of their own
         if not all(a > b for a, b in pairwise(sigmas[:last])):
@@ -165,16 +182,11 @@ def diffsynth_sigmas(steps: int, tokens: int, start: float = 1.0) -> list[float]
 
     Source: DiffSynth-Studio 2.1.12, `FlowMatchScheduler.set_timesteps_qwen_image`.
     """
-    factor = math.exp(_DIFFSYNTH.mu(tokens))
+    slope = (0.9 - 0.5) / (8192 - 256)  # constants there, whatever a checkpoint's file says
+    factor = math.exp(tokens * slope + (0.5 - slope * 256))
     t = torch.linspace(start, 0, whole_number("num_inference_steps", steps, most=MAX_STEPS) + 1)[:-1]
     t = factor / (factor + (1 / t - 1))
     return _falling([*_stretched(t, 0.02).tolist(), 0.0])
-
-
-_DIFFSYNTH = FlowMatchScheduler(  # its constants, whatever a checkpoint's file says
-    num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9,
-    base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
-)  # fmt: skip
 
 
 def comfy_sigmas(steps: int) -> list[float]:
@@ -197,12 +209,12 @@ def _falling(sigmas: list[float]) -> list[float]:
     return sigmas
 
 
-def _even(steps: int) -> list[float]:
-    """From 1 to 1/steps in even steps, in float64, as numpy.linspace computes them."""
+def _line(start: float, stop: float, steps: int) -> list[float]:
+    """Even steps, in float64, as numpy.linspace computes them."""
     if steps == 1:
-        return [1.0]
-    width = (1 / steps - 1.0) / (steps - 1)
-    return [i * width + 1.0 for i in range(steps - 1)] + [1 / steps]
+        return [start]
+    width = (stop - start) / (steps - 1)
+    return [i * width + start for i in range(steps - 1)] + [stop]
 
 
 def _checked(custom: Sequence[float], steps: int) -> list[float]:
@@ -224,6 +236,51 @@ def _stretched(t: Tensor, terminal: float) -> Tensor:
     if clean[-1] == 0:
         return t
     return 1 - clean / (clean[-1] / (1 - terminal))
+
+
+def _karras(last: float, first: float, steps: int) -> Tensor:
+    """Even steps of sigma^(1/7). Source: arXiv 2206.00364, equation 5."""
+    ends = [sigma ** (1 / 7) for sigma in (last, first)]
+    return (ends[1] + _ramp(steps) * (ends[0] - ends[1])) ** 7
+
+
+def _exponential(last: float, first: float, steps: int) -> Tensor:
+    """Even steps of log sigma."""
+    if last == 0:
+        raise ValueError("exponential sigmas fall to a last sigma above 0, and it is 0")
+    return torch.tensor(_line(math.log(first), math.log(last), steps), dtype=torch.float64).exp()
+
+
+def _beta(last: float, first: float, steps: int) -> Tensor:
+    """Quantiles of the beta distribution with both parameters 0.6. Source: arXiv 2407.12173."""
+    return last + beta_quantile(1 - _ramp(steps)) * (first - last)
+
+
+CURVES = {"karras": _karras, "exponential": _exponential, "beta": _beta}
+
+
+def _ramp(steps: int) -> Tensor:
+    return torch.tensor(_line(0.0, 1.0, steps), dtype=torch.float64)
+
+
+def beta_quantile(p: Tensor, a: float = 0.6) -> Tensor:
+    """The inverse of the regularised incomplete beta function I_x(a, a), to about 1e-15.
+
+    With u = x^a, I_x is u / B times a power series in x, convex up to x = 1/2 where its inverse is found by
+    Newton's method; the other half follows by symmetry.
+    """
+    complete = math.gamma(a) ** 2 / math.gamma(2 * a)  # B(a, a)
+    lower = p.minimum(1 - p)
+    u = lower * a * complete  # where the tangent at 0 is p: not below the solution
+    for _ in range(8):
+        x = u ** (1 / a)
+        series, coefficient = torch.zeros_like(x), 1.0
+        for n in range(100):
+            series = series + coefficient / (a + n) * x**n
+            coefficient *= (n + 1 - a) / (n + 1)
+        u = u - (u * series / complete - lower) * a * complete * (1 - x) ** (1 - a)
+    x = u ** (1 / a)
+    return torch.where(p > 0.5, 1 - x, x)
 
 
 def load_scheduler(folder: Path) -> FlowMatchScheduler:

@@ -7,6 +7,7 @@ switches. The default switches change nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -21,16 +22,23 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.masks import Sources
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import joint_key_mask
+from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import Predict
-from qwenedit.sampling.scheduler import FlowMatchScheduler, comfy_sigmas, diffsynth_sigmas, given_sigmas
+from qwenedit.sampling.sampler import Predict, current_interval
+from qwenedit.sampling.scheduler import (
+    CURVES,
+    FlowMatchScheduler,
+    comfy_sigmas,
+    diffsynth_sigmas,
+    given_sigmas,
+)
 from qwenedit.sampling.transformer_switches import switched_transformer
-from qwenedit.switches import Interval, References, Switches, Time, own_generator
-from qwenedit.taps import current_labels, named_modules
+from qwenedit.switches import Controls, Interval, References, Switches, Time, own_generator
+from qwenedit.taps import named_modules
 
 __all__ = [
-    "changed", "count_steps", "require_encoded", "require_fitting", "require_pictures", "schedule",
-    "switched_predictor",
+    "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
+    "schedule", "switched_predictor",
 ]  # fmt: skip
 
 STEPS = 50  # the reference pipelines' default
@@ -46,6 +54,16 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
     for name in ("references", "seen", "vae"):
         if not pictures and switches.own(name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
+
+
+def require_controls(switches: Switches, controls: bool) -> None:
+    """Check that the switches for controls have a control to act on.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if not controls and switches.control != Controls():
+        raise ValueError("switches.control changes how ControlNets run, but this run has no control_image")
 
 
 def require_encoded(switches: Switches, conditioning: Conditioning) -> None:
@@ -130,13 +148,14 @@ def schedule(
     """
     steps = count_steps(time, steps, custom)
     first = _first_step(steps, strength, convention)
-    if custom is not None and time.sigmas not in ("official", "lightning"):
+    shifted = ("official", "lightning", *CURVES)  # all but these are whole schedules
+    if custom is not None and time.sigmas not in shifted:
         what = f" {time.sigmas!r}" if isinstance(time.sigmas, str) else ""
         raise ValueError(f"sigmas and time.sigmas{what} are both given, wanted one of them")
     if time.sigmas == "diffsynth":
         return diffsynth_sigmas(steps, tokens, strength if convention == "diffsynth" else 1.0)[first:]
     if convention == "diffsynth" and strength < 1:
-        if custom is not None or time.sigmas not in ("official", "lightning"):
+        if custom is not None or time.sigmas not in shifted:
             raise ValueError("mask.strength is 'diffsynth', which makes the sigmas, but they are given")
         custom = torch.linspace(strength, 0.0, steps + 1)[:-1].tolist()
     if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
@@ -147,10 +166,13 @@ def schedule(
             "max_shift": LIGHTNING_SHIFT,
             "shift_terminal": None,
         }
-        scheduler = FlowMatchScheduler(**own)
-    elif time.sigmas != "official":
-        given = time.sigmas
-        return (comfy_sigmas(steps) if given == "comfy" else given_sigmas(given, steps))[first:]
+        scheduler = FlowMatchScheduler(**own).curved(None)
+    elif time.sigmas in CURVES:
+        scheduler = scheduler.curved(str(time.sigmas))
+    elif time.sigmas == "comfy":
+        return comfy_sigmas(steps)[first:]
+    elif not isinstance(time.sigmas, str):
+        return given_sigmas(time.sigmas, steps)[first:]
     return scheduler.sigmas(steps, tokens, custom)[first:]
 
 
@@ -214,6 +236,7 @@ def switched_predictor(
     guided: bool,
     micro_batch: int | None = None,
     sigmas: Sequence[float] = (),
+    controls: Sequence[RunControl] = (),
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -222,14 +245,17 @@ def switched_predictor(
     """
     references, time = switches.references, switches.time
     conditioning = changed(conditioning, references)
-    predict = predictor(mmdit, conditioning, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
+    plain = functools.partial(
+        predictor, mmdit, guided=guided, micro_batch=micro_batch, sigmas=sigmas, controls=controls,
+        each=switches.control.branches == "each",
+    )  # fmt: skip
+    predict = plain(conditioning)
     if references.steps is not None:
-        bare = _without_references(conditioning)
-        without = predictor(mmdit, bare, guided=guided, micro_batch=micro_batch, sigmas=sigmas)
-        predict = _in_steps(references.steps, predict, without)
+        predict = _in_steps(references.steps, predict, plain(_without_references(conditioning)))
 
-    transformer = Switches(transformer=switches.transformer, time=Time(rounding=time.rounding))
-    as_it_is = transformer == Switches() and references.frame == "own"
+    arithmetic = Switches(transformer=switches.transformer, time=Time(rounding=time.rounding))
+    as_it_is = arithmetic == Switches() and references.frame == "own"
+    nets = {control.net for control in controls}
     if as_it_is and time.zero_cond_t is None and references.blocks is None:
         return predict
 
@@ -241,6 +267,8 @@ def switched_predictor(
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
                 stack.enter_context(_visible_in(mmdit, references.blocks))
+            for net in nets if arithmetic != Switches() else ():  # one may be off in a step
+                stack.enter_context(switched_transformer(net, arithmetic, strict=False))
             return predict(latents, sigma, **only)
 
     return under_switches
@@ -248,8 +276,8 @@ def switched_predictor(
 
 def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
     def predict(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
-        now = current_labels()["step"]
-        return (inside if steps[0] <= now < steps[1] else outside)(latents, sigma, **only)
+        now = steps[0] <= current_interval() < steps[1]
+        return (inside if now else outside)(latents, sigma, **only)
 
     return predict
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from qwenedit.latents import Layout
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import (
     MLP,
     Gelu,
+    Grid,
     Rope,
     picture_positions,
     rope_table,
@@ -27,8 +29,10 @@ __all__ = ["switched_transformer"]
 
 
 @contextmanager
-def switched_transformer(mmdit: MMDiT, switches: Switches, *, strict: bool = True) -> Iterator[None]:
-    """Run the transformer under `transformer.*`, `time.rounding` and `references.frame`.
+def switched_transformer(
+    mmdit: MMDiT | ControlNet, switches: Switches, *, strict: bool = True
+) -> Iterator[None]:
+    """Run the transformer, or a ControlNet, under `transformer.*`, `time.rounding` and `references.frame`.
 
     The tap functions read the labels `layout`, `sigma` and `rows`, which `predictor` sets. If a part of the
     transformer runs that does not reach them, `strict` must be False.
@@ -44,11 +48,11 @@ def switched_transformer(mmdit: MMDiT, switches: Switches, *, strict: bool = Tru
 
 
 @contextmanager
-def _gelu(mmdit: MMDiT, form: Gelu) -> Iterator[None]:
+def _gelu(mmdit: MMDiT | ControlNet, form: Gelu) -> Iterator[None]:
     if form == "tanh":
         yield
         return
-    if mmdit.checkpointing and torch.is_grad_enabled():
+    if isinstance(mmdit, MMDiT) and mmdit.checkpointing and torch.is_grad_enabled():
         raise ValueError("transformer.gelu does not work with checkpointing: set mmdit.checkpointing = False")
     before = [(mlp, mlp.gelu) for _, mlp in named_modules(mmdit) if isinstance(mlp, MLP)]
     try:
@@ -60,19 +64,21 @@ def _gelu(mmdit: MMDiT, form: Gelu) -> Iterator[None]:
             mlp.gelu = own
 
 
-def _functions(switches: Switches, mmdit: MMDiT) -> dict[str, TapFunction]:
+def _functions(switches: Switches, mmdit: MMDiT | ControlNet) -> dict[str, TapFunction]:
     """The functions at the tables of RoPE and at the sinusoids; none under the default switches."""
     transformer, rounding = switches.transformer, switches.time.rounding
     in_the_targets_frame = switches.references.frame == "target"
     shifted, rounded = transformer.odd_grids == "positive", transformer.rope == "rounded"
-    dtype = mmdit.proj_out.weight.dtype
+    dtype = next(mmdit.parameters()).dtype
 
     def img(table: Tensor, site: Site) -> Tensor:
         if in_the_targets_frame or shifted:
             assert isinstance(site.module, Rope)
-            rope, layout = site.module, site.labels["layout"]
-            frames = [0 if in_the_targets_frame else rope.frame(k) for k in range(len(layout.grids))]
-            table = rope_table(_img_positions(layout, frames, shifted, table.device), rope.axes)
+            rope, grids = site.module, site.labels["layout"].grids
+            if len(table) == math.prod(grids[0]):  # a ControlNet has the target alone
+                grids = grids[:1]
+            frames = [0 if in_the_targets_frame else rope.frame(k) for k in range(len(grids))]
+            table = rope_table(_img_positions(grids, frames, shifted, table.device), rope.axes)
         return table.to(dtype).to(table.dtype) if rounded else table
 
     def txt(table: Tensor, site: Site) -> Tensor:
@@ -94,9 +100,9 @@ def _functions(switches: Switches, mmdit: MMDiT) -> dict[str, TapFunction]:
     return functions
 
 
-def _img_positions(layout: Layout, frames: list[int], shifted: bool, device: torch.device) -> Tensor:
+def _img_positions(grids: Sequence[Grid], frames: list[int], shifted: bool, device: torch.device) -> Tensor:
     positions = []
-    for frame, grid in zip(frames, layout.grids, strict=True):
+    for frame, grid in zip(frames, grids, strict=True):
         odd = torch.tensor([0, grid[1] % 2, grid[2] % 2], device=device)
         own = picture_positions(frame, grid, device)
         positions.append(own + odd if shifted else own)

@@ -7,6 +7,7 @@ A tensor's values follow from its official name alone, so that the recorder (wit
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -46,6 +47,8 @@ SCHEDULER = dict(
     base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
 )  # fmt: skip
 SCHEDULES = [(2, 16), (4, 4096), (8, 3182), (28, 4107), (40, 4096), (50, 4056), (50, 8192)]  # steps, tokens
+SAMPLED = [(2, 16), (4, 4096), (8, 1024), (20, 4096), (30, 777)]  # steps, tokens; runs of samplers
+SAMPLERS = Path(__file__).parent / "samplers.safetensors"
 
 GRIDS = [(1, 3, 5), (1, 4, 2)]  # of the target and of one reference: odd, not square, not alike
 PATCH_GRIDS = [(1, 6, 10), (1, 4, 6)]  # two pictures with windows cut at the border
@@ -53,6 +56,15 @@ PATCH_GRIDS = [(1, 6, 10), (1, 4, 6)]  # two pictures with windows cut at the bo
 
 def seeded(name: str, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def sampled_latents(steps: int) -> Tensor:
+    return seeded(f"latents of {steps} steps", 2, 3, 4)
+
+
+def sampled_field(latents: Tensor, sigma: float) -> Tensor:
+    """A velocity that bends, and mixes channels."""
+    return torch.tanh(1.3 * latents + sigma) + 0.2 * latents.roll(1, -1)
 
 
 def weight(official_name: str, shape: tuple[int, ...]) -> Tensor:

@@ -12,13 +12,15 @@ from qwenedit.inputs.processor import ImageProcessorConfig, picture_patches
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import mrope_positions
-from qwenedit.sampling.scheduler import FlowMatchScheduler
+from qwenedit.sampling.samplers import sampler_of
+from qwenedit.sampling.scheduler import FlowMatchScheduler, beta_quantile
 from qwenedit.weights.configs import vision_language_config
 from qwenedit.weights.keys import NETWORKS, ours_to_official
 from tests.golden import models
 from tests.support import FP32, assert_close
 
 GOLDEN = load_file(Path(__file__).parent / "reference.safetensors")
+OTHERS = load_file(models.SAMPLERS)  # recorded by record_samplers.py
 
 
 def build(component, config):
@@ -85,6 +87,29 @@ def test_pictures():
     assert list(grid) == GOLDEN["processor.grid"][0].tolist()
     assert torch.equal(patches, GOLDEN["processor.pixel_values"])
     assert torch.equal(vae_pixels(models.picture(), 64, 32), GOLDEN["processor.vae_pixels"])
+
+
+@pytest.mark.parametrize("name", ["unipc", "stochastic", "beta"])
+@pytest.mark.parametrize("steps, tokens", models.SAMPLED)
+def test_samplers_of_a_newer_reference(name, steps, tokens):
+    """diffusers 0.42.1: UniPC from what the pipelines pass on, the stochastic step, and the curve "beta"."""
+    wanted, latents = (OTHERS[f"{name}.{steps}.{tokens}.{what}"] for what in ("sigmas", "latents"))
+    scheduler = FlowMatchScheduler(**models.SCHEDULER).curved("beta" if name == "beta" else None)
+    sigmas = scheduler.sigmas(steps, tokens)
+    torch.testing.assert_close(torch.tensor(sigmas), wanted, rtol=0, atol=2e-6)
+    assert name == "unipc" or torch.equal(torch.tensor(sigmas), wanted)
+    sampler = sampler_of("euler" if name == "beta" else name, torch.Generator().manual_seed(steps))
+    start = models.sampled_latents(steps)
+    for step in sampler(lambda x, sigma: (models.sampled_field(x, sigma), None), start, sigmas):
+        assert_close(step.after, latents[step.index], FP32)
+
+
+def test_quantiles_of_the_beta_distribution():
+    """scipy's, for the curve "beta"; the tail by its relative error."""
+    p = torch.linspace(0, 1, 201, dtype=torch.float64)
+    torch.testing.assert_close(beta_quantile(p), OTHERS["beta.quantiles"], rtol=0, atol=1e-14)
+    tail = torch.logspace(-12, -3, 10, dtype=torch.float64)
+    torch.testing.assert_close(beta_quantile(tail), OTHERS["beta.tail"], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))

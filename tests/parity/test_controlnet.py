@@ -1,6 +1,7 @@
 """ControlNets, and the transformer under their control, against diffusers with the same random weights."""
 
 import dataclasses
+import math
 
 import diffusers
 import pytest
@@ -116,29 +117,33 @@ def test_several_control_pictures_are_summed_as_in_the_reference(
 
 
 @torch.no_grad()
-def check_controlled(dtype, tolerance, config, grid, count, batch, length, masked, seed):
+def check_controlled(dtype, tolerance, config, grids, count, batch, length, masked, seed):
+    """The reference adds to all tokens: with references it gets zeros for theirs, and means the target."""
     ours, reference = test_mmdit.pair(config, seed, dtype)
-    img, txt, timestep, mask = test_mmdit.inputs(config, [grid], batch, length, masked, seed, dtype)
+    img, txt, timestep, mask = test_mmdit.inputs(config, grids, batch, length, masked, seed, dtype)
     generator = torch.Generator().manual_seed(seed + 3)
+    target = math.prod(grids[0])
     residuals = [
-        torch.randn(batch, img.shape[1], config.width, generator=generator).to(dtype) for _ in range(count)
+        torch.randn(batch, target, config.width, generator=generator).to(dtype) for _ in range(count)
     ]
+    rest = torch.zeros(batch, img.shape[1] - target, config.width, dtype=dtype)
     wanted = reference(
         hidden_states=img, encoder_hidden_states=txt, encoder_hidden_states_mask=mask, timestep=timestep,
-        img_shapes=[[grid]] * batch, controlnet_block_samples=residuals, return_dict=False,
+        img_shapes=[grids] * batch, return_dict=False,
+        controlnet_block_samples=[torch.cat([x, rest], dim=1) for x in residuals],
     )[0]  # fmt: skip
     control = spread(residuals, config.num_layers)
-    plain = ours(img, txt, timestep, [grid], mask)
-    got = ours(img, txt, timestep, [grid], mask, control=control)
+    case = img, txt, timestep, grids, mask
+    got = ours(*case, control=control)
     assert_close(got, wanted, tolerance)
-    assert not torch.equal(got, plain)
-    in_the_cache = ours(img, txt, timestep, [grid], mask, control=control, cache=RunCache(), target_only=True)
-    assert_close(in_the_cache, wanted, tolerance)
+    assert not torch.equal(got, ours(*case))
+    target_only = ours(*case, control=control, cache=RunCache(), target_only=True)
+    assert_close(target_only, wanted[:, :target], tolerance)
 
 
 CONTROLLED = dict(
     config=test_mmdit.configs().map(lambda config: dataclasses.replace(config, num_layers=5)),
-    grid=CASES["grid"],
+    grids=test_mmdit.grids,
     count=st.integers(1, 7),  # of residuals, for 5 blocks
     batch=st.integers(1, 3),
     length=st.integers(2, 9),

@@ -64,10 +64,10 @@ def cached(monkeypatch):
     ran = []
     forward = MMDiT.forward
 
-    def counted(self, *args, cache=None, target_only=False):
+    def counted(self, *args, cache=None, target_only=False, control=None):
         assert target_only == (cache is not None)
         ran.append(cache is not None)
-        return forward(self, *args, cache=cache, target_only=target_only)
+        return forward(self, *args, cache=cache, target_only=target_only, control=control)
 
     counted.__module__ = MMDiT.__module__  # so that it does not count as foreign
     monkeypatch.setattr(MMDiT, "forward", counted)
