@@ -20,7 +20,7 @@ with ended_by_interrupts():  # torch takes seconds
     from qwenedit.instruments.records import Recorder
     from qwenedit.instruments.trace import trace_ops
     from qwenedit.pipeline import QwenImageEdit, load
-    from qwenedit.switches import Guidance, References, Seen, Switches, Time, VAEPath
+    from qwenedit.switches import Guidance, Mask, References, Seen, Switches, Time, VAEPath
     from qwenedit.system import Result
     from qwenedit.taps import scope, swapped, tap_names, taps
     from qwenedit.training.loss import TrainingBatch, flow_matching_loss
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "Guidance", "QwenImageEdit", "Recorder", "References", "Result", "Seen",
-    "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
+    "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
+    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "deterministic",
     "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope", "share_from", "swapped",
     "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip

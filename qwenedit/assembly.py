@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from qwenedit.checks import warn_of_float16
+from qwenedit.family import Variant
 from qwenedit.foreign import shown
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
-from qwenedit.memory.residency import Modes, remember
+from qwenedit.memory.residency import Modes, current_modes, remember
+from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
 from qwenedit.weights.checkpoints import COMPONENTS, read_areas, read_variant, resolve
-from qwenedit.weights.loading import compare_networks, read_networks
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import Source, compare_controlnet, resolve_controlnet
+from qwenedit.weights.loading import compare_networks, read_networks, require_fitting
+from qwenedit.weights.report import Compared
 
-__all__ = ["assemble", "modes_of", "other_files"]
+__all__ = ["add_controlnets", "assemble", "compare_controlnets", "modes_of", "other_files"]
 
 Kind = TypeVar("Kind", bound=System)
 
@@ -35,9 +41,10 @@ def assemble(
     modes: Modes,
     files: Mapping[str, Path],
     text_encoder: bool,
+    controlnets: Sequence[Source],
     progress: bool,
 ) -> Kind:
-    """Check and load the components of a checkpoint, as a system of this kind.
+    """Check and load the components of a checkpoint and its ControlNets, as a system of this kind.
 
     `source` None is the embedded model; `files` is as for `compare_networks`.
 
@@ -55,9 +62,12 @@ def assemble(
         warn_of_float16(dtype)
 
     compared = compare_networks(folder, names, files)
+    config: MMDiTConfig = network_config(folder, "transformer")
+    added = compare_controlnets(controlnets, config, variant, progress=progress)
     if modes.residency == "auto":
         found = {one.report.component: one.found for one in compared}
-        modes = choose(modes, folder, found, device=device, dtype=dtype)
+        found |= {f"controlnet {number}": one.found for number, one in enumerate(added, start=1)}
+        modes = choose(modes, folder, found, added, device=device, dtype=dtype)
     loaded = read_networks(compared, device=device, dtype=dtype, progress=progress, manage=modes.manage)
     for one, network in zip(compared, loaded, strict=True):
         remember(network, one.report.component, one.found)
@@ -70,9 +80,40 @@ def assemble(
         processor=tokens_and_patches,
         variant=variant,
         areas=areas,
+        folder=folder,
     )
     system.progress = progress
+    add_controlnets(system, added)
     return system
+
+
+def compare_controlnets(
+    sources: Sequence[Source], transformer: MMDiTConfig, variant: Variant, *, progress: bool
+) -> list[Compared]:
+    """ControlNets, downloaded if need be, compared with their files; no weight is read.
+
+    Raises:
+        ValueError: a variant that takes no control pictures, or a net that does not fit the transformer.
+    """
+    if sources and variant.layered:
+        raise ValueError(f"{variant.name} takes no control pictures: ControlNets are for edit and generate")
+    paths = [resolve_controlnet(source, transformer, progress=progress) for source in sources]
+    compared = [compare_controlnet(path, transformer) for path in paths]
+    for path, one in zip(paths, compared, strict=True):
+        require_fitting(one.report, path)
+    return compared
+
+
+def add_controlnets(system: System, compared: Sequence[Compared]) -> list[AnyControlNet]:
+    """Read ControlNets in the transformer's dtype, on its device and in its memory modes; add them."""
+    modes = current_modes(system.mmdit)
+    loaded: list[Any] = read_networks(
+        compared, device=system.device, dtype=system.dtype, progress=system.progress, manage=modes.manage
+    )
+    for one, network in zip(compared, loaded, strict=True):
+        remember(network, one.report.component, one.found)
+    system.controlnets += loaded
+    return loaded
 
 
 def modes_of(

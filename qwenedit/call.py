@@ -125,11 +125,10 @@ def sources_for(call: Call, rows: Sequence[BatchRow], variant: Variant, areas: A
     if not call.starts:
         return None
     followed = [row.pictures[row.geometry.follows or 0] for row in rows]
-    nested = isinstance(call.image, Sequence) and any(isinstance(one, (list, tuple)) for one in call.image)
-    if variant.takes_several and not nested:  # the same references for every prompt
-        followed = followed[:1]
-    elif not isinstance(call.image, Sequence) or len(call.image) == 1:
-        followed = followed[:1]
+    of_each = isinstance(call.image, Sequence) and len(call.image) > 1
+    if of_each and variant.takes_several:  # a list of pictures is then that of every prompt
+        of_each = any(isinstance(one, (list, tuple)) for one in call.image)
+    followed = followed if of_each else followed[:1]
     call = dataclasses.replace(call, source=followed)
     return _sources(call, len(rows), rows[0].geometry.size, areas.token, edits=True)
 

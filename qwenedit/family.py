@@ -5,7 +5,8 @@ are those of the reference pipelines.
 
 Sources: diffusers 0.39.0, pipelines/qwenimage/pipeline_qwenimage{,_edit,_edit_plus}.py, for the templates;
 the model cards in QwenLM/Qwen-Image and QwenLM/Qwen-Image-Layered, where they differ from the defaults of the
-reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in ModelTC/Qwen-Image-Lightning.
+reference pipelines (50 steps, 4.0); `generate_with_diffusers.py` in ModelTC/Qwen-Image-Lightning;
+`inference.py` in FireRedTeam/FireRed-Image-Edit, whose checkpoints have the architecture of Edit-2509.
 """
 
 from __future__ import annotations
@@ -214,6 +215,8 @@ PRESETS = {
         Preset(name="Qwen-Image-Edit-2509", num_inference_steps=40, pictures=3),
         Preset(name="Qwen-Image-Edit-2511", num_inference_steps=40, pictures=3),
         Preset(name="Qwen-Image-Layered", layering=LAYERING),
+        Preset(name="FireRed-Image-Edit-1.0", num_inference_steps=40, pictures=3),
+        Preset(name="FireRed-Image-Edit-1.1", num_inference_steps=40, pictures=3),
         _lightning(4),
         _lightning(8),
     )
@@ -224,21 +227,29 @@ LIGHTNING = ("lightning-4", "lightning-8")
 def preset_of(folder: Path) -> Preset:
     """The preset of a checkpoint's folder, from its configs: the pipeline's class and `zero_cond_t`.
 
-    Qwen-Image-2512 has the same configs as Qwen-Image; the hub id or the folder's name distinguishes them.
+    Qwen-Image-2512 has the same configs as Qwen-Image, and FireRed-Image-Edit as Edit-2509; the hub id or the
+    folder's name distinguishes them.
 
     Raises:
         ValueError: no readable config, or a pipeline of another family.
     """
     pipeline = read_json(folder / "model_index.json").get("_class_name")
     if pipeline == "QwenImagePipeline":
-        # a snapshot in the hub's cache is models--Qwen--Qwen-Image-2512/snapshots/COMMIT
-        name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.resolve().name
-        is_2512 = "qwen-image-2512" in name.lower()
-        return PRESETS["Qwen-Image-2512" if is_2512 else "Qwen-Image"]
+        return PRESETS[_named(folder, "Qwen-Image-2512") or "Qwen-Image"]
     if pipeline == "QwenImageEditPlusPipeline":
-        zero_cond_t = read_json(folder / "transformer" / "config.json").get("zero_cond_t", False)
-        return PRESETS["Qwen-Image-Edit-2511" if zero_cond_t else "Qwen-Image-Edit-2509"]
+        if read_json(folder / "transformer" / "config.json").get("zero_cond_t", False):
+            return PRESETS["Qwen-Image-Edit-2511"]
+        return PRESETS[
+            _named(folder, "FireRed-Image-Edit-1.0", "FireRed-Image-Edit-1.1") or "Qwen-Image-Edit-2509"
+        ]
     others = {"QwenImageEditPipeline": "Qwen-Image-Edit", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}
     if pipeline not in others:
         raise ValueError(f"{folder} is a {pipeline}: there is no preset for it")
     return PRESETS[others[pipeline]]
+
+
+def _named(folder: Path, *presets: str) -> str | None:
+    """The one of these that is in the hub id or the folder's name."""
+    # a snapshot in the hub's cache is models--Qwen--Qwen-Image-2512/snapshots/COMMIT
+    name = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.resolve().name
+    return next((preset for preset in presets if preset.lower() in name.lower()), None)

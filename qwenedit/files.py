@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -224,6 +225,32 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`: renamed to `path` if the block succeeds, removed if it fails.
+
+    Raises:
+        ValueError: there is something at `path` already, other than an empty folder; or no folder to make it
+            in.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise ValueError(f"{shown(path)} exists and is not an empty folder, wanted a new one to write to")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {shown(path)}: there is no folder {shown(path.absolute().parent)}")
+    temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=_TEMPORARY))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes the folder private
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:

@@ -6,26 +6,33 @@
     pipe.set_adapters(["style"], [0.5])
     pipe.unload_lora_weights()           # restores the original modules
 
+    name = pipe.add_lora(rank=8)         # a new one, to train
+    optimiser = torch.optim.AdamW(pipe.lora_parameters(name).values())
+    pipe.save_lora_weights("lora.safetensors")
+
 A layer's low-rank part is kept beside its weight until `fuse_lora` adds it to the weight.
-weights/lora_files.py reads the files.
+weights/lora_files.py reads the files, weights/lora_saving.py writes them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from qwenedit.checks import real_number, without_reference_options
+from qwenedit.checks import hinting, real_number, whole_number, without_reference_options
 from qwenedit.foreign import printable_name, shown
 from qwenedit.memory.residency import home, require_staying
-from qwenedit.networks.low_rank import Change, Kronecker, LowRank, LowRankLinear
+from qwenedit.networks.low_rank import Change, Delta, Kronecker, LowRank, LowRankLinear
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.weights.lora_files import CONFIG, read_lora
+from qwenedit.weights.lora_saving import write_lora
+from qwenedit.weights.lora_targets import linear_layers, target_layers
 
 __all__ = ["Loras"]
 
@@ -84,33 +91,107 @@ class Loras:
         hub = without_reference_options(options, _OPTIONS)
         if unknown := hub.keys() - set(_HUB_OPTIONS):
             raise TypeError(f"load_lora_weights has no option {', '.join(sorted(unknown))}")
-        taken = self.loras
-        if adapter_name is not None:
-            printable_name(adapter_name, "adapter_name")
-            if adapter_name in taken:
-                raise ValueError(
-                    f"a LoRA called {adapter_name!r} is loaded already: pass another adapter_name"
-                )
+        self._require_free(adapter_name)
         if not isinstance(source, Mapping):
             source = _file(source, weight_name, subfolder, hub)
-        name = adapter_name or _free_name(source, taken)
+        name = adapter_name or _free_name(source, self.loras)
         deltas = read_lora(source, self.mmdit, what=f"the LoRA {name!r}", prefix=prefix)
-        made: list[tuple[str, LowRankLinear, Change]] = []
+        changes = {}
         for path, delta in deltas.items():
             layer = self.mmdit.get_submodule(path)
-            if isinstance(layer, nn.Linear):
-                layer = LowRankLinear(layer)
-            assert isinstance(layer, LowRankLinear)
-            weight = layer.base.weight
+            weight = (layer.base if isinstance(layer, LowRankLinear) else layer).weight
+            assert isinstance(weight, Tensor)
             like = torch.empty(0, dtype=weight.dtype, device=home(self.mmdit)) if weight.is_meta else weight
             kind = Kronecker if delta.kronecker else LowRank
-            made.append((path, layer, kind(name, delta, like, scale)))
-        for change in _changes(self.mmdit):
-            change.active = change.disabled = False
-        for path, layer, change in made:
-            parent, _, child = path.rpartition(".")
-            setattr(self.mmdit.get_submodule(parent), child, layer)
-            layer.held.append(change)
+            changes[path] = kind(name, delta, like, scale)
+        _place(self.mmdit, changes)
+
+    @hinting
+    def add_lora(
+        self,
+        adapter_name: str | None = None,
+        *,
+        rank: int = 16,
+        alpha: float = 16.0,
+        targets: str = "attention",
+        dropout: float = 0.0,
+        generator: Generator | None = None,
+    ) -> str:
+        """Add a new LoRA to train, make it the only active one, and return its name.
+
+        Its parameters are the transformer's only ones that require a gradient. They are float32, whatever the
+        weights are. It starts without effect, because `up` is 0. Besides, it is like a loaded one.
+
+        Args:
+            adapter_name: by default lora, lora-2, ...
+            rank, alpha: the change is alpha / rank * up @ down.
+            targets: the layers. "attention" are the 8 of each attention; "diffusers", "musubi", "diffsynth"
+                and "ai_toolkit" are those that these trainers choose; any other text is a regular expression
+                for the whole of official names (`weights.lora_targets`).
+            dropout: share of a layer's inputs that are dropped while `pipe.mmdit` is in training mode.
+            generator: draws `down`, on the CPU; None for torch's own.
+
+        Raises:
+            ValueError: bad arguments, layers that no name matches, or weights that do not stay in memory.
+        Source: `LoraLayer.reset_lora_parameters` of peft 0.18: `down` Kaiming uniform with a = sqrt(5), which
+            is within 1 / sqrt(inputs), `up` 0.
+        """
+        rank = whole_number("rank", rank)
+        alpha, dropout = real_number("alpha", alpha), real_number("dropout", dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, wanted at least 0 and below 1")
+        self._require_free(adapter_name)
+        name = adapter_name or _free_name("lora", self.loras)
+        paths = target_layers(self.mmdit, targets)
+        require_staying(self.mmdit, list(self.mmdit.parameters()), "add_lora trains beside weights")
+        like = torch.empty(0, dtype=torch.float32, device=home(self.mmdit))
+        changes = {}
+        for path in paths:
+            layer = self.mmdit.get_submodule(path)
+            linear = layer.base if isinstance(layer, LowRankLinear) else layer
+            assert isinstance(linear, nn.Linear)
+            down = torch.empty(rank, linear.in_features)
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+            delta = Delta(down, torch.zeros(linear.out_features, rank), alpha / rank)
+            changes[path] = LowRank(name, delta, like, dropout=dropout)
+        self.mmdit.requires_grad_(False)
+        for change in changes.values():
+            change.requires_grad_(True)
+        _place(self.mmdit, changes)
+        return name
+
+    def lora_parameters(self, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+        """The parameters of a LoRA, by layer and part, like "blocks.0.attn.img_q.down".
+
+        Those of a loaded LoRA are in the weights' dtype and require no gradient, until you set it.
+
+        Args:
+            adapter_name: by default the only active one.
+
+        Raises:
+            ValueError: it is not loaded; without a name, not exactly one is active.
+        """
+        changes = _changes_of(self.mmdit, self._one(adapter_name))
+        return {f"{path}.{part}": x for path, one in changes.items() for part, x in one.named_parameters()}
+
+    def save_lora_weights(
+        self, file: str | os.PathLike[str], adapter_name: str | None = None, *, layout: str = "diffusers"
+    ) -> None:
+        """Write a LoRA as a safetensors file, whole or not at all.
+
+        Args:
+            adapter_name: by default the only active one.
+            layout: "diffusers" (with peft's metadata), "comfyui" or "kohya"; this library reads all three.
+
+        Raises:
+            ValueError: as `lora_parameters`; a layout that cannot hold this LoRA (see `write_lora`); a file
+                that cannot be written.
+        """
+        name = self._one(adapter_name)
+        changes = _changes_of(self.mmdit, name)
+        official = {ours: official for official, ours in linear_layers(self.mmdit).items()}
+        by_official = {official[path]: change for path, change in changes.items()}
+        write_lora(file, by_official, layout, f"the LoRA {name!r}")
 
     def set_adapters(
         self,
@@ -206,7 +287,9 @@ class Loras:
             for owner, child, layer in _places(self.mmdit)
             if (chosen := [one for one in layer.changes if one.name in names])
         ]
-        require_staying(self.mmdit, [layer.base.weight for _, _, layer, _ in places], "fuse_lora")
+        require_staying(
+            self.mmdit, [layer.base.weight for _, _, layer, _ in places], "fuse_lora changes weights"
+        )
         if safe_fusing:
             for _, child, layer, chosen in places:
                 if not all(x.isfinite().all() for x in layer.fused(chosen, lora_scale)):
@@ -227,6 +310,23 @@ class Loras:
             f"a LoRA that is fused into {', '.join(_names(components))} stays: load the model again; LoRAs "
             "that are not fused are switched by set_adapters, disable_lora and unload_lora_weights"
         )
+
+    def _require_free(self, name: str | None) -> None:
+        if name is not None and printable_name(name, "adapter_name") in self.loras:
+            raise ValueError(f"a LoRA called {name!r} is loaded already: pass another adapter_name")
+
+    def _one(self, name: str | None) -> str:
+        """The name of a loaded LoRA; by default of the only active one."""
+        if name is not None:
+            self._require_loaded([name])
+            return name
+        active = self.get_active_adapters()
+        if len(active) != 1:
+            raise ValueError(
+                f"{len(active)} LoRAs are active, so adapter_name is wanted; loaded are "
+                f"{', '.join(self.loras) or 'none'}"
+            )
+        return active[0]
 
     def _require_loaded(self, names: Iterable[str]) -> None:
         loaded = self.loras
@@ -253,6 +353,26 @@ def _places(mmdit: MMDiT) -> Iterator[tuple[nn.Module, str, LowRankLinear]]:
 
 def _changes(mmdit: MMDiT) -> list[Change]:
     return [change for _, _, layer in _places(mmdit) for change in layer.changes]
+
+
+def _changes_of(mmdit: MMDiT, name: str) -> dict[str, Change]:
+    """The changes of one LoRA, by layer."""
+    layers = ((path, one) for path, one in mmdit.named_modules() if isinstance(one, LowRankLinear))
+    return {path: change for path, layer in layers for change in layer.changes if change.name == name}
+
+
+def _place(mmdit: MMDiT, changes: Mapping[str, Change]) -> None:
+    """Put the changes of a new LoRA beside their layers, and make it the only active one."""
+    for change in _changes(mmdit):
+        change.active = change.disabled = False
+    for path, change in changes.items():
+        layer = mmdit.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            parent, _, child = path.rpartition(".")
+            layer = LowRankLinear(layer).train(layer.training)
+            setattr(mmdit.get_submodule(parent), child, layer)
+        assert isinstance(layer, LowRankLinear)
+        layer.held.append(change.train(layer.training))
 
 
 def _keep(owner: nn.Module, child: str, layer: LowRankLinear, changes: list[Change]) -> None:

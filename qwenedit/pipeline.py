@@ -1,65 +1,56 @@
 """The components tied together: pictures and prompts in, pictures out.
 
-    condition   pictures and prompts -> Conditioning     (vision_language, vae.encode)
-    steps       Conditioning -> the sampler's loop       (mmdit)
-    decode      latents -> pixels                        (vae.decode)
-
-`edit` and `generate` are these three in a row; each can be called alone.
+`edit` and `generate` are `condition`, `steps` and `decode` in a row; parts.py has them one by one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from qwenedit.assembly import assemble, modes_of, other_files
+from qwenedit.assembly import add_controlnets, assemble, compare_controlnets, modes_of, other_files
 from qwenedit.call import (
     MAX_TOKENS,
     Call,
     EditOptions,
     GenerateOptions,
-    SampleOptions,
     sources_for,
-    sources_under,
 )
 from qwenedit.checks import (
-    check_output_type,
     check_run,
     device_of,
     dtype_of,
     hinting,
     without_reference_options,
 )
-from qwenedit.encoding.conditioning import Conditioning
+from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
+from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
-from qwenedit.reference_scripts import ReferenceScripts
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.reference_scheduler import from_reference
-from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.samplers import Sampler
-from qwenedit.sampling.switched import require_encoded, require_pictures
+from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
-from qwenedit.system import Result, Run
+from qwenedit.system import Result
 from qwenedit.weights.checkpoints import find_local
+from qwenedit.weights.controlnets import Source, sources_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["QwenImageEdit", "load"]
 
-Pictures: TypeAlias = "Image.Image | Sequence[Any]"
 
-
-class QwenImageEdit(Loras, ReferenceScripts):
+class QwenImageEdit(Loras, Parts):
     """The whole system: the components, which `System` lists, with editing, generation and LoRAs."""
 
     @classmethod
@@ -87,6 +78,39 @@ class QwenImageEdit(Loras, ReferenceScripts):
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
+
+    def load_controlnet(self, source: Source) -> AnyControlNet:
+        """Load a ControlNet for this pipeline's transformer, and append it to `controlnets`.
+
+        It runs in the transformer's dtype, on its device and in its memory modes. LoRAs do not act on it.
+
+        Args:
+            source: hub id ("InstantX/Qwen-Image-ControlNet-Union"), folder or file: a net of InstantX's kind,
+                with or without its config, or a blockwise net of DiffSynth, recognised by its tensors.
+
+        Raises:
+            ValueError: no such ControlNet, or one that does not fit the transformer. The pipeline is then as
+                it was.
+        """
+        config = self.mmdit.config
+        compared = compare_controlnets(sources_of([source]), config, self.variant, progress=self.progress)
+        (net,) = add_controlnets(self, compared)
+        return net
+
+    @hinting
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the checkpoint to a new folder in the official layout, whole or not at all.
+
+        The reference loads it, and so does `load`, bit by bit in the networks' dtypes. Files of weights have
+        at most 5 GB; one at a time is in memory. Weights that are not in memory are read from the
+        checkpoint's files. Tokenizer, processor and configs are copied from there.
+
+        Raises:
+            ValueError: LoRAs that are not fused; a pipeline without its text encoder, or that `load` did not
+                make; a folder that is not empty or cannot be made; files of the checkpoint that are gone.
+        Source: `DiffusionPipeline.save_pretrained` of diffusers 0.39.0, which writes into any folder.
+        """
+        save(self, folder)
 
     @overload
     def edit(
@@ -297,141 +321,6 @@ class QwenImageEdit(Loras, ReferenceScripts):
             )
         )  # fmt: skip
 
-    @hinting
-    @torch.no_grad()
-    def condition(
-        self,
-        image: Image.Image | Sequence[Any] | None,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = " ",
-        height: int | None = None,
-        width: int | None = None,
-        switches: Switches | None = None,
-    ) -> Conditioning:
-        """The conditioning of a run of `edit`, or of `generate` without an image.
-
-        From a saved conditioning the run can be repeated without the text encoder and the VAE's encoder:
-        `pipe.sample(Conditioning.load("edit.safetensors"))`. Only the switches about encoding act here
-        (`switches.encoding`); give the same switches to `steps` or `sample` for the others.
-        """
-        require_flat(self.variant)
-        rows = rows_of(prompt, negative_prompt, image, self.variant, self.areas, height, width)
-        switches = switches_of(switches)
-        require_pictures(switches, image is not None)
-        return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
-
-    @hinting
-    def steps(
-        self,
-        conditioning: Conditioning,
-        *,
-        image: Pictures | None = None,
-        mask_image: Pictures | None = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        true_cfg_scale: float = 4.0,
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        generator: Generator | Sequence[Generator] | None = None,
-        latents: Tensor | None = None,
-        sampler: str | Sampler | None = None,
-        switches: Switches | None = None,
-        control_image: Any = None,
-        control_mask: Any = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-    ) -> Iterator[Step]:
-        """The sampler's loop under a conditioning, one `Step` at a time; the result is the last's `after`.
-
-        `image` is the picture to start from, or one for each row; it takes a mask and a strength as in
-        `edit`. By default the strength is 1 if the conditioning has pictures, else 0.6.
-
-        Unlike `edit` it leaves gradients to the caller: wrap it in `torch.no_grad()` if you want none.
-        """
-        call = Call(
-            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
-            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, sampler=sampler, switches=switches,
-            control_image=control_image, control_mask=control_mask,
-            controlnet_conditioning_scale=controlnet_conditioning_scale,
-            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
-        )  # fmt: skip
-        return self._steps(conditioning, self._run_under(conditioning, call))
-
-    @overload
-    def sample(
-        self,
-        conditioning: Conditioning,
-        *,
-        output_type: Literal["pil"] = "pil",
-        **options: Unpack[SampleOptions],
-    ) -> Result[list[Image.Image]]: ...
-
-    @overload
-    def sample(
-        self,
-        conditioning: Conditioning,
-        *,
-        output_type: Literal["pt", "latent"],
-        **options: Unpack[SampleOptions],
-    ) -> Result[Tensor]: ...
-
-    @overload
-    def sample(
-        self, conditioning: Conditioning, *, output_type: str, **options: Unpack[SampleOptions]
-    ) -> Result[Any]: ...
-
-    @hinting
-    @torch.no_grad()
-    def sample(
-        self,
-        conditioning: Conditioning,
-        *,
-        image: Pictures | None = None,
-        mask_image: Pictures | None = None,
-        strength: float | None = None,
-        padding_mask_crop: int | None = None,
-        true_cfg_scale: float = 4.0,
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        generator: Generator | Sequence[Generator] | None = None,
-        latents: Tensor | None = None,
-        sampler: str | Sampler | None = None,
-        output_type: str = "pil",
-        switches: Switches | None = None,
-        control_image: Any = None,
-        control_mask: Any = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-    ) -> Result[Any]:
-        """Run all `steps`, with the same arguments, and decode: the part of `edit` after `condition`."""
-        check_output_type(output_type)
-        call = Call(
-            source=image, mask_image=mask_image, strength=strength, padding_mask_crop=padding_mask_crop,
-            true_cfg_scale=true_cfg_scale, num_inference_steps=num_inference_steps, sigmas=sigmas,
-            generator=generator, latents=latents, sampler=sampler, output_type=output_type, switches=switches,
-            control_image=control_image, control_mask=control_mask,
-            controlnet_conditioning_scale=controlnet_conditioning_scale,
-            control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
-        )  # fmt: skip
-        run = self._run_under(conditioning, call)
-        return self._finish(self._steps(conditioning, run), run, output_type)
-
-    def _run_under(self, conditioning: Conditioning, call: Call) -> Run:
-        """The checked run of a call under a conditioning that is there already."""
-        switches = switches_of(call.switches)
-        # The default negative prompt " " gives no warning if the run is unguided.
-        negative = None if conditioning.negative is None else " "
-        guidance = guidance_of(call.true_cfg_scale, negative, switches)
-        pictures = [len(row) for row in conditioning.reference_grids]
-        sources = sources_under(call, conditioning, self.areas.token)
-        run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance, sources)
-        require_encoded(switches, conditioning)
-        return run
-
     def _run(self, call: Call) -> Result[Any]:
         """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)
@@ -461,6 +350,7 @@ def load(
     mmdit: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
     text_encoder: bool | str | os.PathLike[str] = True,
+    controlnet: Source | Sequence[Source] | None = None,
     progress: bool = True,
     compile: bool = False,
     residency: str = "auto",
@@ -481,6 +371,7 @@ def load(
             `zero_cond_t` on.
         text_encoder: likewise a file; False omits the text encoder (16.6 GB in the official checkpoints), for
             runs from a saved `Conditioning`.
+        controlnet: a ControlNet, or a list of them: see `load_controlnet`.
         progress: progress bars on stderr, if that is a terminal.
         compile: compile the transformer's blocks with torch.compile on their first run; all blocks and all
             sizes share one compilation. Last bits differ; under taps and hooks the blocks run uncompiled.
@@ -505,10 +396,10 @@ def load(
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()
-    files = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder)
+    files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
-        text_encoder=text_encoder not in (False, None), progress=progress,
+        text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

@@ -59,7 +59,6 @@ _SLICING = "set pipe.micro_batch = 1 to decode one picture at a time"
 _TILING = "decoding needs little memory: leave the line out"
 _LEFT_OUT = "there is nothing to undo: leave the line out"
 _REMEDIES = {
-    "save_pretrained": "copy the checkpoint's folder; torch.save(pipe.mmdit.state_dict(), FILE) keeps edits",
     "components": "the parts are pipe.mmdit, vae, vision_language, processor and scheduler",
     "image_processor": "pictures are prepared within pipe.edit; see qwenedit.inputs.pictures",
     "enable_group_offload": "load(residency='stream')",
@@ -277,8 +276,8 @@ class ReferenceScripts(Layers):
             device = f"{self.device.type}:{gpu_id}"
         if device is not None:
             device = device_of(device)
-        networks = [one for one in (self.vision_language, self.vae, self.mmdit) if one is not None]
-        read_when_needed(networks, residency, self.progress)
+        networks = (self.vision_language, self.vae, self.mmdit, *self.controlnets)
+        read_when_needed([one for one in networks if one is not None], residency, self.progress)
         if device is not None:
             self.to(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.encoding.sources import draw_masked, mask_tokens, source_latents, with_source
 from qwenedit.family import Variant
-from qwenedit.inputs.controls import ControlInput, controls_of
+from qwenedit.inputs.controls import AnyControlNet, ControlInput, controls_of
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.masks import Sources, laid_back
 from qwenedit.inputs.pictures import denormalise_pixels, to_pil
@@ -24,14 +25,13 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import Grid, denormalise, generators_of, initial_noise, unpack
 from qwenedit.memory.residency import home, move, present, while_present
-from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.preserve import Kept, noised
-from qwenedit.sampling.sampler import Predict, Preserve, Step
+from qwenedit.sampling.sampler import Predict, Preserve, Step, checked
 from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.sampling.switched import (
@@ -132,6 +132,8 @@ class System:
         controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
             all of them.
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
+        check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
+            and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
     """
 
     vision_language: VisionLanguage | None
@@ -144,8 +146,10 @@ class System:
     progress: bool = True
     share_prefix: bool = False
     micro_batch: int | None = None
-    controlnets: list[ControlNet] = field(default_factory=list)
+    controlnets: list[AnyControlNet] = field(default_factory=list)
     sampler: str | Sampler | None = None
+    check_finite: bool = True
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +177,8 @@ class System:
         parts = denormalise(raw, config.latents_mean, config.latents_std).split(at_once)
         with present(self.vae):
             pixels = torch.cat([self.vae.decode(part)[:, :, 0] for part in parts])
-        require_finite(pixels, "VAE decoder: the picture")
+        if self.check_finite:
+            require_finite(pixels, "VAE decoder: the picture")
         return denormalise_pixels(pixels)
 
     def prepare(
@@ -306,13 +311,15 @@ class System:
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:
         sampler = sampler_of(run.sampler, run.generator)
-        return sampler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+        steps = sampler(predict, start.latents, run.sigmas, run.guidance, start.preserve)
+        return checked(steps) if self.check_finite else steps
 
     def _finish(self, steps: Iterator[Step], run: Run, output_type: str) -> Result[Any]:
         """Take all steps, under a progress bar, and make the result."""
         bar = progress_bar(steps, progress=self.progress, total=run.predictions, desc="sampling")
         (last,) = deque(bar, maxlen=1)
-        require_finite(last.after, "sampler: the final latents")
+        if self.check_finite:
+            require_finite(last.after, "sampler: the final latents")
         if output_type == "latent":
             return Result(last.after)
         images = self._images(last.after, run.grid, output_type)

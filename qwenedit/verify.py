@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,16 @@ from qwenedit.family import Variant
 from qwenedit.foreign import shown
 from qwenedit.inputs.processor import Processor
 from qwenedit.latents import PATCH
+from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.weights.checkpoints import COMPONENTS, download_plan, find_local, is_local, read_variant
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import (
+    Source,
+    compare_controlnet,
+    controlnet_download,
+    find_controlnet,
+)
 from qwenedit.weights.report import Report, compare
 
 __all__ = ["Verification", "check_together", "describe", "verify"]
@@ -91,19 +98,26 @@ def verify(
     *,
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
+    controlnets: Sequence[Source] = (),
 ) -> Verification:
     """Compare every tensor of a checkpoint with the model. Only headers are read; None is the embedded model.
 
-    `files` is as for `compare_networks`. Nothing is downloaded.
+    `files` is as for `compare_networks`; `controlnets` are compared, too. Nothing is downloaded.
 
     Raises:
-        ValueError: no checkpoint on this machine, a broken file, or another family.
+        ValueError: no checkpoint on this machine, a broken file, another family, or a ControlNet that does
+            not fit the transformer.
     """
     folder = find_local(source, revision)
     variant = read_variant(folder)
     load_scheduler(folder)
     files = files or {}
     reports = [compare(folder, component, files.get(component)).report for component in COMPONENTS]
+    config: MMDiTConfig = network_config(folder, "transformer")
+    for net in controlnets:
+        if (path := find_controlnet(net)) is None:
+            raise ValueError(f"{net} is not on this machine: load it once, or run `hf download {net}`")
+        reports.append(compare_controlnet(path, config).report)
     return Verification(folder, variant, reports)
 
 
@@ -112,12 +126,17 @@ def describe(
     *,
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
+    controlnets: Sequence[Source] = (),
 ) -> str:
     """What a checkpoint holds; for a hub id that is not completely cached, what would be downloaded.
 
     Raises:
         ValueError: as `verify`.
     """
-    if not is_local(source, revision, without=files or {}):
-        return download_plan(str(source), revision, without=files or {})
-    return str(verify(source, revision=revision, files=files))
+    here = [net for net in controlnets if find_controlnet(net) is not None]
+    downloads = [controlnet_download(net) for net in controlnets if net not in here]
+    if is_local(source, revision, without=files or {}):
+        own = str(verify(source, revision=revision, files=files, controlnets=here))
+    else:
+        own = download_plan(str(source), revision, without=files or {})
+    return "\n".join([own, *downloads])

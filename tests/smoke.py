@@ -116,6 +116,14 @@ def switched(**switches: object) -> Callable[[], object]:
     return lambda: edit(switches=qwenedit.Switches(**switches))
 
 
+def masked() -> None:
+    mask, switches = Image.new("L", picture.size, 255), qwenedit.Switches(mask=qwenedit.Mask(preserve="x0"))
+    edit(mask_image=mask, strength=0.8, switches=switches)
+    pipe.generate(
+        "a red circle", image=picture, mask_image=mask, padding_mask_crop=4, height=64, width=64, **RUN
+    )
+
+
 def swept() -> None:
     Path("spec.toml").write_text(SPEC)
     assert not qwenedit.ablate("spec.toml", "sweep", device="cpu", progress=False).failed
@@ -125,6 +133,7 @@ NAMES: dict[str, Callable[[], object]] = {
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
     "Guidance": switched(guidance=qwenedit.Guidance(norm="none")),
+    "Mask": masked,
     "QwenImageEdit": lambda: qwenedit.QwenImageEdit.from_pretrained(torch_dtype=torch.float32),
     "Recorder": recorded,
     "References": switched(references=qwenedit.References(latents="left_out")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests import tiny_tokenizer
 
 _DATA = Path(__file__).parent / "data"
 _KEYS = {"text_encoder": "text_encoder_hub", "transformer": "transformer", "vae": "vae_rgb"}
+_BLOCKS = {
+    "transformer": r"transformer_blocks\.", "language": r"model\.layers\.", "vision": r"visual\.blocks\.",
+}  # fmt: skip
 _BYTES = 2  # of a bfloat16
 _VOCABULARY = 151_643  # of the official tokenizer, before its added tokens
 
@@ -40,16 +44,20 @@ def write_sparse(
     variant: str = "Qwen-Image-Edit-2511",
     *,
     areas: Mapping[str, int] | None = None,
+    blocks: Mapping[str, int] | None = None,
 ) -> Path:
     """Write a variant of tests/data/official_configs.json into a folder, made if need be.
 
-    `areas` goes to model_index.json: {"vae_area": 256 * 256, "vl_area": 112 * 112} makes a run short. The
-    tokenizer has the official number of tokens, most of which no text is made of.
+    `blocks` cuts the depth of "transformer" (60), "language" (28) and "vision" (32). `areas` goes to
+    model_index.json: {"vae_area": 256 * 256, "vl_area": 112 * 112} makes a run short. The tokenizer has the
+    official number of tokens, most of which no text is made of.
     """
     folder = Path(folder)
     files = json.loads((_DATA / "official_configs.json").read_text())[variant]
     if areas is not None:
         files["model_index.json"]["_qwenedit"] = dict(areas)
+    blocks = blocks or {}
+    _cut_configs(files["transformer/config.json"], files["text_encoder/config.json"], blocks)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         tiny_tokenizer.dump(folder / name, content)
@@ -57,11 +65,37 @@ def write_sparse(
     if "processor/preprocessor_config.json" in files:
         write_tokenizer(folder / "processor")
     several = "2509" in variant or "2511" in variant  # these two came in larger shards
+    own = json.loads((_DATA / "keys" / "layered.json").read_text()) if "Layered" in variant else {}
     for component, limit in (("text_encoder", 5), ("transformer", 10 if several else 5), ("vae", 10)):
         shapes = json.loads((_DATA / "keys" / f"{_KEYS[component]}.json").read_text())
+        shapes |= own.get(component, {})
+        shapes = {name: shape for name, shape in shapes.items() if _within(name, blocks)}
         stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
         _write_weights(folder / component, stem, shapes, limit * 10**9)
     return folder
+
+
+def _cut_configs(transformer: dict, text_encoder: dict, blocks: Mapping[str, int]) -> None:
+    if "transformer" in blocks:
+        transformer["num_layers"] = blocks["transformer"]
+    if "language" in blocks:
+        for config in (text_encoder, text_encoder.get("text_config", {})):
+            config["num_hidden_layers"] = blocks["language"]
+            config["layer_types"] = ["full_attention"] * blocks["language"]
+    if "vision" in blocks:
+        vision = text_encoder["vision_config"]
+        vision["depth"] = blocks["vision"]
+        vision["fullatt_block_indexes"] = [
+            index for index in vision["fullatt_block_indexes"] if index < blocks["vision"]
+        ]
+
+
+def _within(name: str, blocks: Mapping[str, int]) -> bool:
+    """False for a weight of a block that was cut."""
+    for what, start in _BLOCKS.items():
+        if (found := re.match(rf"{start}(\d+)\.", name)) and int(found[1]) >= blocks.get(what, 1000):
+            return False
+    return True
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import qwenedit
 from qwenedit import mini
 from qwenedit.cli import options as cli
-from qwenedit.family import LIGHTNING, PRESETS, preset_of
+from qwenedit.family import LIGHTNING, PRESETS, VARIANTS, preset_of
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.sampling.switched import schedule
 from qwenedit.switches import Guidance, Switches, Time
@@ -19,6 +20,7 @@ from tests.tiny import checkpoint
 DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "sampling.json").read_text())
 CONFIGS = json.loads((DATA / "official_configs.json").read_text())
+FIRERED = ("FireRed-Image-Edit-1.0", "FireRed-Image-Edit-1.1")  # with the configs of Edit-2509
 
 
 def folder_of(root, name, model):
@@ -31,8 +33,8 @@ def folder_of(root, name, model):
 
 
 def test_the_table_is_that_of_the_model_cards():
-    assert set(CONFIGS) | set(LIGHTNING) == set(PRESETS)
-    for name in CONFIGS:
+    assert {*CONFIGS, *FIRERED, *LIGHTNING} == set(PRESETS)
+    for name in (*CONFIGS, *FIRERED):
         official = OFFICIAL[name]
         official = OFFICIAL[official["same_as"]] if "same_as" in official else official
         preset = PRESETS[name]
@@ -66,6 +68,28 @@ def test_official_checkpoints_are_recognised(tmp_path, model):
     nameless = {"Qwen-Image-2512": "Qwen-Image"}.get(model, model)  # their configs are the same
     assert preset_of(folder_of(tmp_path, "some/folder", model)) is PRESETS[nameless]
     assert find_preset(f"Qwen/{model}") is PRESETS[model]
+
+
+@pytest.mark.parametrize("model", FIRERED)
+def test_firered_is_edit_2509_by_its_configs_and_itself_by_its_name(tmp_path, model):
+    cached = f"models--FireRedTeam--{model}/snapshots/{'1' * 40}"
+    for name in (model, model.lower(), cached):
+        assert preset_of(folder_of(tmp_path, name, "Qwen-Image-Edit-2509")) is PRESETS[model]
+    assert preset_of(folder_of(tmp_path, "mine", "Qwen-Image-Edit-2509")).name == "Qwen-Image-Edit-2509"
+    wrong = folder_of(tmp_path, f"{model}/other", "Qwen-Image-Edit-2511")
+    assert preset_of(wrong).name == "Qwen-Image-Edit-2511"
+    assert find_preset(f"FireRedTeam/{model}") is PRESETS[model]
+
+
+def test_firered_loads_as_it_is(tmp_path, capsys):
+    folder = Path(shutil.copytree(checkpoint("plus"), tmp_path / "FireRed-Image-Edit-1.1"))
+    pipe = qwenedit.load(folder, device="cpu", progress=False)
+    assert pipe.variant is VARIANTS["QwenImageEditPlusPipeline"] and not pipe.mmdit.config.zero_cond_t
+    assert cli.main(["info", str(folder)]) == 0
+    wanted = (
+        "preset FireRed-Image-Edit-1.1: 40 steps, true_cfg_scale 4.0, negative prompt ' '; made for 1 to 3"
+    )
+    assert wanted in capsys.readouterr().out
 
 
 def test_configs_weigh_more_than_names(tmp_path):

@@ -138,23 +138,36 @@ def test_a_run_under_a_conditioning_is_the_whole_run(edit, plus, scene, other, t
     assert whole.size == again.size == (64, 64)
 
 
-def test_rows_of_a_batch_are_their_single_runs(edit, plus, scene, other):
+def test_rows_of_a_batch_are_their_single_runs(edit, plus, scene, other, monkeypatch):
     masks = [LEFT, boxed((0, 24, 63, 63))]
     options = {"strength": 0.8, "num_inference_steps": 3, "output_type": "latent"}
     for pipe, images in ((edit, [scene, other]), (plus, [[other, scene], [other]])):
-        pipe.micro_batch = 1
-        try:
-            prompts = [PROMPT, "remove the square, 把它去掉"]
-            both = pipe.edit(
-                images, prompts, mask_image=masks, generator=[generator(1), generator(2)], **options
+        monkeypatch.setattr(pipe, "micro_batch", 1)
+        prompts = [PROMPT, "remove the square, 把它去掉"]
+        both = pipe.edit(
+            images, prompts, mask_image=masks, generator=[generator(1), generator(2)], **options
+        ).images
+        for k in range(2):
+            alone = pipe.edit(
+                images[k], prompts[k], mask_image=masks[k], generator=generator(k + 1), **options
             ).images
-            for k in range(2):
-                alone = pipe.edit(
-                    images[k], prompts[k], mask_image=masks[k], generator=generator(k + 1), **options
-                ).images
-                assert torch.equal(both[k : k + 1], alone)
-        finally:
-            pipe.micro_batch = None
+            assert torch.equal(both[k : k + 1], alone)
+
+
+def test_several_outputs_of_several_pictures_are_prompt_major(edit, scene, other, monkeypatch):
+    """A picture's sample is drawn by the generator of its first output; the noises row by row."""
+    monkeypatch.setattr(edit, "micro_batch", 1)
+    images, masks, prompts = [scene, other], [LEFT, boxed((0, 24, 63, 63))], [PROMPT, "remove the square"]
+    options = {"strength": 0.8, "num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": 2}
+    all_four = edit.edit(
+        images, prompts, mask_image=masks, generator=[generator(k) for k in range(4)], **options
+    ).images
+    for k in range(2):
+        two = edit.edit(
+            images[k], prompts[k], mask_image=masks[k], generator=[generator(2 * k), generator(2 * k + 1)],
+            **options,
+        ).images  # fmt: skip
+        assert torch.equal(all_four[2 * k : 2 * k + 2], two)
 
 
 def test_crops_of_a_batch_are_laid_back_each_into_its_picture(edit, scene, other):
@@ -357,8 +370,10 @@ def test_bad_input_of_other_calls(edit, scene):
         edit.generate(PROMPT, image=[scene, scene])
     with pytest.raises(ValueError, match="masked_image_latents is Tensor, wanted None"):
         edit(scene, PROMPT, mask_image=WHITE, masked_image_latents=torch.zeros(1))
-    with pytest.raises(TypeError, match="did you mean"):
+    with pytest.raises(TypeError, match="did you mean mask_image"):
         edit(scene, PROMPT, mask=WHITE)
+    with pytest.raises(TypeError, match="did you mean strength"):
+        edit.edit(scene, PROMPT, mask_image=WHITE, denoise=0.5)
     with pytest.warns(UserWarning, match="height and width have no effect with a mask"):
         made = edit(scene, PROMPT, " ", mask_image=WHITE, height=32, width=32, num_inference_steps=2).images
     assert made[0].size == (64, 64)

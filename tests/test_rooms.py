@@ -22,7 +22,9 @@ TIED = (
     "layered",
     "reference_call",
     "reference_scripts",
+    "parts",
     "verify",
+    "saving",
     "assembly",
     "pipeline",
 )

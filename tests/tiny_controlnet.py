@@ -1,4 +1,6 @@
-"""Tiny ControlNets in the official layout, written by the reference library, with random weights."""
+"""Tiny ControlNets with random weights: in the official layout, written by the reference library, or
+blockwise ones in DiffSynth's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ import json
 from pathlib import Path
 
 import diffusers
+import safetensors.torch
 
+from qwenedit.networks.blockwise_controlnet import (
+    KEY_TABLE,
+    BlockwiseControlNet,
+    BlockwiseControlNetConfig,
+)
+from qwenedit.weights.keys import ours_to_official
 from tests.support import randomise_
 from tests.tiny import temporary
 
@@ -38,6 +47,32 @@ def controlnet(
     randomise_(module, seed)
     module.save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def blockwise(
+    *, layers: int = 2, width: int = 32, channels: int = 64, extra_condition_channels: int = 0, seed: int = 7
+) -> Path:
+    """A file with a blockwise net in DiffSynth's naming, which fits `tests/tiny.py` by default."""
+    net = blockwise_network(layers, width, channels, extra_condition_channels, seed)
+    state = {ours_to_official(KEY_TABLE, name): x.contiguous() for name, x in net.state_dict().items()}
+    path = temporary() / "model.safetensors"
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def blockwise_network(
+    layers: int = 2, width: int = 32, channels: int = 64, extra_condition_channels: int = 0, seed: int = 7
+) -> BlockwiseControlNet:
+    config = BlockwiseControlNetConfig(
+        num_layers=layers,
+        width=width,
+        in_channels=channels,
+        extra_condition_channels=extra_condition_channels,
+    )
+    net = randomise_(BlockwiseControlNet(config), seed).requires_grad_(False)
+    assert isinstance(net, BlockwiseControlNet)
+    return net
 
 
 def fitting(transformer: Path, **changes) -> Path:

@@ -226,11 +226,11 @@ class Models:
             pipe.load_lora_weights(file.name)
         return self._result(pipe.edit, "turn left")
 
-    def generate_under_control(self) -> Tensor:
+    def generate_under_control(self, blockwise: bool = False) -> Tensor:
         from qwenedit.mini import EXAMPLE
 
         pipe = self.load()
-        pipe.controlnets = [self.controlnet()]
+        pipe.controlnets = [self.controlnet(blockwise)]
         try:
             return pipe.generate(
                 "a red circle", true_cfg_scale=1.0, negative_prompt=None, num_inference_steps=1, height=32,
@@ -241,12 +241,21 @@ class Models:
             pipe.controlnets = []
 
     @functools.cache  # noqa: B019
-    def controlnet(self) -> nn.Module:
-        from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
+    def controlnet(self, blockwise: bool = False) -> nn.Module:
+        from qwenedit.networks import blockwise_controlnet, controlnet
 
-        config, names = self.load().mmdit.config, (one.name for one in dataclasses.fields(ControlNetConfig))
-        shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        net = ControlNet(ControlNetConfig(**{**shared, "num_layers": 2}))
+        config = self.load().mmdit.config
+        if blockwise:
+            net: nn.Module = blockwise_controlnet.BlockwiseControlNet(
+                blockwise_controlnet.BlockwiseControlNetConfig(
+                    num_layers=config.num_layers, width=config.width, in_channels=config.in_channels,
+                    extra_condition_channels=0,
+                )
+            )  # fmt: skip
+        else:
+            names = (one.name for one in dataclasses.fields(controlnet.ControlNetConfig))
+            shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
+            net = controlnet.ControlNet(controlnet.ControlNetConfig(**{**shared, "num_layers": 2}))
         for parameter in net.parameters():
             parameter.copy_(_random(*parameter.shape) * (0.1 if parameter.ndim > 1 else 1.0))
         return net
@@ -299,6 +308,7 @@ RUNS: dict[str, Run] = {
     "layered": lambda models: [models.decompose()],
     "LoRA": lambda models: [models.edit_with_lora()],
     "control": lambda models: [models.generate_under_control()],
+    "blockwise": lambda models: [models.generate_under_control(blockwise=True)],
     "video": lambda models: [models.encode_video(), models.decode_video()],
 }
 
@@ -322,6 +332,10 @@ MODES: dict[str, tuple[Callable[[Models], nn.Module], Run]] = {
         lambda models: [models.edit_with_shared_prefix()],
     ),
     "control": (lambda models: models.controlnet(), lambda models: [models.generate_under_control()]),
+    "blockwise": (
+        lambda models: models.controlnet(blockwise=True),
+        lambda models: [models.generate_under_control(blockwise=True)],
+    ),
     "encode": (lambda models: models.load().vae.encoder, lambda models: [models.encode_picture()]),
     "decode": (lambda models: models.load().vae.decoder, lambda models: [models.decode_picture()]),
     "encode video": (lambda models: models.load().vae.encoder, lambda models: [models.encode_video()]),

@@ -1,55 +1,38 @@
-"""The results of a sweep: results.jsonl, which grows by one line per run, and the means over its runs.
+"""The results of a sweep: results.jsonl, which grows by one line per run.
 
 A line is a JSON object with `key`, `status` ("done" or "failed"), every setting and the environment of the
-run. Runs that are done have `file`, `seconds`, `metrics` and `curves`; failed runs have `error`.
+run. Runs that are done have `file`, `seconds`, `metrics` and `curves`, and what measuring.py adds: `baseline`
+(the key of the unablated run that they were compared with), `mask`, `floor`, and of the caller's metrics
+`own`, `own_by` and `own_errors`. Failed runs have `error`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import statistics
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from qwenedit.ablation.attention import GROUPS
-from qwenedit.ablation.spec import CALL, Spec
+from qwenedit.ablation.measures import MEASURES, Measure, Record, measures_of
+from qwenedit.ablation.spec import Spec
 from qwenedit.checks import real_number, whole_number
-from qwenedit.files import read_lines, replacing_file
+from qwenedit.files import read_lines
 from qwenedit.foreign import shown
 from qwenedit.sampling.samplers import count_predictions
 
-__all__ = [
-    "MEASURES", "PICTURES", "Mean", "Record", "Sweep", "picture_of", "quoted", "read_results", "write_csv",
-]  # fmt: skip
+__all__ = ["PICTURES", "Sweep", "picture_of", "read_results"]
 
-Record = dict[str, Any]
 PICTURES = "pictures"  # the folder of the results
 T = TypeVar("T")
 Index = tuple[int, int, int]  # of a run in its spec: case, seed, cell
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-
-# The numbers that means are taken of -> the part of a record that has them.
-MEASURES = {
-    **dict.fromkeys(("psnr", "ssim", "changed", "success", "strict", "preserved"), "metrics"),
-    **dict.fromkeys(("encode", "sample", "decode"), "seconds"),
-}
+_PARTS = {one.name: one.part for one in MEASURES}
 _TEXTS = (
     "key", "model", "picture", "prompt", "fingerprint", "device", "dtype", "qwenedit", "torch", "python",
     "at",
 )  # fmt: skip
 _KINDS: dict[type, str] = {dict: "an object", str: "a text", list: "a list", type(None): "null"}
-
-
-class Mean(NamedTuple):
-    """A mean, None if nothing was measured, and the number of edits that it is of."""
-
-    value: float | None
-    edits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,31 +47,21 @@ class Sweep:
     def failed(self) -> list[Record]:
         return [record for record in self.records.values() if record["status"] == "failed"]
 
+    @property
+    def failed_metrics(self) -> list[tuple[str, str]]:
+        """The name and the message of each metric of the caller's that failed, for every run."""
+        return [error for record in self.records.values() for error in record.get("own_errors", {}).items()]
+
     def of_cell(self, cell: int) -> list[Record]:
         """The runs of a cell that are done, over all pictures and seeds."""
         return [
             record for (_, _, at), record in self.records.items() if at == cell and record["status"] == "done"
         ]
 
-    def means(self) -> list[dict[str, Mean]]:
-        """For each cell the mean of each measure, and of the norm ratio, over the runs that have a number."""
-        return [
-            {
-                **{
-                    name: _mean([record[part].get(name)] for record in runs)
-                    for name, part in MEASURES.items()
-                },
-                "norm_ratio": _mean(record["curves"]["norm_ratio"]["mean"] for record in runs),
-            }
-            for runs in map(self.of_cell, range(len(self.spec.cells)))
-        ]
-
-
-def _mean(of_runs: Iterable[Sequence[float | None]]) -> Mean:
-    """The mean of all numbers of all runs, and the number of runs that have any."""
-    known = [[value for value in values if value is not None] for values in of_runs]
-    numbers = [value for values in known for value in values]
-    return Mean(statistics.fmean(numbers) if numbers else None, sum(map(bool, known)))
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        masked = any(case.mask is not None for case in self.spec.cases)
+        return measures_of(self.spec.metrics, masked=masked)
 
 
 def read_results(path: Path) -> dict[str, Record]:
@@ -127,7 +100,7 @@ def _record(value: Any) -> Record:
     metrics, seconds, curves = (_wanted(x, record.get(x), dict) for x in ("metrics", "seconds", "curves"))
     for part, content in (("metrics", metrics), ("seconds", seconds)):
         for name, number in content.items():  # success and the like are true or false
-            if MEASURES.get(name) == part and number is not None and not isinstance(number, bool):
+            if _PARTS.get(name) == part and number is not None and not isinstance(number, bool):
                 real_number(f"{part}.{name}", number)
     if baseline is not None:
         _wanted("baseline", baseline, str)
@@ -135,9 +108,12 @@ def _record(value: Any) -> Record:
             raise ValueError("metrics.psnr is absent, wanted the comparison with the baseline")
     if "success" in metrics and metrics.get("reason", "") is not None:
         _wanted("metrics.reason", metrics.get("reason"), str)
+    _own(record)
     ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
     sampler = _wanted("sampler", record.get("sampler", "euler"), str)  # older records have none
     count = count_predictions(sampler, [*[1.0] * record["steps"], 0.0])
+    if record.get("strength", 1) != 1:  # then some of the steps are not run
+        count = len(_wanted("curves.sigma", curves.get("sigma"), list))
     for name in ("sigma", "velocity"):
         _numbers(f"curves.{name}", curves.get(name), count)
     for name in ("mean", "min", "max"):
@@ -148,6 +124,23 @@ def _record(value: Any) -> Record:
         for steps in _wanted(f"attention.{group}", blocks, list):
             _numbers(f"attention.{group}", steps, len(blocks[0]) if isinstance(blocks[0], list) else 0)
     return record
+
+
+def _own(record: Record) -> None:
+    """Check the optional parts: the noise floor's distances and the caller's metrics."""
+    floor = _wanted("floor", record.get("floor", {}), dict)
+    if floor:
+        _wanted("floor.key", floor.get("key"), str)
+        for name in ("psnr", "ssim", "changed"):
+            real_number(f"floor.{name}", floor.get(name))
+    if record.get("mask") is not None:
+        _wanted("mask", record["mask"], str)
+    for name, number in _wanted("own", record.get("own", {}), dict).items():
+        if number is not None:
+            real_number(f"own.{name}", number)
+    for part in ("own_by", "own_errors"):
+        for name, text in _wanted(part, record.get(part, {}), dict).items():
+            _wanted(f"{part}.{name}", text, str)
 
 
 def _numbers(name: str, values: Any, count: int, holes: bool = False) -> None:
@@ -163,48 +156,3 @@ def _wanted(name: str, value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {shown(repr(value))}, wanted {_KINDS[kind]}")
     return value
-
-
-def write_csv(sweep: Sweep, path: Path) -> None:
-    """A row a run, with its settings, metrics and timings; curves are in results.jsonl alone.
-
-    Spreadsheets run a text that begins with one of `FORMULA`. It gets a quotation mark in front.
-    """
-    switches = sorted(set(sweep.spec.axes) - set(CALL))
-    head = [
-        "key",
-        "status",
-        "picture",
-        "prompt",
-        "seed",
-        *CALL,
-        *switches,
-        *MEASURES,
-        "reason",
-        "file",
-        "error",
-    ]
-    with replacing_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.DictWriter(file, head, extrasaction="ignore")
-        rows.writeheader()
-        for (_, _, cell), record in sweep.records.items():
-            measured = {name: record.get(part, {}).get(name) for name, part in MEASURES.items()}
-            reason = record.get("metrics", {}).get("reason")
-            row = {**record, **sweep.spec.cells[cell].values, **measured, "reason": reason}
-            rows.writerow({name: _field(value) for name, value in row.items()})
-
-
-def _field(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-    return quoted(text) if isinstance(text, str) else text
-
-
-def quoted(text: str) -> str:
-    """The text for a cell of a table, such that no spreadsheet takes it for a formula.
-
-    >>> quoted("=1+1"), quoted("make it red")
-    ("'=1+1", 'make it red')
-    """
-    return f"'{text}" if text.startswith(FORMULA) else text

@@ -6,9 +6,12 @@
                                           # with its own prompt; the oracle judges the result
     prompts = ["give the cat a hat"]      # for the pictures that are files
     pairing = "each"                      # one prompt per such picture, in order; "all": every combination
+    masks = ["mask.png"]                  # one for each such picture, "" for none: white where the edit may
+                                          # change something; distances are measured inside and outside of it,
+    masked = true                         # and with this, edits keep what is black (`mask_image` of `edit`)
     seeds = [0, 1]                        # of the noise
-    true_cfg_scale = 4.0                  # arguments of every run: also negative_prompt, height, width
-    steps = 20
+    true_cfg_scale = 4.0                  # arguments of every run: also negative_prompt, height, width,
+    steps = 20                            # strength, intervention, lora, lora_scale
     sampler = "euler"                     # or another of `qwenedit.sampling.samplers`
     attention = true                      # record attention maps of the first picture's target tokens
     deterministic = true                  # run under `qwenedit.deterministic`
@@ -19,7 +22,17 @@
     [grid]                                # all combinations are run, except those that contradict themselves
                                           # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
-    true_cfg_scale = [1, 4]                                 # or an argument, like steps
+    true_cfg_scale = [1, 4]                                 # or an argument, like steps,
+    masked = [false, true]
+    intervention = ["none", "halve"]                        # a name of [interventions],
+    lora = ["none", "style.safetensors"]                    # a file
+
+    [interventions]                       # "module:function", the module installed or beside the spec; a
+    halve = "methods:halve"               # function of the pipeline that returns a context manager, inside of
+                                          # which the edit runs
+
+    [metrics]                             # functions (result, source, **rest) of PIL pictures that return a
+    lpips = "methods:lpips"               # number; `rest` has prompt, pictures, mask, unablated
 
 The unablated run, with the arguments and switches that stand above the grid, is always included; all others
 are compared with it. Paths are relative to the folder of SPEC.toml.
@@ -28,97 +41,101 @@ are compared with it. Paths are relative to the folder of SPEC.toml.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
-
+from qwenedit.ablation.cases import (
+    Case,
+    cases_of,
+    close_to,
+    is_text,
+    listed,
+    picture_at,
+    require,
+    seeds_of,
+)
+from qwenedit.ablation.functions import code_of, functions_of
+from qwenedit.ablation.measures import MEASURES
 from qwenedit.checks import real_number, whole_number
-from qwenedit.foreign import read_toml
-from qwenedit.inputs.pictures import as_picture, open_picture
-from qwenedit.mini.pairs import random_edit
-from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
+from qwenedit.foreign import plain_file, read_toml, shown
+from qwenedit.inputs.pictures import as_picture
 from qwenedit.sampling.samplers import require_sampler
-from qwenedit.switches import NAMES, Guidance, Switches
+from qwenedit.switches import NAMES, Guidance, Mask, Switches
+from qwenedit.weights.checkpoints import pieces_of
 
 __all__ = ["Case", "Cell", "Spec", "read_spec"]
 
+NONE = "none"  # the name of no intervention, and of no LoRA
 CALL: dict[str, Any] = {  # with their defaults
-    "true_cfg_scale": 4.0, "steps": 20, "sampler": "euler", "negative_prompt": " ",
+    "true_cfg_scale": 4.0, "steps": 20, "sampler": "euler", "negative_prompt": " ", "masked": False,
+    "strength": 1.0, "intervention": NONE, "lora": NONE, "lora_scale": 1.0,
 }  # fmt: skip
 FLAGS = ("attention", "deterministic")
 KEYS = (
-    "model", "pictures", "prompts", "pairing", "seeds", *CALL, "height", "width", *FLAGS, "switches", "grid",
+    "model", "pictures", "prompts", "pairing", "masks", "seeds", *CALL, "height", "width", *FLAGS, "switches",
+    "grid", "interventions", "metrics",
 )  # fmt: skip
+METRIC = ("result", "source", "*", "prompt", "pictures", "mask", "unablated")  # its arguments
+COLUMNS = ("key", "status", "picture", "prompt", "seed", "reason", "file", "error")  # of results.csv
 SAME = {"num_inference_steps": "steps", "guidance_scale": "true_cfg_scale", "cfg": "true_cfg_scale"}
 MOST_CELLS = 10_000
 OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # read if that is "other"
-PAIRINGS = ("each", "all")
-MINI = "mini:"
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One edit: pictures and a prompt. With `scene` and `request`, the oracle can judge the result."""
-
-    name: str
-    pictures: tuple[Image.Image, ...]
-    prompt: str
-    scene: Scene | None = None
-    request: Request | None = None
-
-    @property
-    def image(self) -> Image.Image | list[Image.Image]:
-        """The argument of `QwenImageEdit.condition`."""
-        return self.pictures[0] if len(self.pictures) == 1 else list(self.pictures)
-
-    @property
-    def shown(self) -> Image.Image:
-        """All pictures side by side, at the first one's height."""
-        if len(self.pictures) == 1:
-            return self.pictures[0]
-        height = self.pictures[0].height
-        alike = [
-            one.convert("RGB").resize((max(1, round(one.width * height / one.height)), height))
-            for one in self.pictures
-        ]
-        page = Image.new("RGB", (sum(one.width for one in alike), height))
-        for k, one in enumerate(alike):
-            page.paste(one, (sum(before.width for before in alike[:k]), 0))
-        return page
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One combination of settings; `values` are the grid's, by name (empty for a run outside of the grid).
+    """One setting. `combinations` are those of the grid that come to it, as values by name.
 
-    In an unguided run the switches that only guidance reads have their defaults.
+    There is none for a run outside of the grid. What a run does not read has its default: switches of
+    guidance in an unguided run, those of masks in a run without one, `lora_scale` without a LoRA. `hashes`
+    are of the LoRA's file and of the intervention's code.
     """
 
-    values: dict[str, Any]
+    combinations: tuple[dict[str, Any], ...]
     switches: Switches
     true_cfg_scale: float
     steps: int
     sampler: str
     negative_prompt: str
+    masked: bool
+    strength: float
+    intervention: str
+    lora: str
+    lora_scale: float
+    lora_file: Path | None
+    hashes: dict[str, str]
+
+    @property
+    def starts(self) -> bool:
+        """True if its runs start from the source, and not from noise alone."""
+        return self.masked or self.strength != 1
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The first of the combinations; empty outside of the grid."""
+        return self.combinations[0] if self.combinations else {}
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that affects the result: cells with equal settings make the same pictures."""
-        return {**{name: getattr(self, name) for name in CALL}, "switches": self.switches.flat()}
+        called = {name: getattr(self, name) for name in CALL}
+        return {**called, "hashes": self.hashes, "switches": self.switches.flat()}
 
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """A sweep, checked as far as possible without the model. `cells[0]` is the unablated run."""
+    """A sweep, checked as far as possible without the model. `cells[0]` is the unablated run.
+
+    Combinations of the grid that come to the same settings are one cell.
+    """
 
     model: str | None
     cases: tuple[Case, ...]
@@ -127,56 +144,92 @@ class Spec:
     width: int | None
     attention: bool
     deterministic: bool
+    interventions: dict[str, Callable[..., Any]]
+    metrics: dict[str, Callable[..., Any]]
     axes: tuple[str, ...]  # the grid's names
     cells: tuple[Cell, ...]
     impossible: int  # contradictory combinations of the grid, which are left out
 
     @property
     def edits(self) -> int:
-        """The number of edits that are run: cells with equal settings share theirs."""
-        different = {json.dumps(cell.settings, sort_keys=True) for cell in self.cells}
-        return len(self.cases) * len(self.seeds) * len(different)
+        """The number of edits that are run."""
+        return len(self.cases) * len(self.seeds) * len(self.cells)
 
 
-def read_spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
+class _Named(NamedTuple):
+    """What names in a spec stand for: pictures in a folder, hashes of interventions, LoRAs with hashes."""
+
+    folder: Path
+    interventions: dict[str, str]
+    loras: dict[str, tuple[Path, str]]
+
+
+def read_spec(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    interventions: Mapping[str, Callable[..., Any]] | None = None,
+    metrics: Mapping[str, Callable[..., Any]] | None = None,
+) -> Spec:
     """A spec from a TOML file, or from a dict of the same content (paths relative to the current folder).
+
+    The functions are added to those of the spec's tables of these names.
 
     Raises:
         ValueError: a bad spec; the message says what, got, wanted, and lists names that come close.
     """
+    given = {"interventions": interventions or {}, "metrics": metrics or {}}
     if isinstance(source, Mapping):
-        return _spec(source, Path())
+        return _spec(source, Path(), given)
     path = Path(source)
     content = read_toml(path, "spec")
     try:
-        return _spec(content, path.parent)
+        return _spec(content, path.parent, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
+def _spec(raw: Mapping[str, Any], base: Path, given: Mapping[str, Mapping[str, Any]]) -> Spec:
     raw = {SAME.get(key, key): value for key, value in raw.items()}
     for key in raw:
         if key not in KEYS:
-            raise ValueError(f"there is no {key!r}{_close(key, KEYS)}")
+            raise ValueError(f"there is no {key!r}{close_to(key, KEYS)}")
     switches = dict(_named("switches", raw.get("switches", {})))
     model = raw.get("model")
     if model is not None:
-        _require(isinstance(model, str) and model != "", "model", model, "a hub id or a folder")
+        require(isinstance(model, str) and model != "", "model", model, "a hub id or a folder")
         model = str(base / model) if os.path.isdir(base / model) else model
     sizes: dict[str, Any] = {}
     for name in ("height", "width"):
         sizes[name] = None if raw.get(name) is None else whole_number(name, raw[name])
     flags: dict[str, Any] = {name: raw.get(name, False) for name in FLAGS}
     for name, value in flags.items():
-        _require(isinstance(value, bool), name, value, "true or false")
+        require(isinstance(value, bool), name, value, "true or false")
     call = {name: _call_value(name, raw.get(name, default)) for name, default in CALL.items()}
     axes = {name: _values(name, values) for name, values in _named("grid", raw.get("grid", {}))}
-    cells, impossible = _cells(call, switches, axes, base)
+    interventions, metrics = (
+        {**functions_of(name, raw.get(name, {}), base, takes), **functions_of(name, given[name], base, takes)}
+        for name, takes in (("interventions", ("pipe",)), ("metrics", METRIC))
+    )
+    for name in metrics:
+        if name in (*COLUMNS, *CALL, *NAMES, *(one.name for one in MEASURES)):
+            raise ValueError(f"metrics: {name} is what something else is called: wanted another name")
+        if not re.fullmatch(r"\w[\w.-]*", name):  # it names files and columns
+            raise ValueError(f"metrics: {shown(name)!r} is no name, wanted letters, digits, _, . and -")
+    codes = {name: code_of(function) for name, function in interventions.items()}
+    files = {name: plain_file(base / name, "LoRA") for name in {*axes.get("lora", ()), call["lora"]} - {NONE}}
+    named = _Named(base, codes, {name: (file, _hash(file)) for name, file in files.items()})
+    cells, impossible = _cells(call, switches, axes, named)
+    cases = tuple(cases_of(raw, base))
+    for case in cases:
+        if case.mask is None and any(cell.masked for cell in cells):
+            raise ValueError(
+                f"masked is true, but {shown(case.name)} has no mask: wanted one for every picture"
+            )
     return Spec(
         model=model,
-        cases=tuple(_cases(raw, base)),
-        seeds=tuple(_seeds(raw.get("seeds", [0]))),
+        cases=cases,
+        seeds=tuple(seeds_of(raw.get("seeds", [0]))),
+        interventions=interventions,
+        metrics=metrics,
         axes=tuple(axes),
         cells=tuple(cells),
         impossible=impossible,
@@ -185,81 +238,9 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
     )
 
 
-def _cases(raw: Mapping[str, Any], base: Path) -> Iterable[Case]:
-    """The edits, in the order of the pictures."""
-    pictures = _pictures(raw.get("pictures", []))
-    prompts = _listed("prompts", raw.get("prompts", []), "a list of texts", _is_text, least=0)
-    pairing = raw.get("pairing", "each")
-    if pairing not in PAIRINGS:
-        close = _close(pairing, PAIRINGS)
-        raise ValueError(f"pairing is {pairing!r}, wanted one of {', '.join(PAIRINGS)}{close}")
-    files = [names for names in pictures if not names[0].startswith(MINI)]
-    if not files and prompts:
-        raise ValueError("there are prompts, but every picture is a mini: one, which brings its own")
-    if files and not prompts:
-        raise ValueError(f"there are no prompts, wanted one for each of {len(files)} picture(s)")
-    if pairing == "each" and len(files) != len(prompts):
-        raise ValueError(
-            f"there are {len(prompts)} prompts, wanted {len(files)}, one for each picture that is a file; "
-            "or pairing = 'all', for each with each"
-        )
-    of_file = [[prompt] for prompt in prompts] if pairing == "each" else [prompts] * len(files)
-    waiting = iter(of_file)
-    seen = set()
-    for names in pictures:
-        name = " + ".join(names)
-        if name.startswith(MINI):
-            made = [_mini(name)]
-        else:
-            opened = tuple(_picture(one, base) for one in names)
-            made = [Case(name, opened, prompt) for prompt in next(waiting)]
-        for case in made:
-            if (name, case.prompt) in seen:
-                raise ValueError(f"the picture {name!r} with the prompt {case.prompt!r} is there twice")
-            seen.add((name, case.prompt))
-            yield case
-
-
-def _pictures(value: Any) -> list[list[str]]:
-    """The names of each edit's pictures."""
-    wanted = "a list of at least one text, or of lists of them for edits of several pictures"
-    rows = _listed("pictures", value, wanted)
-    named = [[one] if _is_text(one) else _listed("pictures", one, wanted, _is_text) for one in rows]
-    for names in named:
-        if len(names) > 1 and any(name.startswith(MINI) for name in names):
-            raise ValueError(f"pictures has {names!r}, wanted a mini: picture alone")
-    return named
-
-
-def _mini(name: str) -> Case:
-    """A held-out scene (a composition that training never shows) and a request with one right answer."""
-    number = name.removeprefix(MINI)
-    if not (number.isascii() and number.isdigit()):
-        raise ValueError(f"the picture is {name!r}, wanted mini: and a whole number, like 'mini:0'")
-    rng = Random(f"ablation {int(number)}")
-    scene, request = random_edit(rng, test=True, actions=dict.fromkeys(DETERMINED, 1.0))
-    return Case(name, (draw(scene),), instruction(rng, request), scene, request)
-
-
-def _picture(name: str | Path, base: Path) -> Image.Image:
-    path = base / name
-    if not os.path.lexists(path):
-        known = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-        raise ValueError(f"no such picture: {path}{_close(path.name, [*known, f'{MINI}0'])}")
-    return open_picture(path)
-
-
-def _seeds(value: Any) -> list[int]:
-    given = _listed("seeds", value, "a list of whole numbers")
-    seeds = [whole_number("a seed", seed, least=0, most=2**64 - 1) for seed in given]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {seeds}, wanted each once")
-    return seeds
-
-
 def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Names and values; TOML reads an unquoted `guidance.norm` as a nested table."""
-    _require(isinstance(content, Mapping), table, content, "a table")
+    require(isinstance(content, Mapping), table, content, "a table")
     for key, value in content.items():
         name = SAME.get(key, key) if not prefix else prefix + key
         if isinstance(value, Mapping):
@@ -270,12 +251,12 @@ def _named(table: str, content: Any, prefix: str = "") -> Iterable[tuple[str, An
             raise ValueError(f"{table}: {name} is not to be varied: set it above the tables")
         else:
             known = [*NAMES, *(CALL if table == "grid" else ())]
-            raise ValueError(f"{table}: no switch is called {name!r}{_close(name, known)}")
+            raise ValueError(f"{table}: no switch is called {name!r}{close_to(name, known)}")
 
 
 def _values(name: str, values: Any) -> list[Any]:
     """The values of one of the grid's names."""
-    given = _listed(f"grid: {name}", values, "a list of values")
+    given = listed(f"grid: {name}", values, "a list of values")
     checked = [_call_value(name, value) if name in CALL else _plain(name, value) for value in given]
     if len({json.dumps(value, sort_keys=True) for value in checked}) < len(checked):
         raise ValueError(f"grid: {name} is {given}, wanted each value once")
@@ -289,25 +270,33 @@ def _plain(name: str, value: Any) -> Any:
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
         return value.item()
     wanted = "a file's name" if name in OTHERS else "numbers, texts, true, false, or lists of them"
-    _require(value is None or isinstance(value, (bool, int, float, str)), f"grid: {name}", value, wanted)
+    require(value is None or isinstance(value, (bool, int, float, str)), f"grid: {name}", value, wanted)
     return value
 
 
 def _call_value(name: str, value: Any) -> Any:
-    if name == "true_cfg_scale":
-        return real_number(name, value)
+    if name in ("true_cfg_scale", "lora_scale", "strength"):
+        number = real_number(name, value)
+        require(name != "strength" or 0 < number <= 1, name, value, "a number above 0, at most 1")
+        return number
+    if name == "masked":
+        require(isinstance(value, bool), name, value, "true or false")
+        return value
     if name == "steps":
         return whole_number(name, value)
-    _require(_is_text(value), name, value, "a text")
+    require(is_text(value), name, value, "a text")
     if name == "sampler":
         require_sampler(value)
     return value
 
 
 def _cells(
-    call: dict[str, Any], fixed: dict[str, Any], axes: dict[str, list[Any]], base: Path
+    call: dict[str, Any],
+    fixed: dict[str, Any],
+    axes: dict[str, list[Any]],
+    named: _Named,
 ) -> tuple[list[Cell], int]:
-    """The unablated run, then all other combinations, the last axis changing fastest; and the number of
+    """The unablated run, then all other settings, the last axis changing fastest; and the number of
     combinations that contradict themselves, which are left out.
 
     A value that no combination can have is an error.
@@ -315,29 +304,56 @@ def _cells(
     count = math.prod(map(len, axes.values()))
     if count > MOST_CELLS:
         raise ValueError(f"grid: {count} combinations, wanted at most {MOST_CELLS}")
-    plain = _cell({}, call, fixed, base)
-    cells, errors, usable = [], [], set()
+    plain = _cell({}, call, fixed, named)
+    different: dict[str, Cell] = {}
+    errors, usable = [], set()
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination, strict=True))
         try:
-            cells.append(_cell(values, call, fixed, base))
+            cell = _cell(values, call, fixed, named)
         except ValueError as error:
             errors.append((values, error))
-        else:
-            usable |= {(name, json.dumps(value)) for name, value in values.items()}
+            continue
+        usable |= {(name, json.dumps(value)) for name, value in values.items()}
+        same = different.setdefault(_settings(cell), cell)
+        if axes and same is not cell:
+            combinations = (*same.combinations, values)
+            different[_settings(cell)] = dataclasses.replace(same, combinations=combinations)
     for values, why in errors:
         if any((name, json.dumps(value)) not in usable for name, value in values.items()):
             raise ValueError(f"grid: {why}") from why
-    for name, needs in OTHERS.items():
-        given = name in fixed or name in axes
-        if given and all(name not in cell.switches.flat() for cell in (plain, *cells)):
-            raise ValueError(f"{name} is given, but {needs} is never 'other'")
-    unablated = plain.settings
-    first = next((cell for cell in cells if cell.settings == unablated), plain)
+    cells = list(different.values())
+    _require_read(call, fixed, axes, [plain, *cells], named.interventions)
+    first = different.get(_settings(plain), plain)
     return [first, *(cell for cell in cells if cell is not first)], len(errors)
 
 
-def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], base: Path) -> Cell:
+def _settings(cell: Cell) -> str:
+    return json.dumps(cell.settings, sort_keys=True)
+
+
+def _require_read(
+    call: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    cells: Sequence[Cell],
+    interventions: Mapping[str, Any],
+) -> None:
+    """Raise a ValueError for what is given and never read."""
+    for name, needs in OTHERS.items():
+        if (name in fixed or name in axes) and all(name not in cell.switches.flat() for cell in cells):
+            raise ValueError(f"{name} is given, but {needs} is never 'other'")
+    scaled = "lora_scale" in axes or call["lora_scale"] != CALL["lora_scale"]
+    if scaled and all(cell.lora == NONE for cell in cells):
+        raise ValueError(f"lora_scale is given, but lora is never another than {NONE!r}")
+    if interventions and all(cell.intervention == NONE for cell in cells):
+        names = json.dumps([NONE, *interventions])
+        raise ValueError(
+            f"there are interventions, but none is used: wanted intervention = {names} in the grid"
+        )
+
+
+def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], named: _Named) -> Cell:
     called = {name: values.get(name, default) for name, default in call.items()}
     flat = {**fixed, **{name: value for name, value in values.items() if name not in CALL}}
     for name, needs in OTHERS.items():
@@ -345,32 +361,31 @@ def _cell(values: dict[str, Any], call: dict[str, Any], fixed: dict[str, Any], b
             flat.pop(name, None)
         elif name in flat:  # as pictures, so that a run's key depends on their pixels
             given = flat[name]
-            flat[name] = _picture(given, base) if isinstance(given, (str, Path)) else as_picture(given, name)
+            flat[name] = (
+                picture_at(given, named.folder) if isinstance(given, (str, Path)) else as_picture(given, name)
+            )
     switches = Switches.from_flat(flat)
     if called["true_cfg_scale"] <= 1:
         seen = dataclasses.replace(switches.seen, negative=True)
         switches = dataclasses.replace(switches, guidance=Guidance(), seen=seen)
-    return Cell(values, switches, **called)
+    if not called["masked"]:
+        starts = called["strength"] != 1
+        mask = (
+            dataclasses.replace(switches.mask, preserve=Mask.preserve, grey=Mask.grey) if starts else Mask()
+        )
+        switches = dataclasses.replace(switches, mask=mask)
+    hashes, file = {}, None
+    if (name := called["intervention"]) != NONE:
+        if name not in named.interventions:
+            close = close_to(name, named.interventions)
+            raise ValueError(f"intervention is {name!r}, wanted {NONE!r} or a name of [interventions]{close}")
+        hashes["intervention"] = named.interventions[name]
+    if called["lora"] == NONE:
+        called["lora_scale"] = CALL["lora_scale"]
+    else:
+        file, hashes["lora"] = named.loras[called["lora"]]
+    return Cell((values,) if values else (), switches, **called, lora_file=file, hashes=hashes)
 
 
-def _listed(
-    name: str, value: Any, wanted: str, fits: Callable[[Any], bool] = lambda _: True, *, least: int = 1
-) -> list[Any]:
-    """The value as a list, if it is a sequence of at least `least` values that all fit."""
-    is_list = isinstance(value, Sequence) and not _is_text(value)
-    _require(is_list and len(value) >= least and all(map(fits, value)), name, value, wanted)
-    return list(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _require(fits: bool, what: str, got: Any, wanted: str) -> None:
-    if not fits:
-        raise ValueError(f"{what} is {got!r}, wanted {wanted}")
-
-
-def _close(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+def _hash(file: Path) -> str:
+    return hashlib.sha256(b"".join(pieces_of(file))).hexdigest()[:20]

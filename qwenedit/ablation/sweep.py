@@ -4,11 +4,11 @@ spec.py describes the spec. The results folder has
 
     results.jsonl      a line for every run: settings, environment, timings, metrics, curves
     pictures/KEY.png   its picture
-    results.csv, grid.png, report.html
+    results.csv, summary.csv, summary.tex, pictures.tex, figures/, grid.png, report.html
 
-KEY is a hash of everything that a picture depends on, including the model's weights and this package's
-version. A run whose line and picture exist is not run again: a sweep that was stopped, or whose spec has
-grown, resumes. (After changing this package's code, take another folder.)
+KEY is a hash of everything that a picture depends on, including the model's weights, an intervention's code
+and this package's version. A run whose line and picture exist is not run again: a sweep that was stopped, or
+whose spec has grown, resumes. (After changing this package's code, take another folder.)
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import os
 import subprocess
 import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,32 +32,43 @@ import torch
 from PIL import Image
 
 from qwenedit.ablation.attention import target_attention
-from qwenedit.ablation.metrics import curves, distances
-from qwenedit.ablation.report import picture_grid, write_report
-from qwenedit.ablation.results import PICTURES, Record, Sweep, picture_of, read_results, write_csv
-from qwenedit.ablation.spec import Case, Cell, Spec, read_spec
+from qwenedit.ablation.cases import Case
+from qwenedit.ablation.figures import FIGURES, write_figures
+from qwenedit.ablation.functions import code_of
+from qwenedit.ablation.intervening import acting, state_of
+from qwenedit.ablation.measures import Record
+from qwenedit.ablation.measuring import add_floor, mask_hash, measure
+from qwenedit.ablation.metrics import curves
+from qwenedit.ablation.model import Model, pipe_fingerprint
+from qwenedit.ablation.report import write_report
+from qwenedit.ablation.results import PICTURES, Sweep, picture_of, read_results
+from qwenedit.ablation.sheet import picture_grid
+from qwenedit.ablation.spec import NONE, Cell, Spec, read_spec
+from qwenedit.ablation.tables import write_csv, write_picture_tex, write_summary_csv, write_summary_tex
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import append_line, is_leftover, replacing_file, write_lines
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
-from qwenedit.inputs.rows import rows_of
 from qwenedit.instruments.determinism import deterministic, environment
-from qwenedit.layered import require_flat
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit, load
-from qwenedit.sampling.guidance import guidance_of
-from qwenedit.sampling.scheduler import load_scheduler
-from qwenedit.sampling.switched import require_fitting, schedule
 from qwenedit.taps import require_finite
 from qwenedit.version import __version__
-from qwenedit.weights.checkpoints import fingerprint, read_areas, read_variant, resolve
-from qwenedit.weights.configs import network_config
+from qwenedit.weights.checkpoints import fingerprint, resolve
 
 __all__ = ["MOST_EDITS", "ablate"]
 
 MOST_EDITS = 200  # a larger sweep must be confirmed
 RESULTS = "results.jsonl"
+WRITTEN = {  # from all runs
+    "results.csv": write_csv,
+    "summary.csv": write_summary_csv,
+    "summary.tex": write_summary_tex,
+    "pictures.tex": write_picture_tex,
+    "grid.png": lambda sweep, path: picture_grid(sweep).save(path),
+    "report.html": write_report,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +90,9 @@ def ablate(
     spec: str | os.PathLike[str] | Mapping[str, Any],
     folder: str | os.PathLike[str],
     *,
+    pipe: QwenImageEdit | None = None,
+    interventions: Mapping[str, Callable[[QwenImageEdit], AbstractContextManager[Any]]] | None = None,
+    metrics: Mapping[str, Callable[..., float]] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     yes: bool = False,
@@ -88,30 +101,46 @@ def ablate(
     """Run the edits of a spec that are not yet in the folder, and write tables, pictures and the report.
 
     An edit that fails is recorded as failed, with its message, and the sweep goes on; the next sweep in the
-    folder tries it again.
+    folder tries it again, and so a metric that fails.
 
     Args:
         spec: a TOML file, or a dict of the same content (see spec.py).
         folder: for the results; it may have some already.
+        pipe: a pipeline in place of the spec's model, as it is: with its LoRAs, in its memory mode.
+        interventions: functions of the pipeline by name; each returns a context manager, inside of which the
+            edit runs, from its prompt to its pixels. `intervention = ["none", "name"]` in the grid uses them.
+            A function that is edited has its runs run again (`functions.code_of`).
+        metrics: functions (result, source, **rest) of PIL pictures that return a number, by name; `rest` has
+            `prompt`, `pictures` (all that the edit was given), `mask` (or None) and `unablated` (the result
+            of the unablated run, or None).
         device, dtype: as for `qwenedit.load`.
         yes: confirm more than `MOST_EDITS` edits.
         progress: progress bars on stderr, if that is a terminal.
 
     Raises:
         ValueError: a bad spec, one that does not fit the model, or a folder that cannot be written; before
-            any weight is read.
+            any weight is read. An intervention that leaves the model changed; edits that are done are kept.
     """
-    plan, home = read_spec(spec), Path(folder)
+    plan, home = read_spec(spec, interventions, metrics), Path(folder)
     _require_writable(home)
     _require_meant(plan.edits - len(read_results(home / RESULTS)), yes)
-    checkpoint = resolve(plan.model, progress=progress)
-    where = device_of(device)
-    wanted = dtype_of(dtype, where)
-    _require_fitting(plan, checkpoint)
+    if pipe is None:
+        checkpoint = resolve(plan.model, progress=progress)
+        where = device_of(device)
+        wanted = dtype_of(dtype, where)
+        Model.of_folder(checkpoint).require_fitting(plan)
+        model = fingerprint(checkpoint)
+    else:
+        given = [name for name, x in (("model", plan.model), ("device", device), ("dtype", dtype)) if x]
+        if given:
+            raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
+        Model.of_pipe(pipe).require_fitting(plan)
+        where, wanted, model = pipe.device, pipe.dtype, pipe_fingerprint(pipe)
+    name = (plan.model or "the embedded model") if pipe is None else "the given pipeline"
 
     home.mkdir(parents=True, exist_ok=True)
     with _only_one(home):
-        model, known = fingerprint(checkpoint), read_results(home / RESULTS)
+        known = read_results(home / RESULTS)
         runs = list(_runs(plan, model, where, wanted))
         done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
         todo = [
@@ -125,17 +154,25 @@ def ablate(
         again = {run.key for run in todo} - done.keys()
         write_lines(home / RESULTS, [record for key, record in known.items() if key not in again])
         plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
+        functions = {name: (function, code_of(function)) for name, function in plan.metrics.items()}
         if todo:
-            pipe = load(checkpoint, device=where, dtype=wanted, progress=progress)
+            pipe = pipe or load(checkpoint, device=where, dtype=wanted, progress=progress)
             bar = progress_bar(todo, progress=progress, desc="ablating", unit="edit")
             with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
-                made_with = {"fingerprint": model, **_environment(pipe), "deterministic": pinned}
+                made_with = {
+                    "model": name,
+                    "fingerprint": model,
+                    **_environment(pipe),
+                    "deterministic": pinned,
+                }
                 for run, record in _run(pipe, plan, bar, home, made_with):
                     done[run.key] = record
-                    _compare(home, record, done[plain[run.index[:2]]])
+                    measure(home, run.case, record, done[plain[run.index[:2]]], functions)
                     append_line(home / RESULTS, record)
-        for run in runs:  # an earlier sweep may have compared with the unablated run of another spec
-            _compare(home, done[run.key], done[plain[run.index[:2]]])
+        for run in runs:  # an earlier sweep may have compared with other runs, and had other metrics
+            measure(home, run.case, done[run.key], done[plain[run.index[:2]]], functions)
+        for edit in range(len(plan.cases)):
+            add_floor(home, [done[plain[edit, seed]] for seed in range(len(plan.seeds))])
         return _finish(plan, home, runs, done)
 
 
@@ -146,10 +183,10 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     ours = {run.key: records[run.key] for run in in_order}
     others = {key: x for key, x in read_results(folder / RESULTS).items() if key not in ours}
     write_lines(folder / RESULTS, [*others.values(), *ours.values()])
-    write_csv(sweep, folder / "results.csv")
-    with replacing_file(folder / "grid.png") as temporary:
-        picture_grid(sweep).save(temporary)
-    write_report(sweep, folder / "report.html")
+    write_figures(sweep, folder / FIGURES)
+    for name, write in WRITTEN.items():
+        with replacing_file(folder / name) as temporary:
+            write(sweep, temporary)
     return sweep
 
 
@@ -173,7 +210,7 @@ def _only_one(folder: Path) -> Iterator[None]:
             f"another sweep runs in {shown(folder)}: wait for it, or take another folder"
         ) from None
     else:
-        for part in (folder, folder / PICTURES):
+        for part in (folder, folder / PICTURES, folder / FIGURES):
             for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
                 path.unlink()  # of a sweep that was killed: the lock says that none runs
         yield
@@ -213,6 +250,7 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
                         __version__, model, device.type, str(dtype), source, case.prompt,
                         case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
                         *(["deterministic"] if spec.deterministic else []),
+                        *([mask_hash(case)] if cell.masked else []),
                     ]  # fmt: skip
                     text = json.dumps(settings, sort_keys=True)
                     key = hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -221,7 +259,9 @@ def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | Non
 
 def _encoding(cell: Cell) -> str:
     """The settings that a conditioning depends on, beside pictures and prompt."""
-    return json.dumps([cell.negative_prompt, cell.switches.encoding.flat()], sort_keys=True)
+    return json.dumps(
+        [cell.negative_prompt, cell.switches.encoding.flat(), cell.intervention], sort_keys=True
+    )
 
 
 def _run(
@@ -235,15 +275,12 @@ def _run(
             if run.key in made_already:  # another cell has the same settings
                 continue
             made_already.add(run.key)
-            encoded = encoded or _encode(pipe, spec, run)
+            intervened = run.cell.intervention != NONE  # which may act on the encoders as well
+            encoded = None if intervened else encoded or _encode(pipe, spec, run)
+            before = state_of(pipe) if intervened else None
             record = _record(spec, run, made_with)
             try:
-                if isinstance(encoded, Exception):
-                    raise encoded
-                mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
-                with mapped as maps:
-                    picture, made = _edit(pipe, run, *encoded)
-                made |= {"attention": maps} if maps else {}
+                picture, made = _made(pipe, spec, run, encoded)
                 json.dumps(made, allow_nan=False)  # a measure that is no number fails its edit alone
             except Exception as error:
                 record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
@@ -252,6 +289,26 @@ def _run(
                     picture.save(temporary)
                 record |= {"status": "done", "file": run.file, **made}
             yield run, record
+            if intervened and state_of(pipe) != before:
+                raise ValueError(
+                    f"the intervention {shown(run.cell.intervention)} left the model changed, or taps or "
+                    "hooks attached: wanted a context manager that restores it; edits that are done are kept"
+                )
+
+
+def _made(
+    pipe: QwenImageEdit, spec: Spec, run: Run, encoded: tuple[Conditioning, float] | Exception | None
+) -> tuple[Image.Image, Record]:
+    """A run's picture and its part of the record, with its LoRA and intervention; `encoded` may be shared."""
+    with acting(pipe, spec, run.cell):
+        encoded = encoded or _encode(pipe, spec, run)
+        if isinstance(encoded, Exception):
+            raise encoded
+        mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
+        with mapped as maps:
+            picture, made = _edit(pipe, run, *encoded)
+        return picture, made | ({"attention": maps} if maps else {})
+    raise RuntimeError("the intervention's context manager swallowed an exception")
 
 
 def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, float] | Exception:
@@ -285,6 +342,7 @@ def _edit(
             sampler=run.cell.sampler,
             generator=torch.Generator().manual_seed(run.seed),
             switches=run.cell.switches,
+            **_start(run),
         )
     )
     require_finite(latents, "sampler: the final latents")
@@ -295,9 +353,17 @@ def _edit(
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "metrics": _judge(run.case, picture),
         "curves": steps,
-        "baseline": None,
     }
     return picture, made
+
+
+def _start(run: Run) -> dict[str, Any]:
+    """The arguments of a run that starts from its source; none for one from noise alone."""
+    case, cell = run.case, run.cell
+    if not cell.starts:
+        return {}
+    mask = case.mask if cell.masked else None
+    return {"image": case.source, "mask_image": mask, "strength": cell.strength}
 
 
 def _judge(case: Case, picture: Image.Image) -> Record:
@@ -311,24 +377,10 @@ def _judge(case: Case, picture: Image.Image) -> Record:
     }  # fmt: skip
 
 
-def _compare(folder: Path, record: Record, plain: Record) -> None:
-    """Add the comparison with its unablated run to a record's metrics, unless it has that already."""
-    if record["status"] != "done" or record["baseline"] == plain["key"]:
-        return
-    if plain["status"] != "done":
-        record["metrics"] |= {"psnr": None, "ssim": None, "changed": None}
-        record["baseline"] = None
-        return
-    picture, other = (open_picture(folder / one["file"]) for one in (record, plain))
-    record["metrics"] |= distances(picture, other)
-    record["baseline"] = plain["key"]
-
-
 def _record(spec: Spec, run: Run, made_with: Record) -> Record:
     """A run's settings and its environment."""
     return {
         "key": run.key,
-        "model": spec.model or "the embedded model",
         "picture": run.case.name,
         "prompt": run.case.prompt,
         "seed": run.seed,
@@ -372,11 +424,12 @@ def _require_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"cannot write into {shown(folder)}: {shown(existing)} is no folder")
-    for name in (RESULTS, "results.csv", "grid.png", "report.html"):
+    for name in (RESULTS, *WRITTEN):
         if (folder / name).is_dir():
             raise ValueError(f"cannot write {folder / name}: it is a folder")
-    if (folder / PICTURES).exists() and not (folder / PICTURES).is_dir():
-        raise ValueError(f"cannot write into {folder / PICTURES}: it is no folder")
+    for name in (PICTURES, FIGURES):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ValueError(f"cannot write into {folder / name}: it is no folder")
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -389,23 +442,3 @@ def _require_meant(edits: int, yes: bool) -> None:
         raise ValueError(
             f"this spec asks for {edits} edits, more than {MOST_EDITS}: pass --yes (yes=True) to confirm"
         )
-
-
-def _require_fitting(spec: Spec, checkpoint: Path) -> None:
-    """Check that the model can run every edit, without reading its weights: they may be many gigabytes."""
-    variant = read_variant(checkpoint)
-    require_flat(variant)
-    areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
-    blocks = network_config(checkpoint, "transformer").num_layers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the runs themselves warn
-        for case in spec.cases:
-            for cell in spec.cells:
-                texts = (case.prompt, cell.negative_prompt)
-                try:
-                    (row,) = rows_of(*texts, case.image, variant, areas, spec.height, spec.width)
-                except ValueError as error:
-                    raise ValueError(f"{shown(case.name)}: {error}") from error
-                guidance_of(cell.true_cfg_scale, cell.negative_prompt)
-                schedule(scheduler, cell.switches.time, cell.steps, math.prod(row.geometry.grid))
-                require_fitting(cell.switches, pictures=[len(row.pictures)], blocks=blocks, steps=cell.steps)

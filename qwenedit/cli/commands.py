@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwenedit.assembly import modes_of, other_files
+from qwenedit.assembly import compare_controlnets, modes_of, other_files
 from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
 from qwenedit.family import PRESETS, preset_of
 from qwenedit.foreign import shown
+from qwenedit.inputs.controls import controls_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
@@ -32,12 +33,13 @@ from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.scheduler import load_scheduler
-from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.sampling.switched import require_controls, require_fitting, schedule
 from qwenedit.switches import Switches
 from qwenedit.verify import describe
 from qwenedit.verify import verify as verify_checkpoint
 from qwenedit.weights.checkpoints import find_preset, read_areas, read_variant, resolve
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import sources_of
 from qwenedit.weights.lora_files import read_lora
 
 __all__ = ["ablate", "decompose", "edit", "generate", "info", "parity", "plan", "verify"]
@@ -70,7 +72,7 @@ def _masks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
     """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
-    switches = _switches(options)
+    switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
     require_flat(variant)
@@ -88,12 +90,49 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     sigmas = schedule(scheduler, switches.time, steps, tokens, None, strength, switches.mask.strength)
     pictures = [len(row.pictures)]
     require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
-    pipe = _load(options, folder)
+    require_controls(switches, bool(controls))
+    _check_controls(options, folder, controls, len(sigmas) - 1, row.geometry.size)
+    pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
     return pipe, {
-        **vars(run), **size, "num_images_per_prompt": count, "generator": generator, "switches": switches,
-        "sampler": options.sampler,
+        **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
+        "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
+
+
+def _controls(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call under control, where they are given, for ControlNets that are there."""
+    sources_of(options.controlnet)
+    given = {
+        "control_mask": None if options.control_mask is None else open_picture(options.control_mask),
+        "controlnet_conditioning_scale": options.control_scale,
+        "control_guidance_start": options.control_start,
+        "control_guidance_end": options.control_end,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    pictures = [open_picture(path) for path in options.control_image]
+    if (given or options.controlnet) and not pictures:
+        raise ValueError("a --control-image is missing: the ControlNet and its options act on one")
+    if pictures and not options.controlnet:
+        raise ValueError("--control-image is given without --controlnet, wanted both")
+    return {"control_image": pictures, **given} if pictures else {}
+
+
+def _check_controls(
+    options: argparse.Namespace, folder: Path, controls: dict[str, Any], steps: int, size: tuple[int, int]
+) -> None:
+    """Compare the ControlNets with the transformer, and their pictures with them."""
+    config, sources = network_config(folder, "transformer"), sources_of(options.controlnet)
+    compared = compare_controlnets(sources, config, read_variant(folder), progress=not options.quiet)
+    nets: list[Any] = [one.module for one in compared]
+    call, count = Call(**controls), options.num_images
+    _silent(
+        lambda: controls_of(
+            nets, call.control_image, call.control_mask,
+            call.controlnet_conditioning_scale, call.control_guidance_start, call.control_guidance_end,
+            config=config, batch=count, prompts=1, steps=steps, size=size,
+        )
+    )  # fmt: skip
 
 
 def decompose(options: argparse.Namespace) -> None:
@@ -122,13 +161,15 @@ def _save(images: Iterable[Any], outputs: list[Path]) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    say(describe(options.model, revision=options.revision, files=_files(options)))
+    nets = sources_of(options.controlnet)
+    say(describe(options.model, revision=options.revision, files=_files(options), controlnets=nets))
     if preset := find_preset(options.model, revision=options.revision):
         say(f"  {preset}")
 
 
 def verify(options: argparse.Namespace) -> None:
-    report = verify_checkpoint(options.model, revision=options.revision, files=_files(options))
+    nets, files = sources_of(options.controlnet), _files(options)
+    report = verify_checkpoint(options.model, revision=options.revision, files=files, controlnets=nets)
     say(report)
     if not report.ok:
         raise ValueError(
@@ -140,7 +181,8 @@ def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
     names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
-    say(plan(options.model, **_chosen(options, *names, "revision"), files=_files(options)))
+    nets, files = sources_of(options.controlnet), _files(options)
+    say(plan(options.model, **_chosen(options, *names, "revision"), files=files, controlnets=nets))
 
 
 def parity(options: argparse.Namespace) -> int:
@@ -174,6 +216,13 @@ def ablate(options: argparse.Namespace) -> None:
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
             f"{shown(sweep.failed[0]['error'])}: see the report"
         )
+    if sweep.failed_metrics:
+        name, error = sweep.failed_metrics[0]
+        count = sum(one == name for one, _ in sweep.failed_metrics)
+        raise ValueError(
+            f"the metric {name} failed for {count} of {len(sweep.records)} edits, the first with "
+            f"{shown(error)}: see the report"
+        )
 
 
 def _switches(options: argparse.Namespace) -> Switches:
@@ -194,7 +243,7 @@ def _folder(options: argparse.Namespace) -> Path:
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
 
 
-def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
+def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImageEdit:
     """The pipeline with its LoRAs, whose files are checked first."""
     loras = _loras(options, folder)
     pipe = load(
@@ -203,6 +252,7 @@ def _load(options: argparse.Namespace, folder: Path) -> QwenImageEdit:
         text_encoder=options.text_encoder or True,
         **_chosen(options, "device", "dtype", "mmdit", "vae"),
         **_modes(options),
+        **others,
     )
     names = [f"lora-{number}" for number, _ in enumerate(loras, start=1)]
     for name, (path, _) in zip(names, loras, strict=True):

@@ -232,6 +232,20 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many; OUT-1.png, OUT-2.png, ... if several",
     )
+    _controlnet_option(command)
+    add(
+        "--control-image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PICTURE",
+        help="what a ControlNet reads, for each net, or several for one; repeatable",
+    )
+    add("--control-mask", type=Path, metavar="PICTURE", help="for inpainting nets: white is hidden from them")
+    add("--control-scale", type=float, metavar="X", help="factor on what the nets add (default: 1.0)")
+    for option, which, default in (("--control-start", "start", 0.0), ("--control-end", "end", 1.0)):
+        help = f"the {which} of the run under control, in shares of it (default: {default})"
+        add(option, type=float, metavar="X", help=help)
     add(
         "--switch",
         action=_Switch,
@@ -244,6 +258,7 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
 def _checkpoint_options(command: argparse.ArgumentParser) -> None:
     _model_options(command)
     _file_options(command)
+    _controlnet_option(command)
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
@@ -260,6 +275,16 @@ def _file_options(command: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"the {what}'s weights, official, ComfyUI's (also fp8){' or GGUF' * (option == '--mmdit')}",
         )
+
+
+def _controlnet_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="ID_FOLDER_OR_FILE",
+        help="a ControlNet for the transformer, InstantX's or DiffSynth's blockwise kind; repeatable",
+    )
 
 
 def _device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> None:

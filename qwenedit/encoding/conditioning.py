@@ -75,6 +75,7 @@ class RowGroup:
     """Rows of a batch that share a token layout, ready for the transformer."""
 
     rows: list[int]
+    index: Tensor  # the same numbers on the device: rows that are picked with a list are copied from the host
     grids: tuple[Grid, ...]  # of the target, then of each reference
     references: Tensor | None  # (B, tokens of all references, C)
     prompt: Prompt
@@ -191,13 +192,17 @@ class Conditioning:
         by_layout: dict[tuple[Grid, ...], list[int]] = {}
         for row, grids in enumerate(self.reference_grids):
             by_layout.setdefault(grids, []).append(row)
+        device = self.prompt.embeds.device
         for grids, rows in by_layout.items():
-            index = torch.tensor(rows)
+            # Usually no copy from the host, which waits for the device.
+            alone = len(rows) == self.batch
+            index = torch.arange(self.batch, device=device) if alone else torch.tensor(rows, device=device)
             references = None
             if grids:
                 references = torch.stack([torch.cat(self.reference_latents[row]) for row in rows])
             yield RowGroup(
                 rows=rows,
+                index=index,
                 grids=(self.target_grid, *grids),
                 references=references,
                 prompt=self.prompt.rows(index),

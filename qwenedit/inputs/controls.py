@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -12,10 +12,13 @@ from qwenedit.checks import real_number, warn
 from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.latents import PATCH
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
 
-__all__ = ["ControlInput", "Reach", "controls_of"]
+__all__ = ["AnyControlNet", "ControlInput", "Reach", "controls_of"]
+
+AnyControlNet: TypeAlias = ControlNet | BlockwiseControlNet
 
 MASKED = PATCH**2  # channels of a token's mask
 
@@ -49,14 +52,14 @@ class ControlInput(Reach):
         size: (width, height) of the output.
     """
 
-    net: ControlNet
+    net: AnyControlNet
     pictures: tuple[Image.Image, ...]
     masks: tuple[Image.Image, ...] | None
     size: Size
 
 
 def controls_of(
-    nets: Sequence[ControlNet],
+    nets: Sequence[AnyControlNet],
     control_image: Any,
     control_mask: Any,
     scale: Any,
@@ -121,7 +124,7 @@ def controls_of(
     return tuple(controls)
 
 
-def _masks(control_mask: Any, nets: Sequence[ControlNet]) -> list[Any]:
+def _masks(control_mask: Any, nets: Sequence[AnyControlNet]) -> list[Any]:
     """The mask of each net, None where the net takes none; one mask is for all nets that take one."""
     takes = [net.config.extra_condition_channels > 0 for net in nets]
     if not isinstance(control_mask, (list, tuple)):
@@ -161,8 +164,9 @@ def _one_for_each(name: str, value: Any, prompts: int) -> list[Image.Image]:
     return given if len(given) == prompts else given * prompts
 
 
-def _require_fitting(net: ControlNet, config: MMDiTConfig, what: str) -> None:
-    for name in ("width", "in_channels", "joint_attention_dim"):
+def _require_fitting(net: AnyControlNet, config: MMDiTConfig, what: str) -> None:
+    own = "num_layers" if isinstance(net, BlockwiseControlNet) else "joint_attention_dim"
+    for name in ("width", "in_channels", own):
         got, wanted = getattr(net.config, name), getattr(config, name)
         if got != wanted:
             raise ValueError(f"{what} has {name} {got}, wanted {wanted}, the transformer's")

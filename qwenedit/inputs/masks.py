@@ -239,9 +239,9 @@ def overlaid(mask: Image.Image, picture: Image.Image, made: Image.Image, region:
     kept.paste(picture.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask.convert("L")))
     left, top, right, bottom = region
     inside, _, _ = _centred(made, (right - left, bottom - top), cover=True)
-    whole = Image.new("RGBA", picture.size)
+    whole = Image.new("RGB", picture.size)  # around the region nothing shows
     whole.paste(inside, (left, top))
-    whole = whole.convert("RGB").convert("RGBA")  # opaque black around the region
+    whole = whole.convert("RGBA")
     whole.alpha_composite(kept.convert("RGBA"))
     return whole.convert("RGB")
 

@@ -37,7 +37,7 @@ from qwenedit.latents import Grid
 from qwenedit.memory.residency import while_present
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
-from qwenedit.sampling.sampler import Predict, Step, euler, predict_at, require_interval
+from qwenedit.sampling.sampler import Predict, Step, checked, euler, predict_at, require_interval
 from qwenedit.sampling.switched import require_encoded, switched_predictor
 from qwenedit.switches import Switches, switches_of
 from qwenedit.taps import scope
@@ -102,7 +102,8 @@ def invert(
         sigmas=run.sigmas,
     )  # fmt: skip
     start = pipe.begin(run).latents
-    return while_present([pipe.mmdit], inverse_euler(predict, start, run.sigmas, guidance, iterations))
+    steps = inverse_euler(predict, start, run.sigmas, guidance, iterations)
+    return while_present([pipe.mmdit], checked(steps) if pipe.check_finite else steps)
 
 
 def inverse_euler(

@@ -2,15 +2,15 @@
 
 A run has four stages, one after the other: text encoding, the VAE's encoder, sampling, the VAE's decoder. The
 peak of a stage is the weights in memory plus what the networks compute. Weights are counted exactly.
-Activations are estimated with formulas fitted to measured peaks (benchmarks/plan.py).
+Activations are estimated with formulas fitted to measured peaks on the CPU (benchmarks/plan.py), and for
+accelerators to the storages of a run without data (benchmarks/fake_device.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from qwenedit.family import LAYERING, Variant
 from qwenedit.foreign import read_json, shown
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
+from qwenedit.memory.machine import device_free, host_free, parse_bytes
 from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
 from qwenedit.networks.vision_language import VisionLanguageConfig
@@ -35,13 +37,20 @@ from qwenedit.weights.checkpoints import (
     remote_headers,
 )
 from qwenedit.weights.configs import network_config
+from qwenedit.weights.controlnets import (
+    Source,
+    compare_controlnet,
+    controlnet_download,
+    find_controlnet,
+    remote_controlnet,
+)
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.hub import HubError
-from qwenedit.weights.loading import compare_networks, run_dtype
+from qwenedit.weights.loading import compare_networks, dtype_beside, require_fitting, run_dtype
+from qwenedit.weights.report import Compared
 
 __all__ = [
-    "STAGES", "Plan", "activations", "choose", "device_free", "host_free", "network_sizes", "parse_bytes",
-    "plan",
+    "STAGES", "Plan", "activations", "choose", "network_sizes", "plan",
 ]  # fmt: skip
 
 STAGES = ("text encoding", "VAE encode", "sampling", "VAE decode")
@@ -52,11 +61,13 @@ _PROMPT = 100  # tokens of a prompt
 _TEMPLATE = 70  # tokens of the template around it
 _STEPS = 50
 _BLOCK = re.compile("(" + "|".join(path for paths in BLOCK_LISTS.values() for path in paths) + r")\.\d+\.")
-_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+# By place (on the CPU?) and dtype (of 16 bits?): widths a token in sampling, base widths a pixel in the VAE.
+_COMPUTED = {
+    (True, False): (20, 2.8, 5.8),
+    (True, True): (23, 6.5, 6.5),
+    (False, False): (15, 3, 4),
+    (False, True): (18.5, 7, 8),
+}
 # The modes that are planned, from the fastest to the smallest.
 _MODES = (
     *(Modes(residency, modulation) for residency in RESIDENCIES[1:] for modulation in MODULATIONS),
@@ -84,11 +95,11 @@ class NetworkSize:
     def all(self) -> int:
         return sum(block.all for block in self.blocks.values()) + self.rest
 
-    def in_memory(self, mode: Modes) -> int:
-        """Bytes in memory while the network runs.
+    def in_memory(self, mode: Modes, *, runs: bool = True) -> int:
+        """Bytes in memory while the network runs, or waits in memory for its turn.
 
-        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits and
-        two widened ones.
+        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits
+        and, while it runs, two widened ones.
         """
         gone = mode.modulation == "precomputed"
         whole, shrunk = (
@@ -96,7 +107,7 @@ class NetworkSize:
             for blocks in (self.blocks, self.float8)
         )
         if mode.storage == "float8":
-            return sum(shrunk) + sum(whole[-2:]) + self.rest
+            return sum(shrunk) + sum(whole[-2:]) * runs + self.rest
         return sum(whole[-2:] if mode.residency == "stream" else whole) + self.rest
 
 
@@ -147,7 +158,7 @@ def _gib(size: int) -> str:
 
 
 def plan(
-    source: str | os.PathLike[str] | None = None,
+    source: Source | None = None,
     *,
     device_memory: int | str | None = None,
     host_memory: int | str | None = None,
@@ -161,6 +172,7 @@ def plan(
     revision: str | None = None,
     files: Mapping[str, Path] | None = None,
     text_encoder: bool = True,
+    controlnets: Sequence[Source] = (),
 ) -> Plan:
     """Estimate what a run of a checkpoint needs, from headers; of an uncached hub id, also the download.
 
@@ -177,6 +189,7 @@ def plan(
         layers: number of layers that Layered makes.
         steps: number of timesteps whose precomputed modulation is kept.
         files, text_encoder: as for `compare_networks` and `load`.
+        controlnets: of the run, which takes a control picture for each.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, files that do not fit, or a hub that refuses.
@@ -201,14 +214,14 @@ def plan(
                 made = plan(
                     headers, device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype,
                     height=height, width=width, pictures=pictures, layers=layers, steps=steps,
-                    files=files, text_encoder=text_encoder,
+                    files=files, text_encoder=text_encoder, controlnets=controlnets,
                 )  # fmt: skip
         except HubError as error:
             if not error.unreached:
                 raise
             download += f"\n  its headers are not to be had: {error}"
             return Plan(str(source), download=download)
-        return replace(made, source=str(source), download=download)
+        return replace(made, source=str(source), download="\n".join(filter(None, (download, made.download))))
     folder = find_local(source, revision)
     variant = read_variant(folder)
     least, most = int(variant.layered), variant.max_pictures
@@ -217,8 +230,12 @@ def plan(
     sketch = _sketch(folder, variant, pictures, height, width)
     names = [name for name in COMPONENTS if text_encoder or name != "text_encoder"]
     found = {one.report.component: one.found for one in compare_networks(folder, names, files)}
-    sizes, computed = network_sizes(found, wanted), activations(folder, sketch, wanted, layers=layers)
+    nets = _controlnets(folder, controlnets)
+    found |= {f"controlnet {number}": one.found for number, one in enumerate(nets, start=1)}
+    sizes = network_sizes(found, wanted)
+    computed = activations(folder, sketch, wanted, nets, layers=layers, on_cpu=on_cpu)
     peaks = _peaks(_MODES, sizes, computed, _table(folder, wanted, steps))
+    downloads = [controlnet_download(net) for net in controlnets if find_controlnet(net) is None]
     made = Plan(
         str(source or "the embedded model"),
         None,
@@ -226,8 +243,9 @@ def plan(
         "CPU" if on_cpu else "accelerator",
         "as stored" if wanted is None else str(wanted).removeprefix("torch."),
         memory,
+        "\n".join(downloads),
         run=f"{f'{layers} layers of ' * variant.layered}{sketch.size[0]}x{sketch.size[1]} from {pictures} "
-        f"picture{'s' * (pictures != 1)}",
+        f"picture{'s' * (pictures != 1)}{f' with {len(nets)} of control' * bool(nets)}",
     )
     chosen = next((mode for mode in peaks if mode.storage is None and made.fits(mode)), None)
     return replace(made, mode=chosen)
@@ -237,14 +255,15 @@ def choose(
     modes: Modes,
     folder: Path,
     found: Mapping[str, Mapping[str, Stored]],
+    nets: Sequence[Compared] = (),
     *,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Modes:
     """Replace the residency by the first that fits this machine at the checkpoint's own size, or by the last.
 
-    `found` has the stored weights of each component, by our names. With storage="float8", which keeps weights
-    in memory, "stage" is the last residency.
+    `found` has the stored weights of each component, by our names, and those of `nets`, the ControlNets. With
+    storage="float8", which keeps weights in memory, "stage" is the last residency.
     """
     residencies = RESIDENCIES[1:] if modes.storage is None else RESIDENCIES[1:-1]
     candidates = [replace(modes, residency=residency) for residency in residencies]
@@ -253,10 +272,22 @@ def choose(
         return candidates[0]
     variant = read_variant(folder)
     sketch = _sketch(folder, variant, int(variant.takes_pictures))
-    peaks = _peaks(candidates, sizes, activations(folder, sketch, dtype), _table(folder, dtype, _STEPS))
-    memory = host_free() if device.type == "cpu" else device_free(device)
+    on_cpu = device.type == "cpu"
+    computed = activations(folder, sketch, dtype, nets, on_cpu=on_cpu)
+    peaks = _peaks(candidates, sizes, computed, _table(folder, dtype, _STEPS))
+    memory = host_free() if on_cpu else device_free(device)
     fitting = (mode for mode in candidates if max(peaks[mode].values()) <= SPARE * memory)
     return next(fitting, candidates[-1])
+
+
+def _controlnets(folder: Path, sources: Sequence[Source]) -> list[Compared]:
+    """ControlNets compared with the folder's transformer, from headers; of hub ids, too."""
+    compared = []
+    for source in sources:
+        with remote_controlnet(source) as path:
+            compared.append(one := compare_controlnet(path, network_config(folder, "transformer")))
+            require_fitting(one.report, path)
+    return compared
 
 
 def _sketch(
@@ -277,12 +308,17 @@ def _peaks(
 ) -> dict[Modes, dict[str, int]]:
     """Bytes on the device, by mode and stage; `table` is the size of precomputed modulation."""
     peaks = {}
+    nets = [name for name in sizes if name.startswith("controlnet")]  # they run beside the transformer
     for mode in modes:
         size = {name: network.in_memory(mode) for name, network in sizes.items()}
         size["transformer"] += table if mode.modulation == "precomputed" else 0
-        kept = [size.get("text_encoder", 0), size["vae"], size["transformer"], size["vae"]]
+        idle = dict.fromkeys(size, 0)
         if mode.residency == "resident":
-            kept = [sum(size.values())] * 4
+            idle = {name: network.in_memory(mode, runs=False) for name, network in sizes.items()}
+        kept = [
+            sum(size[name] if name in names else idle[name] for name in size)
+            for names in (["text_encoder"], ["vae"], ["transformer", *nets], ["vae"])
+        ]
         peaks[mode] = {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
     return peaks
 
@@ -291,11 +327,18 @@ def network_sizes(
     found: Mapping[str, Mapping[str, Stored]], dtype: torch.dtype | None
 ) -> dict[str, NetworkSize]:
     """Sizes of networks whose stored weights are `found`, in the dtype that `load` would run them in."""
-    return {component: _network_size(stored, dtype) for component, stored in found.items()}
+    sizes = {}
+    for component, stored in found.items():
+        beside = component.startswith("controlnet")
+        own = dtype_beside(found["transformer"], dtype) if beside else run_dtype(stored.values(), dtype)
+        sizes[component] = _network_size(stored, own, precomputed=component == "transformer")
+    return sizes
 
 
-def _network_size(found: Mapping[str, Stored], dtype: torch.dtype | None) -> NetworkSize:
-    dtype = run_dtype(found.values(), dtype)
+def _network_size(
+    found: Mapping[str, Stored], dtype: torch.dtype | None, *, precomputed: bool
+) -> NetworkSize:
+    """The size in a dtype; `precomputed`: whether its adaLN layers can be."""
     blocks: dict[str, BlockSize] = {}
     float8: dict[str, BlockSize] = {}
     rest = 0
@@ -309,7 +352,7 @@ def _network_size(found: Mapping[str, Stored], dtype: torch.dtype | None) -> Net
         for form, takes in ((blocks, size), (float8, small)):
             block = form.setdefault(match.group(), BlockSize())
             block.all += takes
-            block.modulation += takes * name[match.end() :].startswith(MODULATION_LAYERS)
+            block.modulation += takes * (precomputed and name[match.end() :].startswith(MODULATION_LAYERS))
     return NetworkSize(blocks, float8, rest)
 
 
@@ -329,24 +372,33 @@ def _itemsize(dtype: torch.dtype | None) -> int:
 
 
 def activations(
-    folder: Path, sketch: geometry.Geometry, dtype: torch.dtype | None, *, layers: int = LAYERING.layers
+    folder: Path,
+    sketch: geometry.Geometry,
+    dtype: torch.dtype | None,
+    nets: Sequence[Compared] = (),
+    *,
+    layers: int = LAYERING.layers,
+    on_cpu: bool = True,
 ) -> dict[str, int]:
     """Estimate the peak bytes of each stage's activations, for one row of a batch.
 
     Layered samples `layers` + 1 frames and decodes the layers together; its text encoder sees no picture.
-    Other variants have one frame.
+    Other variants have one frame. `nets` are ControlNets.
 
     +-- in values of the run's dtype ----------------------------------------------------------------------+
     | language   4 MLP widths and 6 widths a token         | prompts run one after the other               |
     | vision     4 MLP widths and 8 widths a patch         | before the language model: the larger counts  |
     | sampling   20 widths a token of text and pictures    | queries and keys in RoPE, or the MLP          |
+    | control    1 width a target token, and 1 a residual  | while sampling, of each ControlNet            |
     | encoder    2.8 base widths a pixel                   | of the largest picture                        |
     | decoder    5.8 base widths a pixel                   | the last upsampling                           |
     +------------------------------------------------------------------------------------------------------+
     In half dtypes RoPE and the VAE's norms compute in float32: 23 widths a token, and 6.5 base widths a pixel
-    in encoder and decoder.
+    in encoder and decoder. Accelerators have other kernels: sampling 15, encoder 3, decoder 4, and in half
+    dtypes 18.5, 7 and 8.
     """
     size, half = _itemsize(dtype), _itemsize(dtype) == 2
+    a_token, encoded_pixel, decoded_pixel = _COMPUTED[on_cpu, half]
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
     transformer: MMDiTConfig = network_config(folder, "transformer")
     vae: VAEConfig = network_config(folder, "vae")
@@ -371,55 +423,15 @@ def activations(
     )
     grids = [*[sketch.grid] * frames, *(picture.grid for picture in sketch.pictures)]
     joint = seen + _PROMPT + sum(rows * columns for _, rows, columns in grids)
-    pixels = max((picture.vae[0] * picture.vae[1] for picture in sketch.pictures), default=0)
+    encoded = [picture.vae for picture in sketch.pictures] + [sketch.size] * bool(nets)
+    pixels = max((columns * rows for columns, rows in encoded), default=0)
+    # A blockwise net's residuals are added one by one.
+    residuals = sum(len(one.module.blocks) for one in nets if isinstance(one.module, ControlNet))
+    controls = (len(nets) + residuals) * math.prod(sketch.grid)
     made = {
         "text encoding": encoding,
-        "VAE encode": pixels * vae.base_dim * (6.5 if half else 2.8),
-        "sampling": joint * transformer.width * (23 if half else 20),
-        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * (6.5 if half else 5.8),
+        "VAE encode": pixels * vae.base_dim * encoded_pixel,
+        "sampling": (joint * a_token + controls) * transformer.width,
+        "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * decoded_pixel,
     }
     return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}
-
-
-def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes from a number or a text such as "24GiB", "24GB" or "24g", all of which are 24 * 2**30.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(value), re.IGNORECASE)
-    size = 0 if match is None or isinstance(value, bool) else float(match[1]) * 2 ** _UNITS[match[2].lower()]
-    if size < 1:
-        raise ValueError(f"{name} is {value!r}, wanted a size such as 24GiB")
-    return round(size)
-
-
-def device_free(device: torch.device) -> int:
-    """Free bytes of an accelerator; the host's for devices that do not say, which may share its memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return host_free()
-
-
-def host_free() -> int:
-    """Bytes of memory that this process can still take, within the limit of its container."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    if not found:
-        try:
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (AttributeError, ValueError, OSError):
-            found.append(8 << 30)  # Windows does not say: assume a modest machine
-    for limit, used in _CGROUPS:
-        try:
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return max(0, min(found))

@@ -24,26 +24,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qwenedit.memory.reading import WeightFiles
-from qwenedit.memory.streaming import BlockParts, Lock, Part, Place, Source, Streamed
+from qwenedit.memory.streaming import Absent, BlockParts, Lock, Part, Place, Source, Streamed
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "home", "move",
-    "present", "read_when_needed", "remember", "require_staying", "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
+    "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying",
+    "weight_value", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
 MODULATIONS = ("live", "precomputed")
 STORAGES = (None, "float8")
 
-BLOCK_LISTS = {"text_encoder": ("vision.blocks", "language.blocks"), "transformer": ("blocks",), "vae": ()}
+BLOCK_LISTS = {
+    "text_encoder": ("vision.blocks", "language.blocks"),
+    "transformer": ("blocks",),
+    "vae": (),
+    "controlnet": ("blocks",),
+}
 MODULATION_LAYERS = ("img_mod.", "txt_mod.")  # layers of a transformer block whose only input is the timestep
 
 T = TypeVar("T")
@@ -119,7 +126,7 @@ class Modes:
                 parent, _, leaf = path.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, streamed)
                 lists.append(streamed)
-        managed = _Managed(component, source, list(base.values()), lists, progress)
+        managed = _Managed(component, self, source, list(base.values()), lists, progress)
         module.__dict__["_managed"] = managed
         if self.residency == "resident":
             managed.__enter__()  # and never leaves
@@ -153,6 +160,12 @@ def while_present(modules: Sequence[nn.Module], items: Iterator[T]) -> Iterator[
         yield from items
 
 
+def current_modes(module: nn.Module) -> Modes:
+    """The memory modes that a network is in."""
+    managed = _managed(module)
+    return Modes() if managed is None else managed.modes
+
+
 def home(module: nn.Module) -> torch.device:
     """The device that a network computes on, whether or not its weights are loaded."""
     managed = _managed(module)
@@ -168,7 +181,7 @@ def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
     """
     homes = {}
     for managed in [one for module in modules if (one := _managed(module))]:
-        for dtype in {one.dtype for one in managed.absent}:
+        for dtype in {place.absent.dtype for place in managed.places}:
             probe = nn.ParameterList([torch.empty(0, dtype=dtype, device=managed.source.device)])
             (moved,) = probe.to(*args, **kwargs)
             if moved.dtype != dtype:
@@ -190,17 +203,32 @@ def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
             part.held = [(weight.to(device), scale.to(device)) for weight, scale in part.held]
 
 
+def weight_value(module: nn.Module, weight: Tensor) -> Tensor:
+    """The values of a network's weight: its own, or if it is not in memory those in the checkpoint's files.
+
+    Raises:
+        ValueError: a file of the checkpoint has changed or is gone.
+    """
+    managed = _managed(module)
+    if managed is None or not isinstance(weight, Absent):
+        return weight
+    (place,) = (place for place in managed.places if place.absent is weight)
+    (value,) = managed.source.read([place])
+    return value
+
+
 def require_staying(module: nn.Module, weights: Sequence[Tensor], what: str) -> None:
     """Require that changes of these weights last.
 
     Raises:
-        ValueError: the weights are read from the files again and again.
+        ValueError: the weights are read from the files again and again. The message begins with `what` is
+            done to them.
     """
     managed = _managed(module)
     if managed is not None and (not managed.stays or any(weight.is_meta for weight in weights)):
         raise ValueError(
-            f"{what} changes weights, but those of the {managed.component} come from the files again and "
-            "again: load with residency='resident', modulation='live' and storage=None"
+            f"{what}, but those of the {managed.component} come from the files again and again: load with "
+            "residency='resident', modulation='live' and storage=None"
         )
 
 
@@ -214,8 +242,10 @@ class _Origin:
 
     @classmethod
     def of(cls, module: nn.Module, component: str, found: Mapping[str, Stored]) -> _Origin:
-        weights = {  # a LoRA, which may be loaded meanwhile, puts the layer into its `base`
-            name.replace(".base.", "."): (id(x), x._version, x.dtype) for name, x in module.named_parameters()
+        weights = {  # a LoRA, which may be there meanwhile, puts the layer into its `base`
+            name.replace(".base.", "."): (id(x), x._version, x.dtype)
+            for name, x in module.named_parameters()
+            if ".held." not in name
         }
         return cls(component, found, weights)
 
@@ -223,6 +253,17 @@ class _Origin:
 def remember(module: nn.Module, component: str, found: Mapping[str, Stored]) -> None:
     """Note where the weights of a network that was just loaded came from, for `read_when_needed`."""
     module.__dict__["_origin"] = _Origin.of(module, component, found)
+
+
+def origin_of(module: nn.Module) -> Mapping[str, Stored] | None:
+    """Where the weights of a network were read from, by our names; None if `load` did not make it."""
+    origin = module.__dict__.get("_origin")
+    return None if origin is None else origin.found
+
+
+def files_of(module: nn.Module) -> list[Path]:
+    """The files that a network's weights were loaded from; none for a network that was not loaded."""
+    return sorted({stored.path for stored in (origin_of(module) or {}).values()})
 
 
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:
@@ -257,12 +298,14 @@ class _Managed:
     def __init__(
         self,
         component: str,
+        modes: Modes,
         source: Source,
         base: list[Place],
         lists: list[Streamed],
         progress: bool,
     ) -> None:
         self.component = component
+        self.modes = modes
         self.source = source
         self.base = Part(source, base)
         self.lists = lists
@@ -272,9 +315,9 @@ class _Managed:
         of_blocks = [parts for streamed in lists for parts in streamed.parts]
         self.blocks = [parts.rest for parts in of_blocks]  # streamed, or kept in 8 bits
         every = (self.base, *self.blocks, *(parts.modulation for parts in of_blocks))
-        self.absent = [place.absent for part in every for place in part.places]
-        for one in self.absent:
-            one.component = component
+        self.places = [place for part in every for place in part.places]
+        for place in self.places:
+            place.absent.component = component
 
     def __enter__(self) -> None:
         with self.lock:

@@ -27,10 +27,11 @@ from qwenedit.weights.formats import Stored, dequantise
 __all__ = ["Absent", "BlockParts", "Lock", "Part", "Place", "Source", "Streamed"]
 
 _NAMES = {
-    "text_encoder": "vision_language",
-    "transformer": "mmdit",
-    "vae": "vae",
-}  # the pipeline's attributes
+    "text_encoder": "pipe.vision_language",
+    "transformer": "pipe.mmdit",
+    "vae": "pipe.vae",
+    "controlnet": "*pipe.controlnets",
+}
 FP8 = torch.float8_e4m3fn
 
 
@@ -82,7 +83,7 @@ def _without_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     component = absent[0].component
     raise ValueError(
         f"weights of the {component} are in its files, not in memory: run it in `with "
-        f"qwenedit.memory.residency.present(pipe.{_NAMES[component]})`, and blocks that are streamed "
+        f"qwenedit.memory.residency.present({_NAMES[component]})`, and blocks that are streamed "
         "within a loop over all of them; or load with residency='resident', modulation='live' and "
         "storage=None"
     )
@@ -294,7 +295,8 @@ class Streamed(nn.ModuleList):
         if not any(parts):
             yield from blocks
             return
-        done = None
+        # Of what was queued before: the blocks of the loop before this one may be in memory until it has run.
+        done = _mark([part for own in parts for part in own])
         with ThreadPoolExecutor(1, "qwenedit-read") as reader:
             coming: Future[_Arrived] | None = reader.submit(_Arrived.of, parts[0], done)
             for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):

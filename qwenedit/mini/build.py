@@ -17,12 +17,12 @@ from qwenedit.files import replacing_file
 from qwenedit.foreign import read_json
 from qwenedit.latents import PATCH
 from qwenedit.mini import vocabulary
-from qwenedit.mini.vocabulary import write_json
 from qwenedit.networks import mmdit, vae
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.weights.keys import NETWORKS, ours_to_official
+from qwenedit.weights.writing import FILES, write_json
 
 AREA = 64 * 64  # of pictures, for the VAE and for the language model
 
@@ -161,16 +161,15 @@ def write_shared(folder: Path) -> None:
 def write_network(folder: Path, network: VisionLanguage | MMDiT | VAE) -> None:
     """One network's config and bfloat16 weights, in the official names, beside what `write_shared` wrote."""
     if isinstance(network, VisionLanguage):
-        component, file = "text_encoder", "model.safetensors"
+        component = "text_encoder"
         config = text_encoder_config(read_json(folder / "tokenizer" / "added_tokens.json"))
     else:
         component = "transformer" if isinstance(network, MMDiT) else "vae"
-        file = "diffusion_pytorch_model.safetensors"
         config = {"_class_name": COMPONENTS[component][1], **asdict(network.config)}
     write_json(folder / component / "config.json", config)
     table = NETWORKS[component].table
     tensors = {
         ours_to_official(table, key): x.to("cpu", torch.bfloat16) for key, x in network.state_dict().items()
     }
-    with replacing_file(folder / component / file) as temporary:
+    with replacing_file(folder / component / f"{FILES[component]}.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})

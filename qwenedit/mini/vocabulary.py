@@ -7,16 +7,15 @@ text is unknown.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from qwenedit.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
 from qwenedit.inputs.tokenizer import SPLIT, load_tokenizer
+from qwenedit.weights.writing import write_json
 
-__all__ = ["SPECIAL_TOKENS", "train", "write", "write_json"]
+__all__ = ["SPECIAL_TOKENS", "train", "write"]
 
 # Both in the official order, which is the order of their ids.
 SPECIAL_TOKENS = (
@@ -111,9 +110,3 @@ def write(folder: Path) -> dict[str, int]:
     )
     load_tokenizer(folder).save(str(folder / "tokenizer.json"))
     return ids
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file of a checkpoint as the official ones are written: indented, keys sorted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

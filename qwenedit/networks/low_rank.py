@@ -29,21 +29,28 @@ class Delta:
 
 
 class Change(nn.Module):
-    """The change that one LoRA makes to one layer. The user sets `scale`, `active` and `disabled`."""
+    """The change that one LoRA makes to one layer. The user sets `scale`, `active` and `disabled`.
+
+    Its matrices may have another dtype than the layer: those that train are float32 beside any. `dropout` is
+    the share of inputs that are dropped while it trains.
+    """
 
     down: Tensor
     up: Tensor
     bias: Tensor | None
     magnitude: Tensor | None
 
-    def __init__(self, name: str, delta: Delta, like: Tensor, scale: float) -> None:
+    def __init__(
+        self, name: str, delta: Delta, like: Tensor, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.name, self.factor, self.scale = name, delta.factor, scale
+        self.name, self.factor, self.scale, self.dropout = name, delta.factor, scale, dropout
         self.active, self.disabled = True, False
         for part in ("down", "up", "bias", "magnitude"):
             value = getattr(delta, part)
-            own = None if value is None else value.to(like, copy=True)  # not the file's or the caller's
-            self.register_buffer(part, own, persistent=False)
+            if value is not None:  # a copy: not the file's or the caller's
+                value = nn.Parameter(value.to(like, copy=True), requires_grad=False)
+            self.register_parameter(part, value)
 
     @property
     def acts(self) -> bool:
@@ -65,6 +72,7 @@ class LowRank(Change):
     """A product of two matrices: (..., in) -> (..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x.to(self.down.dtype), self.dropout, self.training)
         return F.linear(F.linear(x, self.down), self.up, self.bias) * (self.scale * self.factor)
 
     def matrix(self, scale: float) -> Tensor:
@@ -78,7 +86,7 @@ class Kronecker(Change):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        split = x.unflatten(-1, (self.up.shape[1], self.down.shape[1]))
+        split = x.to(self.down.dtype).unflatten(-1, (self.up.shape[1], self.down.shape[1]))
         return (self.up @ F.linear(split, self.down)).flatten(-2) * (self.scale * self.factor)
 
     def matrix(self, scale: float) -> Tensor:
@@ -90,7 +98,7 @@ class LowRankLinear(nn.Module):
 
     Source: peft's `Linear.forward` and `DoraLinearLayer.forward`. A DoRA scales what the layer and the
     changes before it add up to, without the bias; its norms are computed in float32. Changes at scale 0 are
-    not computed.
+    not computed. Each sum is rounded to the layer's dtype; peft rounds once, after the last.
     """
 
     def __init__(self, base: nn.Linear) -> None:
@@ -106,7 +114,7 @@ class LowRankLinear(nn.Module):
         y = self.base(x)
         for change in self.changes:
             if change.acts:
-                y = y + change(x)
+                y = (y + change(x)).to(y.dtype)
                 if change.magnitude is not None:
                     gain = change.gain(self.base.weight, change.scale).to(y.dtype)
                     y = self.base.bias + gain * (y - self.base.bias)

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from qwenedit.encoding.conditioning import Prompt, RowGroup
-from qwenedit.inputs.controls import ControlInput, Reach
+from qwenedit.inputs.controls import AnyControlNet, ControlInput, Reach
 from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import byte_tensor, vae_pixels
 from qwenedit.latents import Layout, generators_of, normalise, pack
 from qwenedit.memory.residency import present
-from qwenedit.networks.controlnet import ControlNet, spread
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
+from qwenedit.networks.controlnet import spread
 from qwenedit.networks.mmdit import Control, MMDiT, RunCache
 from qwenedit.networks.vae import VAE, Posterior
 from qwenedit.sampling.sampler import current_interval
@@ -42,7 +43,7 @@ Begin = Callable[[], Control]  # what a net adds, for one pass through the trans
 class RunControl(Reach):
     """One control of a run: its net, and the control pictures' latents (B, S, condition_channels)."""
 
-    net: ControlNet
+    net: AnyControlNet
     cond: Tensor
 
 
@@ -56,9 +57,12 @@ def drawn(
 ) -> tuple[RunControl, ...]:
     """The controls with their latents: for each row a sample of the posterior of its picture.
 
+    For a blockwise net it is the posterior's mode, which draws nothing.
+
     Raises:
         NonFiniteError: NaN or infinity from the encoder.
-    Source: `prepare_image` and `prepare_image_with_mask` of the pipelines.
+    Source: `prepare_image` and `prepare_image_with_mask` of the pipelines; for blockwise nets
+        `QwenImageUnit_BlockwiseControlNet` of DiffSynth-Studio 2.1.12.
     """
     with present(*([vae] if controls else [])):
         return tuple(
@@ -88,7 +92,8 @@ def _latents(control: ControlInput, vae: VAE, generator: Generator | Sequence[Ge
             known[key] = vae.encode(pixels[:, :, None].to(like.device, like.dtype))
         rows.append(known[key])
     posterior = Posterior(torch.cat([x.mean for x in rows]), torch.cat([x.logvar for x in rows]))
-    raw = _sample(posterior, generator)
+    blockwise = isinstance(control.net, BlockwiseControlNet)
+    raw = posterior.mode() if blockwise else _sample(posterior, generator)
     require_finite(raw, "VAE encoder: the latents of a control picture")
     wide = raw.to(torch.promote_types(raw.dtype, torch.float32))  # where the reference promotes
     latents = normalise(wide, vae.config.latents_mean, vae.config.latents_std)
@@ -118,7 +123,8 @@ class Controls:
     """The controls of a run, as its predictor uses them.
 
     A `ControlNet` runs once a step, with the prompt, and the same residuals serve both branches, as in the
-    reference; with `each` it runs for each branch, with that branch's prompt.
+    reference; with `each` it runs for each branch, with that branch's prompt. A blockwise net follows the
+    transformer through the blocks of every branch.
     """
 
     def __init__(
@@ -132,7 +138,7 @@ class Controls:
         cache: RunCache,
     ) -> None:
         self._controls = controls
-        self._conds = [[one.cond[group.rows] for one in controls] for group in groups]
+        self._conds = [[one.cond[group.index] for one in controls] for group in groups]
         self._groups = groups
         self._blocks = mmdit.config.num_layers
         self._steps = steps
@@ -166,11 +172,25 @@ class Controls:
     def _begun(self, k: int, number: int, prompt: Prompt, latents: Tensor, timestep: Tensor) -> Begin:
         """What control `k` adds for a group: its net runs here, or block by block in the transformer."""
         control, cond, grid = self._controls[k], self._conds[number][k], self._groups[number].grids[0]
+        if isinstance(net := control.net, BlockwiseControlNet):
+            with scope(control=k):
+                embedded = net(cond)
+            return lambda: _scaled(net.control(embedded), control.scale)
         cache = None if observed(control.net) else self._cache
         with scope(control=k):
             residuals = control.net(latents, cond, prompt.embeds, timestep, grid, prompt.mask, cache=cache)
         scaled = [x * control.scale for x in residuals]
         return lambda: spread(scaled, self._blocks)
+
+
+def _scaled(part: Control, scale: float) -> Control:
+    """The control, times a factor."""
+
+    def control(block: int, img: Tensor) -> Tensor | None:
+        added = part(block, img)
+        return None if added is None else added * scale
+
+    return control
 
 
 def _summed(parts: Sequence[Control], numbers: Sequence[int]) -> Control:

@@ -16,7 +16,7 @@ from qwenedit.sampling.compiling import eager_if_modified
 from qwenedit.sampling.controls import Controls, RunControl
 from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, timestep_of, without_modulation
 from qwenedit.sampling.sampler import Predict
-from qwenedit.taps import current_labels, observed, require_finite, scope
+from qwenedit.taps import observed, scope
 
 __all__ = ["predictor"]
 
@@ -53,7 +53,6 @@ def predictor(
     Raises:
         ValueError: `guided` without a negative prompt, a conditioning of another model's widths, or a
             micro_batch that is no positive number.
-        NonFiniteError: while predicting, a velocity with NaN or infinity.
     """
     if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
         raise ValueError(f"micro_batch is {micro_batch!r}, wanted a whole number of at least 1, or None")
@@ -61,13 +60,15 @@ def predictor(
         raise ValueError("guidance is on, but the conditioning has no negative prompt")
     _require_widths(conditioning, mmdit)
     groups = [part for group in conditioning.groups() for part in _parts(group, micro_batch)]
-    order = torch.tensor([row for group in groups for row in group.rows]).argsort()
+    order = torch.cat([group.index for group in groups]).argsort()
 
     run_cache = PrecomputedCache(sigmas) if is_precomputed(mmdit) else RunCache()
     controlled = Controls(controls, mmdit, groups, steps=len(sigmas), each=each, cache=run_cache)
 
     def predict(latents: Tensor, sigma: float, guided: bool = guided) -> tuple[Tensor, Tensor | None]:
         cache = None if observed(mmdit) else run_cache
+        if isinstance(cache, PrecomputedCache):
+            cache.sigma = sigma
         times = {
             count: _time(mmdit, sigma, latents, count) for count in {len(group.rows) for group in groups}
         }
@@ -77,16 +78,15 @@ def predictor(
         def branch(name: str) -> Tensor:
             parts = []
             for number, group in enumerate(groups):
-                own = latents if len(group.rows) == latents.shape[0] else latents[group.rows]
+                own = latents if len(group.rows) == latents.shape[0] else latents[group.index]
                 time = times[len(group.rows)]
                 control = control_of(number, name, own, time[0])
                 parts.append(_velocity(mmdit, group, name, own, time, cache, control))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)[order.to(latents.device)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
         with _as_cached(mmdit, cache):
             cond = branch("cond")
             uncond = branch("uncond") if guided else None
-        _require_finite_predictions(cond, uncond)
         return cond, uncond
 
     return predict
@@ -112,10 +112,12 @@ def _parts(group: RowGroup, size: int | None) -> Iterator[RowGroup]:
         yield group
         return
     for start in range(0, len(group.rows), size):
-        index = torch.arange(start, min(start + size, len(group.rows)))
+        stop = min(start + size, len(group.rows))
+        index = torch.arange(start, stop, device=group.index.device)
         yield dataclasses.replace(
             group,
-            rows=group.rows[start : start + size],
+            rows=group.rows[start:stop],
+            index=group.index[start:stop],
             references=None if group.references is None else group.references[start : start + size],
             prompt=_cut(group.prompt.rows(index)),
             negative=None if group.negative is None else _cut(group.negative.rows(index)),
@@ -165,18 +167,3 @@ def _velocity(
             control=control, cache=cache, target_only=cache is not None,
         )  # fmt: skip
     return velocity[:, layout.target]  # the prediction for the reference tokens is dropped
-
-
-def _require_finite_predictions(cond: Tensor, uncond: Tensor | None) -> None:
-    # One check for both: on an accelerator each check waits for all work that was queued before.
-    if torch.isfinite(cond if uncond is None else torch.cat([cond, uncond])).all():
-        return
-    labels = current_labels()
-    where = f"step {labels['step']}, sigma {labels['sigma']:.4f}" if "step" in labels else "this sigma"
-    for branch, velocity in (("cond", cond), ("uncond", uncond)):
-        if velocity is not None:
-            require_finite(
-                velocity,
-                f"transformer: the {branch} velocity at {where}",
-                "look for it in the weights and the conditioning, or, in float16, for an overflow",
-            )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # not at run time: this file also works without the rest of t
     from qwenedit.sampling.guidance import TrueCFG
 
 __all__ = [
-    "Predict", "Preserve", "Step", "Transition", "current_interval", "euler", "euler_step", "predict_at",
-    "require_interval", "step_at",
+    "Predict", "Preserve", "Step", "Transition", "checked", "current_interval", "euler", "euler_step",
+    "predict_at", "require_interval", "step_at",
 ]  # fmt: skip
 
 # latents, sigma -> cond, uncond. Steps outside of the guided interval pass guided=False and get cond, None.
@@ -57,8 +57,8 @@ class Step:
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
         velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction, and then what
-            `preserve` makes of it. Writing `cond` or `uncond` has it computed anew. If guidance gives NaN or
-            infinity, reading it raises NonFiniteError.
+            `preserve` makes of it. Writing `cond` or `uncond` has it computed anew. In a checked step
+            reading it raises NonFiniteError if guidance gives NaN or infinity.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
         after: the latents at `sigma_next`: what the sampler's rule `advance` and then `preserve` make of the
             values above. Writing it replaces the result of the step, whatever else is written.
@@ -98,6 +98,37 @@ class Step:
         self._transition = transition
         self._velocity: Tensor | None = None
         self._after: Tensor | None = None
+        self._checked = False
+
+    def check(self) -> None:
+        """Raise NonFiniteError if a prediction has NaN or infinity; if guidance has, on reading `velocity`.
+
+        Everything is checked at once: on an accelerator a check waits for all work that was queued before.
+        """
+        self._checked = True
+        guided = self._guided()
+        named = {"cond": self._cond, "uncond": self._uncond}
+        branches = {branch: x for branch, x in named.items() if x is not None}
+        every = [*branches.values(), *([] if guided is self._cond else [guided])]
+        if torch.isfinite(torch.cat(every)).all():
+            self._velocity = self._preserved(guided)
+            return
+        for branch, velocity in branches.items():
+            require_finite(
+                velocity,
+                f"transformer: the {branch} velocity at step {self.index}, sigma {self._at[1]:.4f}",
+                "look for it in the weights and the conditioning, or, in float16, for an overflow",
+            )
+
+    def _guided(self) -> Tensor:
+        if self._guidance is None or self._uncond is None:
+            return self._cond
+        return self._guidance(self._cond, self._uncond, self._at, self._average)
+
+    def _preserved(self, velocity: Tensor) -> Tensor:
+        if self._preserve is None:
+            return velocity
+        return self._preserve.velocity(velocity, self.latents, self.sigma)
 
     @property
     def cond(self) -> Tensor:
@@ -118,17 +149,14 @@ class Step:
     @property
     def velocity(self) -> Tensor:
         if self._velocity is None:
-            if self._guidance is None or self._uncond is None:
-                self._velocity = self._cond
-            else:
-                self._velocity = self._guidance(self._cond, self._uncond, self._at, self._average)
+            guided = self._guided()
+            if self._checked and guided is not self._cond:
                 require_finite(
-                    self._velocity,
+                    guided,
                     f"guidance: the guided velocity at step {self.index}, sigma {self.sigma:.4f},",
                     "the predictions cancel out, or overflow",
                 )
-            if self._preserve is not None:
-                self._velocity = self._preserve.velocity(self._velocity, self.latents, self.sigma)
+            self._velocity = self._preserved(guided)
         return self._velocity
 
     @velocity.setter
@@ -232,12 +260,24 @@ def euler(
         latents, average = step.after, step.average
 
 
+def checked(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps of a sampler, each checked once for NaN and infinity (`Step.check`).
+
+    Raises:
+        NonFiniteError: a prediction or a guided velocity, naming it and its step.
+    """
+    for step in steps:
+        step.check()
+        yield step
+
+
 def euler_step(step: Step) -> Tensor:
     """latents + (sigma_next - sigma) * velocity: the rule of `euler`.
 
     Source: `FlowMatchEulerDiscreteScheduler.step`: the sum in float32, the product in the velocity's dtype.
     """
-    sigma, sigma_next = torch.tensor([step.sigma, step.sigma_next], device=step.latents.device)
+    # `full` fills on the device; `tensor` would copy from the host, which waits for the device.
+    sigma, sigma_next = (torch.full((), x, device=step.latents.device) for x in (step.sigma, step.sigma_next))
     return (step.latents.float() + (sigma_next - sigma) * step.velocity).to(step.velocity.dtype)
 
 

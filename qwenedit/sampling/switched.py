@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qwenedit.checks import whole_number
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.masks import Sources
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import joint_key_mask
 from qwenedit.sampling.controls import RunControl
@@ -255,7 +256,7 @@ def switched_predictor(
 
     arithmetic = Switches(transformer=switches.transformer, time=Time(rounding=time.rounding))
     as_it_is = arithmetic == Switches() and references.frame == "own"
-    nets = {control.net for control in controls}
+    nets = {control.net for control in controls if isinstance(control.net, ControlNet)}  # with its layers
     if as_it_is and time.zero_cond_t is None and references.blocks is None:
         return predict
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from qwenedit.checks import whole_number
@@ -19,8 +19,9 @@ from qwenedit.weights.configs import network_config
 from qwenedit.weights.hub import HubError, HubFile, cached_snapshot, download, fetch_headers, list_files
 
 __all__ = [
-    "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "is_local",
-    "read_areas", "read_variant", "remote_headers", "resolve",
+    "COMPONENTS", "EMBEDDED", "download_plan", "find_local", "find_preset", "fingerprint", "from_hub",
+    "is_local", "local_path", "pieces_of", "read_areas", "read_variant", "remote_files", "remote_headers",
+    "resolve",
 ]  # fmt: skip
 
 EMBEDDED = Path(__file__).parents[1] / "mini" / "checkpoint"  # the folder of the embedded model
@@ -43,7 +44,8 @@ _REFUSED = {
     "ControlNet": "a Qwen-Image ControlNet",
     "Inpaint": "a Qwen-Image inpainting pipeline",
     "Img2Img": "a Qwen-Image image-to-image pipeline",
-    "QwenImage21": "Qwen-Image 2.1, another architecture (Qwen3-VL, single stream)",
+    "QwenImage21": "Qwen-Image 2.1, another network: 32 single-stream blocks, 4096 wide, with SwiGLU and one "
+    "modulation for all, block-causal attention, a VAE of 64 channels at a 16th of the size, and Qwen3-VL",
     "QwenImage2": "a later generation of Qwen-Image, another architecture",
 }
 
@@ -57,29 +59,50 @@ def resolve(
 ) -> Path:
     """The folder of a checkpoint: a folder, a hub id ("Qwen/Qwen-Image-Edit"), or None, the embedded model.
 
-    A hub id is downloaded to the hub's cache. Only the files that a run reads are downloaded; of the
-    components in `without`, only the config. If the hub does not answer, a complete cached snapshot is used.
+    A hub id is downloaded to the hub's cache: its configs, and its weights if they are of this family. Only
+    the files that a run reads are downloaded; of the components in `without`, only the config. If the hub
+    does not answer, a complete cached snapshot is used.
 
     Raises:
         ValueError: no such folder, no checkpoint, or the reason why the hub does not give it, in one line.
     """
-    if (path := _path(source)) is not None:
+    if (path := local_path(source)) is not None:
         return _local(path)
+    own, lacking = (lambda it: read_variant(_local(it))), (lambda it: _lacking(it, without))
+    return _local(from_hub(str(source), revision, _needed(without), own, lacking, progress=progress))
+
+
+def from_hub(
+    source: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    check: Callable[[Path], object],
+    lacking: Callable[[Path], str | None],
+    *,
+    progress: bool,
+) -> Path:
+    """The folder of a hub id in the hub's cache, downloaded if the hub answers.
+
+    `check` is as for `download`; `lacking` says what a cached snapshot lacks, or None.
+
+    Raises:
+        ValueError: as `resolve`, or as `check`.
+    """
     try:
-        return _local(download(str(source), revision, _needed(without), progress=progress))
+        return download(source, revision, patterns, progress=progress, check=check)
     except HubError as error:
         at = f"{source}" if revision is None else f"{source} at revision {revision}"
-        folder = cached_snapshot(str(source), revision)
-        lacking = None if folder is None else _lacking(folder, without)
-        if folder is not None and lacking is None:
-            return _local(folder)
+        folder = cached_snapshot(source, revision)
+        lacks = None if folder is None else lacking(folder)
+        if folder is not None and lacks is None:
+            return folder
         if not error.unreached:
             raise
         if folder is None:
             raise ValueError(
                 f"{at} is neither a local folder nor in the hub's cache, and {error}, or give a folder"
             ) from error
-        raise ValueError(f"{at} is in the hub's cache only in part, and {error}: {lacking}") from error
+        raise ValueError(f"{at} is in the hub's cache only in part, and {error}: {lacks}") from error
 
 
 def _needed(without: Collection[str] = ()) -> list[str]:
@@ -95,7 +118,7 @@ def find_local(source: str | os.PathLike[str] | None, revision: str | None = Non
     Raises:
         ValueError: no such folder, no checkpoint, or a hub id that is not in the cache.
     """
-    if (path := _path(source)) is not None:
+    if (path := local_path(source)) is not None:
         return _local(path)
     if (folder := cached_snapshot(str(source), revision)) is None:
         at = "" if revision is None else f" --revision {revision}"
@@ -110,7 +133,7 @@ def is_local(
     source: str | os.PathLike[str] | None, revision: str | None = None, without: Collection[str] = ()
 ) -> bool:
     """True for a folder, and for a hub id whose files are all cached, except weights of `without`."""
-    if _path(source) is not None:
+    if local_path(source) is not None:
         return True
     try:
         return _lacking(find_local(source, revision), without) is None
@@ -156,33 +179,39 @@ def download_plan(source: str, revision: str | None = None, without: Collection[
     return "\n".join(lines)
 
 
-@contextmanager
-def remote_headers(source: str, revision: str | None = None, without: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder with a hub id's configs, and its weights with holes in place of data.
+def remote_headers(
+    source: str, revision: str | None = None, without: Collection[str] = ()
+) -> AbstractContextManager[Path]:
+    """`remote_files` of a checkpoint, without tokenizer and scheduler.
 
-    The folder is for code that reads headers only (see `fetch_headers`). Of the components in `without` it
-    has only the config. A ValueError of the `with` block names the hub id in place of the folder.
+    Of the components in `without` it has only the config.
+    """
+    configs = [f"{name}/config.json" for name in COMPONENTS]
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
+    indexes = [f"{pattern}.index.json" for pattern in weights]
+    small = ["model_index.json", "processor/preprocessor_config.json", *configs, *indexes]
+    return remote_files(source, revision, [*small, *weights])
+
+
+@contextmanager
+def remote_files(source: str, revision: str | None, patterns: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder with a hub id's files, and its weights with holes in place of data.
+
+    The folder is for code that reads headers only (see `fetch_headers`). A ValueError of the `with` block
+    names the hub id in place of the folder.
 
     Raises:
         HubError: the reason why the hub does not give the files.
     """
     with tempfile.TemporaryDirectory(prefix="qwenedit-") as name:
-        fetch_headers(source, revision, _needed_to_plan(without), Path(name))
+        fetch_headers(source, revision, patterns, Path(name))
         try:
             yield Path(name)
         except ValueError as error:
             raise ValueError(str(error).replace(name, source)) from error
 
 
-def _needed_to_plan(without: Collection[str] = ()) -> list[str]:
-    """Patterns of the files that give the sizes; without tokenizer and scheduler."""
-    configs = [f"{name}/config.json" for name in COMPONENTS]
-    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in without]
-    indexes = [f"{pattern}.index.json" for pattern in weights]
-    return ["model_index.json", "processor/preprocessor_config.json", *configs, *weights, *indexes]
-
-
-def _path(source: str | os.PathLike[str] | None) -> Path | None:
+def local_path(source: str | os.PathLike[str] | None) -> Path | None:
     """The path of a local source or of the embedded model; None if the source can only be a hub id."""
     if source is None:
         return EMBEDDED
@@ -287,7 +316,7 @@ def find_preset(
     """
     if is_local(source, revision):
         return preset_of(find_local(source, revision))
-    return PRESETS.get(str(source).removeprefix("Qwen/"))
+    return PRESETS.get(str(source).removeprefix("Qwen/").removeprefix("FireRedTeam/"))
 
 
 def fingerprint(folder: Path) -> str:
@@ -300,10 +329,16 @@ def fingerprint(folder: Path) -> str:
     inside = (path for part in parts if part.is_dir() for path in sorted(part.iterdir()))
     files = [path for path in inside if path.is_file() and not is_leftover(path)]
     for path in (folder / "model_index.json", *files):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // _PIECES, _PIECE)):
-                file.seek(start)
-                digest.update(file.read(_PIECE))
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        for piece in pieces_of(path):
+            digest.update(piece)
     return digest.hexdigest()[:20]
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """1024 evenly spread pieces of a file, or all of a small one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for start in range(0, size, max(size // _PIECES, _PIECE)):
+            file.seek(start)
+            yield file.read(_PIECE)

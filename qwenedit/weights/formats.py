@@ -12,6 +12,7 @@ tensors with the module.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from qwenedit.files import FLOATS, TensorInfo, component_headers, header_and_metadata, read_header
-from qwenedit.foreign import parse_json, shown
+from qwenedit.foreign import parse_json, plain_file, shown
 from qwenedit.weights.gguf_file import TYPES, GGUFFile, is_gguf
 
 __all__ = ["Contents", "Stored", "dequantise", "official_vae_names", "read_weights"]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Prefixes of a component's names in files with several components; the text encoder's is ComfyUI's.
+# Prefixes of a component's names in files with several components; the text encoder's is ComfyUI's. A
+# ControlNet comes alone.
 _PREFIXES = {
     "transformer": ("model.diffusion_model.", "diffusion_model."),
     "vae": ("vae.", "first_stage_model."),
@@ -50,8 +52,23 @@ _HOLDS = tuple(
         ("Nunchaku's SVDQuant, which needs kernels of its own", None, r"\.(qweight|smooth_factor|wscales)$"),
         ("llama.cpp's vision tower (mmproj)", None, r"^(v\.blk|mm)\.\d+\."),
         ("llama.cpp's language model", None, r"^(blk\.\d+\.|token_embd\.)"),
+        (
+            "Flux or another transformer",
+            None,
+            r"^(double_blocks|single_blocks|joint_blocks|single_transformer_blocks)\.\d+\.|^(context|x)_embedder\.",
+        ),
+        (
+            "a ControlNet of Stable Diffusion",
+            None,
+            r"^(controlnet_cond_embedding|controlnet_down_blocks|control_model|input_hint_block)\.",
+        ),
+        ("a ControlNet", "controlnet", r"^controlnet_x_embedder\.|^controlnet_blocks\.\d+\.(weight|bias)$"),
+        (
+            "a blockwise ControlNet of DiffSynth",
+            "controlnet",
+            r"^controlnet_blocks\.\d+\.(x_rms|y_rms|input_proj|output_proj)\.",
+        ),
         ("a Qwen-Image transformer", "transformer", r"^transformer_blocks\.\d+\.(attn|img_mod|txt_mod)\."),
-        ("Flux or another transformer", None, r"^(double_blocks|single_blocks|joint_blocks)\.\d+\."),
         (
             "a Qwen2.5-VL text encoder",
             "text_encoder",
@@ -121,7 +138,9 @@ def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def read_weights(path: Path, component: str) -> Contents:
-    """Find the tensors of a component ("text_encoder", "transformer", "vae") in a file or in its folder.
+    """Find the tensors of a component in a file or in its folder.
+
+    Components are "text_encoder", "transformer" and "vae", and "controlnet" for a ControlNet of either kind.
 
     Raises:
         ValueError: the file is missing or broken, or has another layout or component. The message says what
@@ -156,9 +175,10 @@ def read_weights(path: Path, component: str) -> Contents:
 
 def _tensors(path: Path) -> tuple[dict[str, Stored], str]:
     """Every tensor by its key, and the kind of file that holds them."""
-    if not path.is_file() and not path.is_dir():
-        raise ValueError(f"no weights at {path}: no such file or folder")
-    if path.is_file():
+    if not os.path.lexists(path):
+        raise ValueError(f"no weights at {shown(path)}: no such file or folder")
+    if not path.is_dir():
+        plain_file(path)
         if is_gguf(path):
             return _gguf_tensors(path), "GGUF"
         headers = {key: (path, info) for key, info in read_header(path).items()}
@@ -184,6 +204,8 @@ def _gguf_tensors(path: Path) -> dict[str, Stored]:
 
 def _without_prefix(found: Iterable[str], component: str) -> tuple[dict[str, str], list[str]]:
     """The component's keys, each with its name after the prefix; and the keys of other components."""
+    if component not in _PREFIXES:
+        return {key: key for key in found}, []
     own = _PREFIXES[component]
     foreign = tuple(one for other, ones in _PREFIXES.items() if other != component for one in ones)
     if component != "text_encoder":
@@ -205,7 +227,8 @@ def _require_component(path: Path, component: str, names: Iterable[str]) -> str:
         if any(pattern.search(name) for name in names):
             if of == component:
                 return what
-            raise ValueError(f"{path} holds {what}, wanted the {component}")
+            wanted = "a ControlNet" if component == "controlnet" else f"the {component}"
+            raise ValueError(f"{path} holds {what}, wanted {wanted}")
     like = f", like {', '.join(names[:3])}" if names else ""
     raise ValueError(
         f"{path} holds nothing that is known of the {component}: {len(names)} tensors{like}; wanted the "

@@ -17,7 +17,7 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ def _at(repo: str, revision: str | None) -> str:
 
 
 def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> Listing:
-    """Ask the hub which files match the patterns.
+    """Ask the hub which files match the patterns, whose * stands for a name, not for folders.
 
     Raises:
         HubError: the reason why it does not say.
@@ -146,13 +146,17 @@ def list_files(repo: str, revision: str | None, patterns: Sequence[str]) -> List
     try:
         folder = root / "snapshots" / _single(info.sha, "the commit")
         named = [(one, str(one.rfilename)) for one in info.siblings or []]
-        wanted = [one for one, name in named if any(fnmatch(name, pattern) for pattern in patterns)]
+        wanted = [one for one, name in named if any(_matches(name, pattern) for pattern in patterns)]
         files = [_hub_file(one, root, folder) for one in wanted]
     except ValueError as error:
         raise HubError(
             f"{_at(repo, revision)}: the hub's list of its files cannot be used: {error}"
         ) from error
     return Listing(repo, revision, files, folder)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
 
 
 def _hub_file(listed: Any, root: Path, folder: Path) -> HubFile:
@@ -188,42 +192,64 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def download(repo: str, revision: str | None, patterns: Sequence[str], *, progress: bool) -> Path:
+def download(
+    repo: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    *,
+    progress: bool,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Download the files that match the patterns and are not cached; returns their folder.
+
+    Weights come last, once `check` has accepted the folder with all other files.
 
     Raises:
         HubError: the hub does not list its files.
-        ValueError: no disk space, an interrupted download, or a file that is wrong after a second attempt.
+        ValueError: no disk space, an interrupted download, or a file that is wrong after a second attempt; or
+            as `check`.
     """
     with _hub_bars(progress):
         listing = list_files(repo, revision, patterns)
         _warn_of_users(listing)
-        missing = [file for file in listing.files if not file.cached()]
-        _require_room(listing, missing)
-        try:
-            for file in missing:
-                file.remove()  # a file of another size, or a dangling link
-            unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
-            names = {file.name for file in missing}
-            if unchecked.exists():  # an earlier run was killed before it had checked them
-                names |= set(read_text(unchecked).splitlines())
-            fresh = [file for file in listing.files if file.name in names and not file.is_users()]
-            if fresh:
-                _note(unchecked, names)
-            _fetch(listing, listing.files)
-            if faults := _faults(fresh, progress):
-                _fetch(listing, list(faults))
-                faults = _faults(list(faults), progress)
-            if fresh and not faults:
-                _note(unchecked, names - {file.name for file in fresh})  # this run did not need the others
-        except Exception as error:
-            raise _broken_off(listing, error) from error
+        _require_room(listing, [file for file in listing.files if not file.cached()])
+        weights = [file for file in listing.files if file.name.endswith(".safetensors")]
+        _complete(listing, [file for file in listing.files if file not in weights], progress)
+        if check is not None:
+            check(listing.folder)
+        _complete(listing, weights, progress)
+    return listing.folder
+
+
+def _complete(listing: Listing, files: Sequence[HubFile], progress: bool) -> None:
+    """Download the files that are not cached, and check them. Raises as `download`."""
+    missing = [file for file in files if not file.cached()]
+    faults: dict[HubFile, str] = {}
+    try:
+        for file in missing:
+            file.remove()  # a file of another size, or a dangling link
+        unchecked = listing.folder.parent.parent / f"unchecked-{listing.folder.name}"
+        names = {file.name for file in missing}
+        if unchecked.exists():  # an earlier run was killed before it had checked them
+            names |= set(read_text(unchecked).splitlines())
+        fresh = [file for file in files if file.name in names and not file.is_users()]
+        if fresh:
+            _note(unchecked, names)
+        _fetch(listing, files)
+        if faults := _faults(fresh, progress):
+            _fetch(listing, list(faults))
+            faults = _faults(list(faults), progress)
+        if fresh and not faults:
+            _note(
+                unchecked, names - {file.name for file in fresh}
+            )  # the others are not needed, or come later
+    except Exception as error:
+        raise _broken_off(listing, error) from error
     if faults:
         raise ValueError(
             f"{listing.at} arrived damaged twice, and what is damaged was removed: "
             f"{'; '.join(faults.values())}; check the disk and the network, then run it again"
         )
-    return listing.folder
 
 
 def _warn_of_users(listing: Listing) -> None:

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qwenedit.networks import mmdit, vae, vision_language
+from qwenedit.networks import blockwise_controlnet, controlnet, mmdit, vae, vision_language
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
+from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 
-__all__ = ["NETWORKS", "KeyTable", "official_to_ours", "ours_to_official"]
+__all__ = [
+    "BLOCKWISE_CONTROLNET", "CONTROLNET", "NETWORKS", "Component", "KeyTable", "official_to_ours",
+    "ours_to_official",
+]  # fmt: skip
 
 KeyTable = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class _Component:
-    """The module of one component's folder, and how its official tensor names become the module's.
+class Component:
+    """The module of a network, and how its official tensor names become the module's.
 
     Attributes:
         skipped: official keys that are known and not loaded.
@@ -40,12 +45,14 @@ class _Component:
 
 
 NETWORKS = {
-    "text_encoder": _Component(
+    "text_encoder": Component(
         VisionLanguage, vision_language.KEY_TABLE, vision_language.SKIPPED_KEYS, vision_language.KEY_PREFIXES
     ),
-    "transformer": _Component(MMDiT, mmdit.KEY_TABLE),
-    "vae": _Component(VAE, vae.KEY_TABLE),
+    "transformer": Component(MMDiT, mmdit.KEY_TABLE),
+    "vae": Component(VAE, vae.KEY_TABLE),
 }
+CONTROLNET = Component(ControlNet, controlnet.KEY_TABLE)
+BLOCKWISE_CONTROLNET = Component(BlockwiseControlNet, blockwise_controlnet.KEY_TABLE)
 
 
 def official_to_ours(table: KeyTable, key: str) -> str | None:

@@ -19,9 +19,12 @@ from qwenedit.checks import ProgressBar, progress_bar
 from qwenedit.files import FLOATS
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
-from qwenedit.weights.report import Compared, compare
+from qwenedit.weights.report import Compared, Report, compare
 
-__all__ = ["compare_networks", "load_network", "loading_bar", "read_networks", "run_dtype"]
+__all__ = [
+    "compare_networks", "dtype_beside", "load_network", "loading_bar", "read_networks", "require_fitting",
+    "run_dtype",
+]  # fmt: skip
 
 
 def compare_networks(
@@ -37,11 +40,15 @@ def compare_networks(
     compared, files = [], files or {}
     for component in components:
         one = compare(folder, component, files.get(component))
-        if problems := one.report.problems():
-            where = files.get(component, folder / component)
-            raise ValueError(f"{where} does not fit the {component}: {problems}")
+        require_fitting(one.report, files.get(component, folder / component))
         compared.append(one)
     return compared
+
+
+def require_fitting(report: Report, where: Path) -> None:
+    """Raise a ValueError with the problems of a report on this file or folder, if it has any."""
+    if problems := report.problems():
+        raise ValueError(f"{where} does not fit the {report.component}: {problems}")
 
 
 def read_networks(
@@ -89,6 +96,15 @@ def run_dtype(weights: Iterable[Stored], dtype: torch.dtype | None) -> torch.dty
     """
     plain = {str(one).removeprefix("torch.") for one in FLOATS}
     return dtype or (None if all(stored.dtype in plain for stored in weights) else torch.bfloat16)
+
+
+def dtype_beside(weights: Mapping[str, Stored], dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a network that works with the one of these weights, which runs in `run_dtype`."""
+    dtype = run_dtype(weights.values(), dtype)
+    if dtype is not None:
+        return dtype
+    first: torch.dtype = getattr(torch, next(iter(weights.values())).dtype)
+    return first
 
 
 def loading_bar(component: str, total: int, progress: bool) -> ProgressBar:

@@ -21,9 +21,9 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.files import FLOATS, read_tensors
 from qwenedit.foreign import parse_json, read_json, shown
 from qwenedit.networks.low_rank import Delta
-from qwenedit.networks.mmdit import KEY_TABLE, MMDiT
+from qwenedit.networks.mmdit import MMDiT
 from qwenedit.weights.formats import FP8
-from qwenedit.weights.keys import ours_to_official
+from qwenedit.weights.lora_targets import linear_layers
 
 __all__ = ["CONFIG", "read_lora"]
 
@@ -88,7 +88,7 @@ def read_lora(
         for name, module in mmdit.named_modules()
         if isinstance(module, nn.Linear)
     }
-    ours = {ours_to_official(KEY_TABLE, f"{name}.weight").removesuffix(".weight"): name for name in layers}
+    ours = linear_layers(mmdit)
     parts, unknown = _sorted_out(tensors, ours)
     if unknown or not parts:
         listed = ", ".join(map(shown, unknown[:5])) + (", ..." if len(unknown) > 5 else "")

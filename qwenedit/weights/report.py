@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from qwenedit.foreign import shown
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.weights.configs import network_config
-from qwenedit.weights.formats import Stored, read_weights
-from qwenedit.weights.keys import NETWORKS, official_to_ours, ours_to_official
+from qwenedit.weights.formats import Contents, Stored, read_weights
+from qwenedit.weights.keys import NETWORKS, Component, official_to_ours, ours_to_official
 
-__all__ = ["Compared", "Report", "compare"]
+__all__ = ["Compared", "Report", "compare", "compare_weights"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,18 @@ def compare(folder: Path, component: str, file: Path | None = None) -> Compared:
 
     The config is always the folder's.
     """
-    network = NETWORKS[component]
     config = network_config(folder, component)
     weights = read_weights(file or folder / component, component)
     if weights.zero_cond_t and isinstance(config, MMDiTConfig):
         config = replace(config, zero_cond_t=True)
+    origin = "" if file is None else f"{shown(file)}: {shown(weights.layout)}"
+    return compare_weights(component, NETWORKS[component], config, weights, origin)
+
+
+def compare_weights(
+    component: str, network: Component, config: Any, weights: Contents, origin: str
+) -> Compared:
+    """Compare the module of a config with tensors; `component` and `origin` are as in `Report`."""
     with torch.device("meta"), _WithoutInit():
         module = network.module(config)
     state = module.state_dict()
@@ -114,7 +121,7 @@ def compare(folder: Path, component: str, file: Path | None = None) -> Compared:
         unexpected=unexpected,
         misshapen=misshapen,
         unreadable=unreadable,
-        origin="" if file is None else f"{shown(file)}: {shown(weights.layout)}",
+        origin=origin,
     )
     return Compared(module, found, report)
 

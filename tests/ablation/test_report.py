@@ -14,19 +14,21 @@ import torch
 from PIL import Image
 
 from qwenedit.ablation.charts import HEIGHT, WIDTH, Line, chart, nice_range
-from qwenedit.ablation.report import picture_grid, write_report
+from qwenedit.ablation.report import write_report
 from qwenedit.ablation.results import Sweep
+from qwenedit.ablation.sheet import picture_grid
 from qwenedit.ablation.spec import read_spec
+from qwenedit.ablation.statistics import estimates
 
 HOSTILE = "<script>document.title = 'bad'</script> & \"quotes\" <!--TITLE--> 中文 🔴"
-GRID = {"guidance.norm": ["reference", "none", "global"], "true_cfg_scale": [1, 4]}
-PSNR = [None, 31.5, 8.25, 100.0, 19.0, 19.5]  # of the cells, the unablated one first; it has 100
+GRID = {"references.latents": ["concatenated", "left_out", "noise"], "true_cfg_scale": [1, 4]}
+PSNR = [None, 31.5, 8.25, 100.0, 19.0, 19.5]  # of the cells, the unablated one first
 
 
-def made_up(folder, *, failed=(), side=64, grid=GRID, success=True):
+def made_up(folder, *, failed=(), side=64, grid=GRID, success=True, seeds=(3, 4)):
     """Two pictures, one of them the oracle's, from two seeds; numbers follow from a run's place."""
     Image.new("RGB", (side, side), "teal").save(folder / "cat.png")
-    given = {"pictures": [str(folder / "cat.png"), "mini:1"], "prompts": [HOSTILE], "seeds": [3, 4]}
+    given = {"pictures": [str(folder / "cat.png"), "mini:1"], "prompts": [HOSTILE], "seeds": list(seeds)}
     spec = read_spec({**given, "steps": 2, "grid": grid})
     (folder / "pictures").mkdir()
     records = {}
@@ -45,7 +47,10 @@ def made_up(folder, *, failed=(), side=64, grid=GRID, success=True):
                     continue
                 file = f"pictures/{key}.png"
                 Image.new("RGB", (side, side), (40 * k, 100 * i, 100 * j)).save(folder / file)
-                metrics = {"psnr": PSNR[k] or 100.0, "ssim": 1 - k / 10, "changed": k / 100}
+                metrics = {"psnr": None, "ssim": None, "changed": None}
+                if k:
+                    metrics = {"psnr": PSNR[min(k, 5)], "ssim": 1 - k / 10, "changed": k / 100}
+                metrics |= {"source_psnr": 20.0 + k * (1 + i) + j, "source_ssim": 0.5, "source_changed": 0.25}
                 if i == 1 and success:
                     metrics |= {"success": j == 0, "strict": False, "preserved": None, "reason": "<b>"}
                 guided = cell.true_cfg_scale > 1
@@ -56,6 +61,8 @@ def made_up(folder, *, failed=(), side=64, grid=GRID, success=True):
                     "seconds": {"encode": 1.0, "sample": 2.0 + i, "decode": 0.5},
                     "curves": {"sigma": [1.0, 0.5], "velocity": [10.0 + k, 9.0], "norm_ratio": ratio},
                 }  # fmt: skip
+        if len(seeds) == 2 and all((i, j, 0) not in failed for j in range(2)):
+            records[i, 0, 0]["floor"] = {"key": f"{i}10", "psnr": 30.0 + i, "ssim": 0.9, "changed": 0.01}
     return Sweep(folder, spec, records)
 
 
@@ -103,41 +110,65 @@ def page(sweep):
     return found
 
 
-def with_edits(*means):
-    """As the summary shows them: "success" and "strict", the last but one, are of the two judged edits."""
-    return [f"{x} of 2" if k in (4, 5) else x for k, x in enumerate(means)]
-
-
-def test_the_summary_has_a_row_of_means_for_each_cell(tmp_path):
+def test_the_summary_has_a_row_for_each_cell(tmp_path):
+    """Means, below them intervals or differences, and the edits that have a number where not all do."""
     sweep = made_up(tmp_path)
-    head, *rows = page(sweep).rows("sortable")
+    head, *rows, foot = page(sweep).rows("sortable")
     names = [at["data-name"] for at, _ in head]
     assert names == [
-        "guidance.norm", "true_cfg_scale", "psnr", "ssim", "changed", "norm_ratio", "success", "strict",
-        "sample", "runs",
+        "references.latents", "true_cfg_scale", "psnr", "ssim", "changed", "source_psnr", "source_ssim",
+        "source_changed", "norm_ratio", "success", "strict", "sample", "runs", "compared",
     ]  # fmt: skip
-    assert [[text for _, text in row] for row in rows[:3]] == [
-        ["reference", "4", *with_edits("100.0", "1.000", "0.0", "0.500", "50.0", "0.0", "2.50"), "4"],
-        ["reference", "1", *with_edits("31.5", "0.900", "1.0", "–", "50.0", "0.0", "2.50"), "4"],
-        ["none", "1", *with_edits("8.2", "0.800", "2.0", "–", "50.0", "0.0", "2.50"), "4"],
-    ]
-    assert len(rows) == 6
-    for row, mean in zip(rows, sweep.means(), strict=True):
+    none, half, zero, same = "", "50.0 of 2", "0.0 of 2", "0.000 [0.000, 0.000]"
+    unguided, seconds = "–", "0.00 [0.00, 0.00]"
+    assert [[text for _, text in row][:-1] for row in rows[:3]] == [
+        ["concatenated", "4", "–", "–", "–", "20.5", "0.500", "25.0", "0.500", half, zero, "2.50", "4"],
+        ["concatenated", "1", "31.5[31.5, 31.5]", "0.900[0.900, 0.900]", "1.0[1.0, 1.0]",
+         "22.0+1.5 [+1.0, +2.0]", f"0.500{same}", "25.00.0 [0.0, 0.0]", unguided,
+         f"{half}0.0 [0.0, 0.0]", f"{zero}0.0 [0.0, 0.0]", f"2.50{seconds}", "4"],
+        ["left_out", "1", "8.2[8.2, 8.2]", "0.800[0.800, 0.800]", "2.0[2.0, 2.0]",
+         "23.5+3.0 [+2.0, +4.0]", f"0.500{same}", "25.00.0 [0.0, 0.0]", unguided,
+         f"{half}0.0 [0.0, 0.0]", f"{zero}0.0 [0.0, 0.0]", f"2.50{seconds}", "4"],
+    ]  # fmt: skip
+    assert len(rows) == 6 and none == rows[0][2][0]["data-v"]
+    assert [text for _, text in foot] == [
+        "noise floor", "30.5", "0.900", "1.0", "1.0", "0.000", "0.0", "0.000", "100.0", "0.0", "0.00",
+        "2 pairs", "",
+    ]  # fmt: skip
+    for k, row in enumerate(rows):
         shown = dict(zip(names, (at["data-v"] for at, _ in row), strict=True))
-        assert float(shown["psnr"]) == mean["psnr"].value
-        assert shown["norm_ratio"] == (
-            "" if mean["norm_ratio"].value is None else repr(mean["norm_ratio"].value)
-        )
+        for name, mean in estimates(sweep, k).items():
+            if name in shown:
+                assert shown[name] == ("" if mean.value is None else repr(mean.value))
+    assert [row[-1][1] for row in rows[:2]] == [
+        "The unablated run: 4 runs of 2 edits; the noise floor is that of 2 pairs of seeds of one edit.",
+        "4 runs of 2 edits, all compared with the unablated run of the same edit and seed "
+        "(references.latents concatenated, true_cfg_scale 4).",
+    ]
 
 
-def test_means_are_over_the_runs_that_have_a_number(tmp_path):
-    sweep = made_up(tmp_path, failed=[(1, 0, 1), (0, 1, 1)])
-    mean = sweep.means()[1]
-    assert (mean["sample"], mean["success"], mean["preserved"]) == ((2.5, 2), (0, 1), (None, 0))
-    sweep.records[0, 0, 1]["metrics"]["psnr"] = None
-    assert sweep.means()[1]["psnr"] == (31.5, 1)
-    row = page(sweep).rows("sortable")[2]
-    assert row[-1][1] == "2 of 4"
+def test_settings_that_come_to_the_same_are_one_row(tmp_path):
+    grid = {"guidance.norm": ["reference", "none", "global"], "true_cfg_scale": [1, 4]}
+    sweep = made_up(tmp_path, grid=grid)
+    found = page(sweep)
+    _, *rows, _ = found.rows("sortable")
+    assert [[text for _, text in row][:2] for row in rows] == [
+        ["reference", "4"], ["reference, none, global", "1"], ["none", "4"], ["global", "4"],
+    ]  # fmt: skip
+    assert "2 that come to the same as another are shown with it" in "".join(found.text)
+    heads = found.rows("pictures")[0]
+    assert [text for _, text in heads][3:] == ["reference", "reference, none, global", "none", "global"]
+
+
+def test_pictures_that_do_not_fit_beside_each_other_follow_below(tmp_path):
+    grid = {"time.sigmas": [[1.0, 0.5 + k / 100] for k in range(9)]}
+    found = page(made_up(tmp_path, grid=grid))
+    assert [at["class"] for tag, at in found.tags if tag == "table"] == ["sortable", "pictures", "pictures"]
+    sources = [at["src"] for tag, at in found.tags if tag == "img"]
+    assert len(sources) == 2 * 2 + 4 * (8 + 3)  # ten settings, the unablated one twice
+    (tmp_path / "more").mkdir()
+    sheet = picture_grid(made_up(tmp_path / "more", grid=grid))
+    assert sheet.size == (1566, 2 * (46 + 4 * 167))
 
 
 def test_columns_without_any_number_are_left_out(tmp_path):
@@ -161,7 +192,7 @@ def test_pictures_are_within_the_page_in_the_order_of_the_cells(tmp_path):
     assert pixel[14:] == [(40 * k, 100, 100 * j) for j in range(2) for k in range(6)]
     heads = found.rows("pictures")[:2]
     assert [(text, at.get("colspan")) for at, text in heads[0]][3:] == [
-        ("reference", None), ("reference", "1"), ("none", "2"), ("global", "2"),
+        ("concatenated", None), ("concatenated", "1"), ("left_out", "2"), ("noise", "2"),
     ]  # fmt: skip
     assert [text for _, text in heads[1]] == ["true_cfg_scale", "4", "1", "1", "4", "1", "4"]
 
@@ -196,15 +227,19 @@ def test_all_text_is_text_and_nothing_comes_from_elsewhere(tmp_path):
 def test_failed_runs_are_listed_and_shown(tmp_path):
     found = page(made_up(tmp_path, failed=[(1, 1, 0), (1, 1, 2)]))
     texts = "".join(found.text)
-    assert "mini:1, seed 4, unablated (guidance.norm reference, true_cfg_scale 4)" in texts
-    assert "mini:1, seed 4, guidance.norm none, true_cfg_scale 1" in texts
+    assert "mini:1, seed 4, unablated (references.latents concatenated, true_cfg_scale 4)" in texts
+    assert "mini:1, seed 4, references.latents left_out, true_cfg_scale 1" in texts
     assert [text for _, text in found.rows("pictures")[-1]].count("failed") == 2
 
 
 def test_nothing_done_and_nothing_to_compare(tmp_path):
     sweep = made_up(tmp_path, grid={}, failed=[(i, j, 0) for i in range(2) for j in range(2)])
     rows = page(sweep).rows("sortable")
-    assert [[text for _, text in row] for row in rows] == [["settings", "runsdone"], ["unablated", "0 of 4"]]
+    assert [[text for _, text in row] for row in rows] == [
+        ["settings", "runsdone", "compared"],
+        ["unablated", "0 of 4",
+         "The unablated run: 0 runs of 0 edits; there is no noise floor, which takes two seeds."],
+    ]  # fmt: skip
     assert picture_grid(sweep).width > 100
 
 
@@ -222,10 +257,10 @@ def test_there_are_charts_for_every_cell(tmp_path):
     sweep = made_up(tmp_path)
     page(sweep)
     found = svgs((tmp_path / "report.html").read_text(encoding="utf-8"))
-    names = [svg.get("aria-label") for svg in found]
+    names = [svg.get("aria-label") for svg in found][10:]
     guided, unguided = ["|velocity|", "norm ratio"], ["|velocity|"]
     assert names == ["σ", *guided, *unguided, *unguided, *guided, *unguided, *guided]
-    ghosts = [sum(line.get("class") == "ghost" for line in svg.iter("polyline")) for svg in found]
+    ghosts = [sum(line.get("class") == "ghost" for line in svg.iter("polyline")) for svg in found[10:]]
     assert ghosts[:3] == [0, 0, 0] and set(ghosts[3:]) == {1}
 
 
@@ -238,7 +273,7 @@ def points(svg, kind="line"):
 
 
 def test_a_chart_puts_points_where_they_belong():
-    (svg,) = svgs(chart("a<b", [Line([1, 0.5, 0], [0, 5, 20])], x=(1, 0), y=(0, 10), along="σ"))
+    (svg,) = svgs(chart("a<b", [Line([1, 0.5, 0], [0, 5, 20])], x=(1, 0), y=(0, 10), along="σ").svg())
     ((first, middle, last),) = points(svg)
     assert svg.get("aria-label") == "a<b"
     assert first[0] < middle[0] < last[0] < WIDTH and middle[0] == pytest.approx((first[0] + last[0]) / 2)
@@ -250,7 +285,7 @@ def test_a_chart_puts_points_where_they_belong():
 
 def test_a_chart_has_gaps_where_there_are_no_numbers():
     y, band = [1, None, 2, 3], ([0, None, 1, 1], [2, None, 3, 4])
-    (svg,) = svgs(chart("x", [Line([0, 1, 2, 3], y, band=band)], x=(0, 3), y=(0, 4), along="step"))
+    (svg,) = svgs(chart("x", [Line([0, 1, 2, 3], y, band=band)], x=(0, 3), y=(0, 4), along="step").svg())
     assert [len(piece) for piece in points(svg)] == [1, 2]
     assert [len(piece) for piece in points(svg, "band")] == [2, 4]
 
@@ -303,11 +338,11 @@ BROWSER = os.environ.get("CHROME") or next(
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; $CHROME may name one")
 @pytest.mark.parametrize("hash, order", [
     ("", [0, 1, 2, 3, 4, 5]),
-    ("#sort=psnr", [2, 4, 5, 1, 0, 3]),
-    ("#sort=-psnr", [0, 3, 1, 5, 4, 2]),
+    ("#sort=psnr", [2, 4, 5, 1, 3, 0]),
+    ("#sort=-psnr", [3, 1, 5, 4, 2, 0]),
     ("#sort=norm_ratio", [0, 3, 5, 1, 2, 4]),  # without a number, the last, in the order that they had
     ("#sort=-norm_ratio", [5, 3, 0, 1, 2, 4]),
-    ("#sort=guidance.norm", [4, 5, 2, 3, 0, 1]),
+    ("#sort=-references.latents", [4, 5, 2, 3, 0, 1]),
     ("#sort=nothing", [0, 1, 2, 3, 4, 5]),
 ])  # fmt: skip
 def test_a_browser_shows_the_table_and_sorts_it(tmp_path, hash, order):
@@ -318,7 +353,8 @@ def test_a_browser_shows_the_table_and_sorts_it(tmp_path, hash, order):
                f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path}/report.html{hash}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True, encoding="utf-8")
     shown = Page(done.stdout)
-    head, *rows = shown.rows("sortable")
+    head, *rows, foot = shown.rows("sortable")
+    assert foot[0][1] == "noise floor"
     cells = [(text[0][1], float(text[1][1])) for text in rows]
     places = [tuple(cell.values.values()) for cell in sweep.spec.cells]
     assert [places.index(cell) for cell in cells] == order

@@ -122,10 +122,13 @@ def test_a_base_of_switches_and_combinations_that_cannot_be():
     )
     assert spec.cells[0].steps == 3 and spec.cells[0].switches.flat() == {"seen.size": [32, 32]}
     # left_out with sigma 0.5 cannot be, nor the reference's norm with rescaling: 3 of 4 pairs, and 3 of 4.
-    assert len(spec.cells) == 3 * 3 * 2 and spec.impossible == 32 - 18
+    assert sum(len(cell.combinations) for cell in spec.cells) == 3 * 3 * 2 and spec.impossible == 32 - 18
+    # Without guidance its norms and its rescaling come to the same.
     unguided = [cell for cell in spec.cells if cell.true_cfg_scale == 1]
-    assert len(unguided) == 9 and len({str(cell.settings) for cell in unguided}) == 3
-    assert {str(cell.values["guidance.norm"]) for cell in unguided} == {"reference", "none"}
+    assert len(spec.cells) == 9 + 3 == len({str(cell.settings) for cell in spec.cells})
+    for cell in unguided:
+        assert len(cell.combinations) == 3 and cell.values == cell.combinations[0]
+        assert {values["guidance.norm"] for values in cell.combinations} == {"reference", "none"}
 
 
 def test_several_pictures_and_pictures_as_values(files):

@@ -17,8 +17,9 @@ from PIL import Image, ImageChops
 import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import sweep as module
-from qwenedit.ablation.metrics import distances
+from qwenedit.ablation.metrics import distances, source_distances
 from qwenedit.ablation.spec import read_spec
+from qwenedit.ablation.statistics import estimates
 from qwenedit.ablation.sweep import ablate
 from qwenedit.cli import options as cli
 from qwenedit.inputs.pictures import to_pil
@@ -130,15 +131,20 @@ def test_a_line_has_everything_that_a_run_was(swept):
 
 
 def test_metrics_are_those_of_the_files(swept):
-    for (case, j, _), record in swept.records.items():
+    for (case, j, k), record in swept.records.items():
         picture = Image.open(swept.folder / record["file"])
         plain = Image.open(swept.folder / swept.records[case, j, 0]["file"])
-        wanted = distances(picture, plain)
+        wanted = source_distances(picture, swept.spec.cases[case].pictures[0])
+        wanted |= distances(picture, plain) if k else {"psnr": None, "ssim": None, "changed": None}
         if case == 0:
             verdict = judge(swept.spec.cases[0].scene, swept.spec.cases[0].request, picture)
             wanted |= {name: getattr(verdict, name) for name in ("success", "strict", "preserved", "reason")}
         assert record["metrics"] == wanted
-    assert swept.records[0, 0, 0]["metrics"]["psnr"] == 100 > swept.records[0, 0, 1]["metrics"]["psnr"]
+    assert swept.records[0, 0, 0]["baseline"] is None and swept.records[0, 0, 1]["metrics"]["psnr"] < 100
+    for case in range(2):  # two seeds are one pair
+        first, second = (swept.records[case, j, 0] for j in range(2))
+        between = distances(*(Image.open(swept.folder / one["file"]) for one in (first, second)))
+        assert first["floor"] == {"key": second["key"], **between} and "floor" not in second
 
 
 def test_the_table_has_every_run(swept):
@@ -146,7 +152,10 @@ def test_the_table_has_every_run(swept):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
     for row, ((_, _, k), record) in zip(rows, swept.records.items(), strict=True):
-        assert row["key"] == record["key"] and float(row["psnr"]) == record["metrics"]["psnr"]
+        assert row["key"] == record["key"] and row["psnr"] == (
+            "" if k == 0 else str(record["metrics"]["psnr"])
+        )
+        assert float(row["source_psnr"]) == record["metrics"]["source_psnr"]
         assert row["references.latents"] == swept.spec.cells[k].values["references.latents"]
         assert float(row["true_cfg_scale"]) == record["true_cfg_scale"]
         success = record["metrics"].get("success")
@@ -261,7 +270,7 @@ def test_a_failed_edit_is_recorded_and_tried_again_next_time(tmp_path, monkeypat
     assert record["error"] == "RuntimeError: out of <memory>" and record["true_cfg_scale"] == 1
     assert [record["status"] for record in lines(tmp_path)] == ["done", "failed", "done"]
     assert "RuntimeError: out of &lt;memory&gt;" in (tmp_path / "report.html").read_text()
-    assert swept.means()[1]["psnr"] == (None, 0) and swept.means()[2]["psnr"].value < 100
+    assert estimates(swept, 1)["psnr"].n == 0 and estimates(swept, 2)["psnr"].value < 100
     with edits_counted(monkeypatch) as calls:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -310,7 +319,7 @@ def test_settings_that_come_to_the_same_are_run_once(tmp_path, monkeypatch):
     spec = {**SMALL, "grid": {"guidance.norm": ["none", "also none"]}}
     with edits_counted(monkeypatch) as calls:
         swept = run(spec, tmp_path)
-    assert len(calls) == 2 and len(swept.records) == 3 and len(lines(tmp_path)) == 2
+    assert len(calls) == len(swept.records) == len(lines(tmp_path)) == 2
 
 
 def test_attention_is_mapped_once_for_each_cell(tmp_path, pipe, monkeypatch):
@@ -376,7 +385,7 @@ def test_unguided_runs_that_differ_in_guidance_alone_are_run_once(tmp_path, monk
     spec = {**SMALL, "grid": {"guidance.norm": ["reference", "none"], "true_cfg_scale": [1, 2]}}
     with edits_counted(monkeypatch) as calls:
         swept = run(spec, tmp_path)
-    assert len(swept.spec.cells) == 5 and len(calls) == 4  # unablated at 4; 2 of each norm; 1 of both
+    assert len(swept.spec.cells) == len(calls) == 4  # unablated at 4; 2 of each norm; 1 of both
 
 
 def test_an_edit_of_several_pictures(tmp_path):
@@ -529,7 +538,8 @@ def test_the_command(toml, capsys):
     printed = capsys.readouterr()
     assert printed.out == "what_if/report.html\n" and printed.err == ""
     assert sorted(os.listdir("what_if")) == [
-        "grid.png", "pictures", "report.html", "results.csv", "results.jsonl",
+        "figures", "grid.png", "pictures", "pictures.tex", "report.html", "results.csv", "results.jsonl",
+        "summary.csv", "summary.tex",
     ]  # fmt: skip
     assert command(toml, "-o", "elsewhere/deep") == 0
     assert capsys.readouterr().out == "elsewhere/deep/report.html\n"
@@ -574,7 +584,8 @@ def test_the_command_refuses_in_one_line(toml, capsys):
 
 
 def test_the_example_is_120_edits():
-    """Of 144 pictures: without guidance its norms come to the same."""
+    """Of 24 settings 20 are different: without guidance its norms come to the same."""
     spec = read_spec(ROOT / "examples" / "concat_and_cfg.toml")
-    assert spec.edits == 120 and len(spec.cells) == 24 and spec.cells[0].settings["switches"] == {}
+    assert sum(len(cell.combinations) for cell in spec.cells) == 24
+    assert spec.edits == 120 and len(spec.cells) == 20 and spec.cells[0].settings["switches"] == {}
     assert spec.cells[0].values["guidance.norm"] == "reference"

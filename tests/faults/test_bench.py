@@ -15,8 +15,9 @@ import qwenedit
 from qwenedit import AttentionMaps, Recorder, checks, mini, patch_from
 from qwenedit.ablation import metrics
 from qwenedit.ablation.report import write_report
-from qwenedit.ablation.results import quoted, write_csv
+from qwenedit.ablation.statistics import estimates
 from qwenedit.ablation.sweep import ablate
+from qwenedit.ablation.tables import quoted, write_csv
 from qwenedit.instruments.inversion import inverse_euler
 from qwenedit.mini.train_vae import loss_of
 from qwenedit.sampling.sampler import Step
@@ -175,11 +176,11 @@ def test_a12_reading_and_replacing_are_fine(mode):
 
 def test_a16_means_say_of_how_many_edits_they_are(tmp_path):
     sweep = made_up(tmp_path, failed=[(0, 0, 1)])
-    means = sweep.means()
-    assert (means[0]["psnr"].edits, means[0]["success"].edits, means[0]["norm_ratio"].edits) == (4, 2, 4)
-    assert means[1]["psnr"].edits == 3 and means[1]["norm_ratio"] == (None, 0)
+    plain, other = (estimates(sweep, cell) for cell in range(2))
+    assert (plain["source_psnr"].n, plain["success"].n, plain["norm_ratio"].n) == (4, 2, 4)
+    assert other["psnr"].n == 3 and other["norm_ratio"].n == 0
     texts = [text for _, text in page(sweep).rows("sortable")[1]]
-    assert "50.0 of 2" in texts and "100.0" in texts and texts[-1] == "4"
+    assert "50.0 of 2" in texts and "20.5" in texts and texts[-2] == "4"
 
 
 def test_a17_every_weight_that_is_trained_gets_a_gradient():

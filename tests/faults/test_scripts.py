@@ -326,7 +326,6 @@ def test_c8_what_from_pretrained_cannot_take_says_what_to_write(options, message
 @pytest.mark.parametrize(
     "name, remedy",
     [
-        ("save_pretrained", "copy the checkpoint's folder"),
         ("components", "pipe.mmdit"),
         ("enable_xformers_memory_efficient_attention", "leave the line out"),
         ("enable_group_offload", r"load\(residency='stream'\)"),
@@ -371,7 +370,8 @@ def test_c8_offload_calls_set_the_residency(image, offload):
     pipe = qwenedit.load(checkpoint("edit"), device="cpu", residency="resident", progress=False)
     wanted = pipe.edit(image, "x", generator=seeded(), **QUICK).images
     getattr(pipe, offload)()
-    assert all(weight.is_meta for weight in pipe.mmdit.parameters())
+    weights = dict(pipe.mmdit.named_parameters())  # the LoRA's, which is in no file of the checkpoint, stay
+    assert all(weight.is_meta == (".held." not in name) for name, weight in weights.items())
     blocks = pipe.mmdit.blocks
     assert isinstance(blocks, Streamed) == (offload == "enable_sequential_cpu_offload")
     getattr(pipe, offload)()  # nothing is left to do
@@ -385,7 +385,8 @@ def test_c8_offload_calls_work_with_loras(image, offload):
     pipe.load_lora_weights("style.safetensors")
     wanted = pipe.edit(image, "x", generator=seeded(), **QUICK).images
     getattr(pipe, offload)()
-    assert all(weight.is_meta for weight in pipe.mmdit.parameters())
+    weights = dict(pipe.mmdit.named_parameters())  # the LoRA's, which is in no file of the checkpoint, stay
+    assert all(weight.is_meta == (".held." not in name) for name, weight in weights.items())
     assert torch.equal(pipe.edit(image, "x", generator=seeded(), **QUICK).images, wanted)
     pipe.unload_lora_weights()
     assert not torch.equal(pipe.edit(image, "x", generator=seeded(), **QUICK).images, wanted)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from PIL import Image
 from torch import Tensor
 
 from qwenedit import QwenImageEdit
+from qwenedit.sampling.samplers import flow_sde
 
 
 def use(pipe: QwenImageEdit, picture: Image.Image) -> None:
@@ -20,3 +23,9 @@ def use(pipe: QwenImageEdit, picture: Image.Image) -> None:
     pipe(picture, "x", " ", num_inference_steps=1).images[0].save("out.png")
     (images,) = pipe(picture, "x", " ", num_inference_steps=1, return_dict=False)
     assert len(images) == 1
+    own = partial(flow_sde, eta=1.2, window=(0, 1))
+    for step in pipe.steps(conditioning, num_inference_steps=2, sampler=own):
+        if step.transition is not None:
+            probability: Tensor = step.log_prob(step.after)
+            assert probability.shape == (1,)
+    pipe.edit(picture, "x", num_inference_steps=2, sampler="heun").images[0].save("out.png")

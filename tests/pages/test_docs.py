@@ -36,7 +36,8 @@ PUBLIC = (
     "qwenedit.networks.mmdit_layers", "qwenedit.networks.vae", "qwenedit.networks.vae_layers",
     "qwenedit.networks.vision_language", "qwenedit.networks.vision_tower", "qwenedit.parity.compare",
     "qwenedit.pipeline", "qwenedit.sampling.guidance", "qwenedit.sampling.predictor",
-    "qwenedit.sampling.sampler", "qwenedit.sampling.scheduler", "qwenedit.switches", "qwenedit.system",
+    "qwenedit.sampling.sampler", "qwenedit.sampling.samplers", "qwenedit.sampling.scheduler",
+    "qwenedit.switches", "qwenedit.system",
     "qwenedit.taps", "qwenedit.training.loss", "qwenedit.verify",
 )  # fmt: skip
 PAGES = [

@@ -13,7 +13,7 @@ from qwenedit.latents import pack, unpack
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import euler
+from qwenedit.sampling.sampler import checked, euler
 from qwenedit.switches import NORMS, Guidance
 from qwenedit.taps import NonFiniteError, taps
 from tests.support import FP32, FP64, assert_close, randomise_
@@ -224,7 +224,7 @@ def test_a_token_whose_predictions_cancel_out(norm):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_run_in_which_everything_cancels_out(rule):
     zero = torch.zeros(B, S, C)
-    loop = euler(lambda *_: (zero, zero), zero, [0.7, 0.3, 0.0], TrueCFG(SCALE, rule))
+    loop = checked(euler(lambda *_: (zero, zero), zero, [0.7, 0.3, 0.0], TrueCFG(SCALE, rule)))
     if rule.norm == "reference":
         step = next(loop)
         assert step.norm_ratio.isnan().all()

@@ -14,7 +14,7 @@ from qwenedit.networks.low_rank import Delta, LowRank, LowRankLinear
 from qwenedit.networks.mmdit import Block, JointAttention, MMDiT, MMDiTConfig, RunCache
 from qwenedit.networks.mmdit_layers import Modulation, joint_key_mask
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import euler
+from qwenedit.sampling.sampler import checked, euler
 from qwenedit.taps import NonFiniteError, observed, swapped, taps
 from tests.support import FP32, FP64_CAST, assert_as_close_as, assert_close, randomise_
 
@@ -337,7 +337,7 @@ def test_nan_names_component_branch_and_step(branch, cached):
     whole = conditioning()
     broken = whole.prompt if branch == "cond" else whole.negative
     broken.embeds.fill_(float("nan"))
-    steps = euler(predictor(network(), whole, guided=True), latents(), [1.0, 0.7, 0.0])
+    steps = checked(euler(predictor(network(), whole, guided=True), latents(), [1.0, 0.7, 0.0]))
     with pytest.raises(
         NonFiniteError, match=rf"transformer: the {branch} velocity at step 0, sigma 1\.0000 has NaN or inf"
     ):
@@ -348,7 +348,7 @@ def test_nan_names_component_branch_and_step(branch, cached):
 @torch.no_grad()
 def test_infinity_from_a_later_step_on_is_named():
     model = network()
-    steps = euler(predictor(model, conditioning(), guided=True), latents(), [1.0, 0.7, 0.0])
+    steps = checked(euler(predictor(model, conditioning(), guided=True), latents(), [1.0, 0.7, 0.0]))
     next(steps)
     model.proj_out.bias[0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"transformer: the cond velocity at step 1, sigma 0\.7000"):

@@ -10,7 +10,7 @@ from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.predictor import predictor
-from qwenedit.sampling.sampler import euler
+from qwenedit.sampling.sampler import checked, euler
 from qwenedit.taps import NonFiniteError, current_labels, taps
 from tests.support import FP32, assert_close, randomise_
 
@@ -178,7 +178,7 @@ def test_nan_names_component_branch_and_step(mmdit):
     def poison(x, site):
         return x * float("nan") if site.labels["step"] == 1 and site.labels["branch"] == "uncond" else None
 
-    loop = euler(predictor(mmdit, conditioning(), guided=True), LATENTS, SIGMAS, TrueCFG(4.0))
+    loop = checked(euler(predictor(mmdit, conditioning(), guided=True), LATENTS, SIGMAS, TrueCFG(4.0)))
     with taps(mmdit, {"velocity": poison}):
         next(loop)
         with pytest.raises(
@@ -189,7 +189,7 @@ def test_nan_names_component_branch_and_step(mmdit):
 
 def test_nan_of_the_guidance_is_not_blamed_on_the_next_prediction():
     """Predictions that cancel out: the reference's rescaling is 0 / 0."""
-    loop = euler(lambda latents, _: (0 * latents, 0 * latents), LATENTS, SIGMAS, TrueCFG(4.0))
+    loop = checked(euler(lambda latents, _: (0 * latents, 0 * latents), LATENTS, SIGMAS, TrueCFG(4.0)))
     step = next(loop)
     with pytest.raises(NonFiniteError, match=r"guidance: the guided velocity at step 0, sigma 1\.0000"):
         next(loop)

@@ -15,6 +15,7 @@ from tests.networks import test_controlnet as controlnet
 from tests.properties import test_mmdit as mmdit
 from tests.properties import test_vae as vae
 from tests.properties.test_vision_language import CONFIG, LAYOUT
+from tests.tiny_controlnet import blockwise_network
 from tests.vision_language import batch_of, encode, network
 
 PACKAGE = str(Path(qwenedit.__file__).parent)
@@ -160,6 +161,18 @@ def test_transformer_of_layered():
 def test_controlnet():
     ours, case = controlnet.network(), controlnet.inputs()
     assert anonymous(ours, lambda: ours(*case, controlnet.MASK)) == CONTROLNET
+
+
+def test_blockwise_controlnet():
+    ours, of_norm = blockwise_network(), ("pow", "mean", "add", "rsqrt", "mul")
+    cond, img = torch.randn(2, 6, 64), torch.randn(2, 6, 32)
+
+    def run():
+        control = ours.control(ours(cond))
+        for number in (0, 1):
+            control(number, img)
+
+    assert anonymous(ours, run) == {f"over_rms: {op}": 1 for op in of_norm}
 
 
 @pytest.mark.parametrize("grids", [mmdit.GRIDS, mmdit.GRIDS[:1]])

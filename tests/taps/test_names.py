@@ -10,16 +10,18 @@ import pytest
 import qwenedit
 from qwenedit.taps import tap_names
 from tests.networks import test_controlnet
+from tests.tiny_controlnet import blockwise_network
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "tests" / "data" / "tap_names.json").read_text())
-NETWORKS = ("vision_language", "vae", "mmdit", "controlnet")
+NETWORKS = ("vision_language", "vae", "mmdit", "controlnet", "blockwise_controlnet")
 
 
 @pytest.fixture(scope="module")
 def networks():
     pipe = qwenedit.load(device="cpu", progress=False)
-    return {"controlnet": test_controlnet.network(), **vars(pipe)}
+    nets = {"controlnet": test_controlnet.network(), "blockwise_controlnet": blockwise_network()}
+    return {**nets, **vars(pipe)}
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -43,7 +45,16 @@ IN_PLACE = {
 
 @pytest.mark.parametrize(
     "file",
-    ["controlnet", "mmdit", "mmdit_layers", "vae", "vae_layers", "vision_language", "vision_tower"],
+    [
+        "blockwise_controlnet",
+        "controlnet",
+        "mmdit",
+        "mmdit_layers",
+        "vae",
+        "vae_layers",
+        "vision_language",
+        "vision_tower",
+    ],
 )
 def test_nothing_is_changed_in_place(file):
     """A tap or a hook may keep any tensor: what it holds must not change afterwards."""

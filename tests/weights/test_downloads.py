@@ -28,6 +28,7 @@ from qwenedit.verify import describe
 from qwenedit.weights.checkpoints import is_local, resolve
 from tests.sparse import no_holes, write_sparse
 from tests.tiny import checkpoint
+from tests.tiny_controlnet import blockwise, controlnet, fitting
 
 ID = "somebody/a-model"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -210,6 +211,23 @@ def test_weights_that_come_from_elsewhere_are_not_downloaded(hub, tmp_path):
     assert WEIGHTS not in hub.gets()
 
 
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("model_index.json", {"_class_name": "QwenImage21Pipeline"}, r"Qwen-Image 2\.1, .*32 single-stream"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a FluxPipeline: not of this family"),
+        ("transformer/config.json", {"_class_name": "QwenImage21Transformer2DModel"}, "its transformer is a"),
+    ],
+)
+def test_another_family_is_refused_before_its_weights_are_downloaded(hub, capsys, file, change, message):
+    hub.files[file] = json.dumps({**json.loads(hub.files[file]), **change}).encode()
+    with pytest.raises(ValueError, match=message):
+        qwenedit.load(ID, device="cpu", progress=False)
+    assert cli.main(["generate", "x", "-o", "out.png", "--model", ID, "--quiet"]) == 2
+    assert re.search(message, error := capsys.readouterr().err) and error.count("\n") == 1
+    assert hub.gets() and not [name for name in hub.gets() if name.endswith(".safetensors")]
+
+
 def test_a_download_that_broke_off_goes_on_where_it_stopped(hub):
     whole = len(hub.files[WEIGHTS])
     hub.cuts[WEIGHTS] = whole // 2
@@ -378,12 +396,13 @@ def test_quiet_silences_the_hubs_own_bars(monkeypatch, tmp_path, progress):
     monkeypatch.setattr("huggingface_hub.snapshot_download", watched)
     resolve(ID, progress=progress)
     qwenedit.load(ID, device="cpu", text_encoder=False, progress=progress)
-    assert disabled == [not progress] * 2 and not are_progress_bars_disabled()
+    assert set(disabled) == {not progress} and not are_progress_bars_disabled()
+    disabled.clear()
     quiet = [] if progress else ["--quiet"]
     out = str(tmp_path / "out.png")
     run = ["generate", "x", "-o", out, "--model", ID, "--steps", "1", "--device", "cpu"]
     assert cli.main([*run, *quiet]) == 0
-    assert disabled[2] == (not progress)
+    assert set(disabled) == {not progress}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -571,3 +590,105 @@ def test_offline_there_is_no_plan_of_what_is_not_here(remote, monkeypatch):
     with pytest.raises(ValueError, match=rf"{ID} is not on this machine, and the hub cannot be asked"):
         plan(ID)
     assert not remote.asked
+
+
+@pytest.fixture
+def net(hub):
+    """The hub with an inpainting net for the embedded model's transformer, and files that no run reads."""
+    hub.files = files_of(fitting(mini.CHECKPOINT, extra_condition_channels=4))
+    hub.files |= {"README.md": b"x" * 9, "conds/canny.png": b"x" * 99, "split/other.safetensors": b"x" * 999}
+    return hub
+
+
+NET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_a_controlnet_is_downloaded_once(net):
+    pipe = qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    assert pipe.controlnets[0].config.extra_condition_channels == 4
+    assert net.gets() == {"config.json", NET_WEIGHTS}
+    net.asked.clear()
+    assert type(pipe.load_controlnet(ID)) is type(pipe.controlnets[0]) and not net.asked
+    net.refusal = (503, "")
+    assert pipe.load_controlnet(ID) is pipe.controlnets[2]
+
+
+def test_shards_of_a_controlnet_come_with_their_index(net):
+    tensors = load_file(fitting(mini.CHECKPOINT, extra_condition_channels=4) / NET_WEIGHTS)
+    del net.files[NET_WEIGHTS]
+    weight_map = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in (1, 2):
+            name = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+            own = dict(sorted(tensors.items())[number - 1 :: 2])
+            save_file(own, Path(folder) / name)
+            net.files[name] = (Path(folder) / name).read_bytes()
+            weight_map |= dict.fromkeys(own, name)
+    net.files[f"{NET_WEIGHTS}.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    assert qwenedit.load(controlnet=ID, device="cpu", progress=False).controlnets
+    assert len(net.gets()) == 4
+
+
+def test_a_blockwise_net_has_no_config_on_the_hub(hub):
+    config = json.loads((mini.CHECKPOINT / "transformer/config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    file = blockwise(layers=config["num_layers"], width=width, channels=config["in_channels"])
+    hub.files = {"configuration.json": b"{}", "model.safetensors": file.read_bytes()}
+    assert qwenedit.load(controlnet=ID, device="cpu", progress=False).controlnets
+    assert hub.gets() == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (lambda: files_of(controlnet(heads=5)), "its (attention_head_dim|num_attention_heads) is"),
+        (lambda: {"config.json": b'{"_class_name": "FluxControlNetModel"}'}, "is a FluxControlNetModel"),
+        (lambda: {"config.json": b'{"_class_name": 3'}, "cannot be read as JSON"),
+    ],
+)
+def test_another_transformers_net_is_refused_before_its_weights_are_downloaded(hub, files, message):
+    hub.files = {NET_WEIGHTS: b"x" * 100, **files()}
+    with pytest.raises(ValueError, match=message):
+        qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    assert hub.gets() == {"config.json"}
+
+
+def test_a_controlnet_that_broke_off_is_not_used(net):
+    net.cuts[NET_WEIGHTS] = 1000
+    with pytest.raises(ValueError, match=f"the download of {ID} broke off"):
+        qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    net.refusal = (503, "")
+    with pytest.raises(ValueError, match=f"{ID} is in the hub's cache only in part"):
+        qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    net.refusal = None
+    assert qwenedit.load(controlnet=ID, device="cpu", progress=False).controlnets
+
+
+def test_a_controlnet_that_is_nowhere(hub, capsys):
+    hub.refusal = (401, "RepoNotFound")
+    with pytest.raises(ValueError, match=f"{ID} is not on the hub, or is private"):
+        qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    assert cli.main(["verify", "--controlnet", ID]) == 2
+    error = capsys.readouterr().err
+    assert error == f"qwenedit: {ID} is not on this machine: load it once, or run `hf download {ID}`\n"
+
+
+def test_info_says_what_of_a_controlnet_is_missing(net, capsys):
+    assert cli.main(["info", "--controlnet", ID]) == 0
+    size = len(net.files["config.json"]) + len(net.files[NET_WEIGHTS])
+    assert (
+        f"{ID}: not on this machine; loading it downloads 2 files, {size:,} bytes" in capsys.readouterr().out
+    )
+    assert not net.asked
+    qwenedit.load(controlnet=ID, device="cpu", progress=False)
+    assert cli.main(["info", "--controlnet", ID]) == 0
+    assert "controlnet    79 tensors" in capsys.readouterr().out
+
+
+def test_a_controlnet_on_the_hub_is_planned_from_its_header(net, remote):
+    folder = fitting(mini.CHECKPOINT, extra_condition_channels=4)
+    options = {"device_memory": "8GiB", "host_memory": "8GiB"}
+    local, planned = plan(controlnets=[folder], **options), plan(controlnets=[ID], **options)
+    assert planned.peaks == local.peaks != plan(**options).peaks
+    assert planned.download == describe(controlnets=[ID]).splitlines()[-1] and not local.download
+    assert net is remote and net.served[NET_WEIGHTS] == header_bytes(net.files[NET_WEIGHTS])

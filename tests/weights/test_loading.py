@@ -285,7 +285,11 @@ def test_sources_that_are_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("QwenImage21Pipeline", r"Qwen-Image 2\.1"),
+        (
+            "QwenImage21Pipeline",
+            r"Qwen-Image 2\.1.*32 single-stream blocks, 4096 wide.*SwiGLU.*block-causal.*64 channels.*Qwen3",
+        ),
+        ("QwenImage3Pipeline", "not of this family"),
         ("QwenImageControlNetPipeline", "ControlNet"),
         ("QwenImageEditInpaintPipeline", "inpainting"),
         ("FluxPipeline", "not of this family"),
@@ -295,6 +299,14 @@ def test_other_pipelines_are_refused_by_name(folder, name, what):
     edit_json(folder / "model_index.json", _class_name=name)
     with pytest.raises(ValueError, match=rf"is a {name}: .*{what}.*supported are"):
         qwenedit.load(folder)
+
+
+def test_a_single_component_of_qwen_image_2_1_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "QwenImage21Transformer2DModel"}')
+    with pytest.raises(
+        ValueError, match=r"a single QwenImage21Transformer2DModel \(Qwen-Image 2\.1, another"
+    ):
+        qwenedit.load(tmp_path)
 
 
 def test_other_components_are_refused_by_name(folder):

@@ -1,0 +1,122 @@
+"""What a mask keeps: `python -m benchmarks.masks [--count 60] [--out docs]`.
+
+Held-out edits of the embedded model with a mask: the tokens that the right picture changes. Prints a Markdown
+table of what happens outside of it; --out also writes masks.png (pictures, masks and results).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import qwenedit
+from benchmarks.mini import Case, cases, verdicts_of
+from benchmarks.report import table
+from qwenedit.ablation.metrics import changed_area, pixels, psnr
+from qwenedit.files import replacing_file
+from qwenedit.inputs.pictures import to_pil
+from qwenedit.mini.pairs import CELLS
+from qwenedit.mini.scenes import DETERMINED, SIDE, draw, outcome
+from qwenedit.mini.sheet import sheet
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.switches import Mask, Switches
+
+STEPS = 20
+LOCAL = tuple(action for action in DETERMINED if action != "background")  # which changes all of the picture
+MODE = Switches(mask=Mask(posterior="mode"))
+RUNS: dict[str, dict[str, Any]] = {  # arguments of `edit`; without switches there is no mask
+    "no mask": {},
+    "a sample of the posterior, as in the reference": {"switches": Switches()},
+    "its mode; latent": {"switches": MODE},
+    "its mode; velocity": {"switches": Switches(mask=Mask(posterior="mode", preserve="velocity"))},
+    "its mode; x0": {"switches": Switches(mask=Mask(posterior="mode", preserve="x0"))},
+    "its mode; a crop with 8 pixels about the mask": {"switches": MODE, "padding_mask_crop": 8},
+}
+SHOWN = (
+    "no mask", "a sample of the posterior, as in the reference", "its mode; latent",
+    "its mode; a crop with 8 pixels about the mask",
+)  # fmt: skip
+ROWS = 6
+
+
+def mask_of(case: Case) -> Image.Image:
+    """White where the right picture differs from the given one, in whole tokens."""
+    before, after = pixels(draw(case.scene)), pixels(draw(outcome(Random(0), case.scene, case.request)))
+    cell = SIDE // CELLS
+    differs = (before - after).abs().amax(dim=0) > 0.02  # not the last digits of an edge
+    cells = differs.unflatten(0, (CELLS, cell)).unflatten(2, (CELLS, cell)).amax(dim=(1, 3))
+    levels = (255 * cells.to(torch.uint8)).flatten().tolist()
+    return Image.frombytes("L", (CELLS, CELLS), bytes(levels)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def edited(
+    pipe: QwenImageEdit, todo: list[Case], masks: list[Image.Image], arguments: dict[str, Any]
+) -> Tensor:
+    """The edited pictures (N, 3, 64, 64), each from a seed of its own."""
+    pictures = pipe.edit(
+        [draw(case.scene) for case in todo],
+        [case.prompt for case in todo],
+        mask_image=masks if arguments else None,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(k) for k in range(len(todo))],
+        **arguments,
+    ).images
+    return torch.stack([pixels(picture) for picture in pictures]).float()
+
+
+def reconstructed(pipe: QwenImageEdit, todo: list[Case]) -> Tensor:
+    """The pictures through the VAE, without an edit."""
+    conditioning = pipe.condition([draw(case.scene) for case in todo], [case.prompt for case in todo])
+    latents = torch.stack([row[0] for row in conditioning.reference_latents])
+    return pipe.decode(latents, conditioning.target_grid)
+
+
+def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[float, float]:
+    """Mean PSNR, and share of changed pixels, outside of the masks."""
+    parts = []
+    for one, other, mask in zip(made, wanted, masks, strict=True):
+        black = pixels(mask)[0] == 0
+        parts.append((one[:, black, None], other[:, black, None]))  # as pictures of one column
+    return statistics.mean(psnr(*part) for part in parts), statistics.mean(
+        changed_area(*part) for part in parts
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=60, help="edits (default: 60)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write masks.png")
+    options = parser.parse_args()
+    pipe = qwenedit.load(device="cpu", progress=False)
+    todo = cases(options.count, LOCAL, seed="masks")
+    masks = [mask_of(case) for case in todo]
+    given = torch.stack([pixels(draw(case.scene)) for case in todo]).float()
+    vae = reconstructed(pipe, todo)
+    made = {name: edited(pipe, todo, masks, arguments) for name, arguments in RUNS.items()}
+    rows = []
+    for name, pictures in {"the VAE, without an edit": vae, **made}.items():
+        success = statistics.mean(verdict.success for verdict in verdicts_of(todo, pictures))
+        row = [name, "" if pictures is vae else f"{success:.2f}"]
+        for wanted in (given, vae):
+            ratio, changed = kept(pictures, wanted, masks)
+            row += ["", ""] if wanted is pictures else [f"{100 * changed:.2f} %", f"{ratio:.1f}"]
+        rows.append(row)
+    print(table(["", "success", "changed", "PSNR, dB", "changed, from the VAE's", "PSNR, dB"], rows))
+    if options.out is not None:
+        shown = [
+            (case.prompt, [draw(case.scene), mask, *to_pil(torch.stack([made[name][k] for name in SHOWN]))])
+            for k, (case, mask) in enumerate(zip(todo[:ROWS], masks, strict=False))
+        ]
+        with replacing_file(options.out / "masks.png") as temporary:
+            sheet(shown, scale=2, columns=2).save(temporary, format="PNG")
+
+
+if __name__ == "__main__":
+    main()

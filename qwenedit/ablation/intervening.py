@@ -1,0 +1,70 @@
+"""What acts on a pipeline during one edit of a sweep, a LoRA and an intervention, and if it is gone after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qwenedit.ablation.spec import NONE, Cell, Spec
+from qwenedit.networks.low_rank import Change
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.taps import fingerprint, observed
+
+__all__ = ["acting", "state_of"]
+
+
+@contextmanager
+def acting(pipe: QwenImageEdit, spec: Spec, cell: Cell) -> Iterator[None]:
+    """The cell's LoRA, beside those that are active, and its intervention, for the length of a `with` block.
+
+    Raises:
+        ValueError: the intervention returns no context manager, or the LoRA does not fit.
+    """
+    with _lora(pipe, cell):
+        if cell.intervention == NONE:
+            yield
+            return
+        context = spec.interventions[cell.intervention](pipe)
+        if not (hasattr(type(context), "__enter__") and hasattr(type(context), "__exit__")):
+            raise ValueError(
+                f"the intervention returned {type(context).__name__}, wanted a context manager: put "
+                "@contextlib.contextmanager above a function with one yield"
+            )
+        with context:
+            yield
+
+
+@contextmanager
+def _lora(pipe: QwenImageEdit, cell: Cell) -> Iterator[None]:
+    if cell.lora_file is None:
+        yield
+        return
+    name = "of the sweep"
+    before = [(one, one.active, one.disabled, one.scale) for one in _changes(pipe)]
+    pipe.load_lora_weights(cell.lora_file, name, scale=cell.lora_scale)
+    try:
+        _put_back(before)  # loading makes a LoRA the only active one
+        yield
+    finally:
+        pipe.delete_adapters(name)
+        _put_back(before)
+
+
+def _changes(pipe: QwenImageEdit) -> list[Change]:
+    return [module for module in pipe.mmdit.modules() if isinstance(module, Change)]
+
+
+def _put_back(before: list[tuple[Change, bool, bool, float]]) -> None:
+    for one, active, disabled, scale in before:
+        one.active, one.disabled, one.scale = active, disabled, scale
+
+
+@torch.no_grad()
+def state_of(pipe: QwenImageEdit) -> tuple[Any, ...]:
+    """A value that changes if weights, parts, taps or hooks of the pipeline do."""
+    networks = [one for one in (pipe.vision_language, pipe.vae, pipe.mmdit) if one is not None]
+    parts = tuple((name, id(value)) for name, value in vars(pipe).items())
+    return fingerprint(networks), [observed(network) for network in networks], parts

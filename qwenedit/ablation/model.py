@@ -1,0 +1,116 @@
+"""What a sweep must know of its model: whether every edit fits it, and what identifies its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwenedit.ablation.cases import Case
+from qwenedit.ablation.functions import tensor_bytes
+from qwenedit.ablation.spec import Cell, Spec
+from qwenedit.call import Call, sources_for
+from qwenedit.family import Variant
+from qwenedit.foreign import shown
+from qwenedit.inputs.geometry import Areas
+from qwenedit.inputs.rows import rows_of
+from qwenedit.layered import require_flat
+from qwenedit.memory.residency import files_of
+from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
+from qwenedit.pipeline import QwenImageEdit
+from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.scheduler import FlowMatchScheduler, load_scheduler
+from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
+from qwenedit.weights.configs import network_config
+from qwenedit.weights.lora_files import read_lora
+
+__all__ = ["Model", "pipe_fingerprint"]
+
+_SAMPLE = 4096  # values of each weight, evenly spread
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The parts of a checkpoint, or of a pipeline, that an edit's input must fit."""
+
+    variant: Variant
+    areas: Areas
+    scheduler: FlowMatchScheduler
+    config: MMDiTConfig
+
+    @classmethod
+    def of_folder(cls, checkpoint: Path) -> Model:
+        """Read without the weights, which may be many gigabytes."""
+        variant = read_variant(checkpoint)
+        areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
+        return cls(variant, areas, scheduler, network_config(checkpoint, "transformer"))
+
+    @classmethod
+    def of_pipe(cls, pipe: QwenImageEdit) -> Model:
+        return cls(pipe.variant, pipe.areas, pipe.scheduler, pipe.mmdit.config)
+
+    def require_fitting(self, spec: Spec) -> None:
+        """Check that the model can run every edit of a sweep.
+
+        Raises:
+            ValueError: it cannot; the message names the edit, the setting or the LoRA.
+        """
+        require_flat(self.variant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the runs themselves warn
+            for case in spec.cases:
+                for cell in spec.cells:
+                    self._require_fitting(case, cell, spec.height, spec.width)
+        files = dict.fromkeys(cell.lora_file for cell in spec.cells if cell.lora_file is not None)
+        if files:
+            with torch.device("meta"):
+                transformer = MMDiT(self.config)
+            for file in files:
+                read_lora(file, transformer)
+
+    def _require_fitting(self, case: Case, cell: Cell, height: int | None, width: int | None) -> None:
+        texts, mask = (case.prompt, cell.negative_prompt), case.mask if cell.masked else None
+        try:
+            rows = rows_of(
+                *texts, case.image, self.variant, self.areas, height, width, starts=cell.starts
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{shown(case.name)}: {error}") from error
+        guidance_of(cell.true_cfg_scale, cell.negative_prompt)
+        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
+        sources = sources_for(call, rows, self.variant, self.areas)
+        sigmas = schedule(
+            self.scheduler, cell.switches.time, cell.steps, math.prod(rows[0].geometry.grid), None,
+            cell.strength, cell.switches.mask.strength,
+        )  # fmt: skip
+        require_fitting(
+            cell.switches, pictures=[len(rows[0].pictures)], blocks=self.config.num_layers,
+            steps=len(sigmas) - 1, sources=sources,
+        )  # fmt: skip
+
+
+def pipe_fingerprint(pipe: QwenImageEdit) -> str:
+    """A hash of what a pipeline computes with: a sample of each weight, its LoRAs and its settings.
+
+    Weights that are not in memory count by the files that they are read from.
+    """
+    digest = hashlib.sha256()
+    settings = (pipe.variant, pipe.areas, pipe.scheduler, pipe.share_prefix, pipe.micro_batch, pipe.loras)
+    digest.update(repr(settings).encode())
+    for network in (pipe.vision_language, pipe.vae, pipe.mmdit):
+        state = (
+            {} if network is None else {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        )
+        for name, x in state.items():
+            sample = x if x.is_meta else x.flatten()[:: max(1, x.numel() // _SAMPLE)]
+            digest.update(f"{name} {tuple(x.shape)}".encode() + tensor_bytes(sample))
+        if network is not None and any(x.is_meta for x in state.values()):
+            for path in files_of(network):
+                for piece in pieces_of(path):
+                    digest.update(piece)
+    return digest.hexdigest()[:20]
