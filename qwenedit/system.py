@@ -277,7 +277,7 @@ class System:
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
     ) -> Conditioning:
-        encoder = self._encoder(max_tokens)
+        encoder = self._encoder(switches.prompt.max_tokens or max_tokens)
         return encoder(rows, switches, guided=guided, frames=frames).to(self.device, self.dtype)
 
     def _encoder(self, max_tokens: int) -> Encoder:
