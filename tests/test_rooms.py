@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "qwenedit"
 GROUND = (
-    "version", "taps", "switches", "dialects", "annotated", "latents", "foreign", "files", "family", "checks",
+    "version", "taps", "switches", "switch_groups", "dialects", "annotated", "latents", "foreign", "files",
+    "family", "checks",
 )  # fmt: skip
 TIED = (
     "call",

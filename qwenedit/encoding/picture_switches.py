@@ -11,7 +11,7 @@ from PIL import Image
 from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import as_picture, open_picture, resampled
 from qwenedit.inputs.rows import BatchRow
-from qwenedit.switches import AnyPicture, References, Seen
+from qwenedit.switch_groups import AnyPicture, References, Seen
 
 __all__ = ["reference_rows", "seen_rows"]
 
