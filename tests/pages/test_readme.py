@@ -102,6 +102,7 @@ def test_every_letter_of_a_shape_comment_is_in_the_table():
     source = "".join(path.read_text() for path in (ROOT / "qwenedit").rglob("*.py"))
     shapes = re.findall(r'"((?:[A-Z0-9*]+ )+[A-Z0-9*]+)"', source)
     letters = {letter for shape in shapes for letter in shape.split() if re.fullmatch("[A-Z]", letter)}
-    table = README[README.index("## The letters") : README.index("## Where to read")]
+    pages = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = pages[pages.index("### The letters") : pages.index("## House style")]
     explained = {letter for cell in re.findall(r"`([A-Z ]+)`", table) for letter in cell.split()}
     assert letters and letters - explained == set()
