@@ -16,7 +16,7 @@ with ended_by_interrupts():  # torch takes seconds
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
     from qwenedit.instruments.determinism import deterministic
     from qwenedit.instruments.inversion import invert, picture_latents
-    from qwenedit.instruments.patching import patch_from, share_from, zero
+    from qwenedit.instruments.patching import add, patch_from, project_out, scale_by, share_from, skip, zero
     from qwenedit.instruments.records import Recorder
     from qwenedit.instruments.trace import trace_ops
     from qwenedit.pipeline import QwenImageEdit, load
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
-    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "attention_map", "convention",
-    "deterministic", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "scope",
-    "share_from", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "convention",
+    "deterministic", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "project_out",
+    "scale_by", "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
 ]  # fmt: skip
 
 

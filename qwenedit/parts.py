@@ -166,7 +166,7 @@ class Parts(ReferenceScripts):
         switches = switches_of(call.switches)
         # The default negative prompt " " gives no warning if the run is unguided.
         negative = None if conditioning.negative is None else " "
-        guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
+        guidance = guidance_of(call.true_cfg_scale, negative, switches)
         pictures = [len(row) for row in conditioning.reference_grids]
         sources = sources_under(call, conditioning, self.areas.token)
         run = self.prepare(conditioning.target_grid, pictures, call, switches, guidance, sources)

@@ -332,7 +332,7 @@ class QwenImageEdit(Loras, Parts):
             *prompts, call.image, self.variant, self.areas, call.height, call.width, starts=call.starts
         )
         switches = switches_of(call.switches)
-        guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches.guidance)
+        guidance = guidance_of(call.true_cfg_scale, call.negative_prompt, switches)
         count = int(call.num_images_per_prompt)
         pictures = [len(row.pictures) for row in rows] * count
         sources = sources_for(call, rows, self.variant, self.areas)

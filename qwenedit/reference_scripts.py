@@ -114,7 +114,7 @@ class ReferenceScripts(Layers):
         if self.variant.layered:
             guidance = layer_guidance(call.true_cfg_scale, negative, cfg_normalize=call.cfg_normalize)
         else:
-            guidance = guidance_of(call.true_cfg_scale, negative, switches.guidance)
+            guidance = guidance_of(call.true_cfg_scale, negative, switches)
         sources = None if self.variant.layered else sources_for(call, rows, self.variant, self.areas)
         run = self.prepare(grid, pictures, call, switches, guidance, sources)
         conditioning = self._conditioning_of(call, rows, switches, frames, guided=guidance is not None)
@@ -160,7 +160,8 @@ class ReferenceScripts(Layers):
                 dataclasses.replace(row, prompt=text, negative=None)
                 for row, text in zip(seen, texts, strict=True)
             ]
-            return self._encoder(call.max_sequence_length).encode_prompts(of_texts, False, True)[0]
+            tokens = switches.prompt.max_tokens or call.max_sequence_length
+            return self._encoder(tokens).encode_prompts(of_texts, False, True)[0]
 
         if guided and negative is None:
             negative = encoded([row.negative or "" for row in rows])

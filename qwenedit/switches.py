@@ -3,6 +3,7 @@
     Switches(references=References(latents="left_out"))          # the appearance path is cut
     Switches(seen=Seen(picture="blank"))                         # the semantic path is cut
     Switches.from_flat({"guidance.norm": "none", "references.steps": [0, 10]})
+    Switches(dialect="diffsynth")                                # as DiffSynth-Studio computes
 
 With the default values a run is bitwise the plain one. Intervals are (start, stop) with `stop` excluded.
 """
@@ -11,31 +12,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import hashlib
-import sys
-import types
-import typing
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from PIL import ExifTags, Image
 from torch import Generator
 
-from qwenedit.checks import real_number, whole_number
+from qwenedit.annotated import accepted, check_types
+from qwenedit.dialects import DIALECTS, Dialect, Group, PromptRule, TransformerRule
 from qwenedit.foreign import shown
 
 __all__ = [
-    "NORMS", "Controls", "Guidance", "Interval", "Mask", "References", "Seen", "Switches", "Time", "VAEPath",
-    "own_generator", "switches_of",
+    "NORMS", "Controls", "Guidance", "Interval", "Mask", "PromptRule", "References", "Resize", "Seen",
+    "Switches", "Time", "TransformerRule", "VAEPath", "own_generator", "switch_lines", "switches_of",
 ]  # fmt: skip
 
 Interval = tuple[int, int]  # start, stop: like range(start, stop)
 AnyPicture = str | Path | Image.Image  # a file's name, or a PIL picture
 Norm = Literal["reference", "none", "global", "channel", "clamp", "comfy_x0"]
+Resize = Literal["lanczos", "bicubic", "area"]
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 # These norms set the size of the prediction, which cancels `rescale`, a factor on the whole sample.
@@ -43,7 +41,7 @@ _UNDO_RESCALE = ("reference", "global", "channel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class References:
+class References(Group):
     """The reference latents: the path of appearance.
 
     Attributes:
@@ -78,7 +76,7 @@ class References:
     frame: Literal["own", "target"] = "own"
 
     def __post_init__(self) -> None:
-        _check_types(self, "references")
+        check_types(self, "references")
         _check_interval("references.steps", self.steps)
         _check_interval("references.blocks", self.blocks)
         _check_other("references.picture", self.picture, "references.latents", self.latents)
@@ -93,7 +91,7 @@ class References:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class Seen(Group):
     """The picture that the language model sees: the path of meaning.
 
     Attributes:
@@ -105,6 +103,10 @@ class Seen:
             the processor then rounds it to its own multiple.
         negative: True encodes the negative prompt with the same pictures, as in the reference; False encodes
             it as "unseen".
+        resize: the filter: "lanczos", as in the reference, "bicubic" or "area" (see `resampled`). What the
+            processor then does to the picture does not change.
+        twice: True resizes it to the VAE's size first, and from there to its own. In Edit, where both are
+            one size, that changes nothing.
 
     Source: `QwenImageEditPipeline.encode_prompt`, which encodes both prompts with the picture.
     """
@@ -113,9 +115,11 @@ class Seen:
     other: AnyPicture | None = None
     size: tuple[int, int] | None = None
     negative: bool = True
+    resize: Resize = "lanczos"
+    twice: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self, "seen")
+        check_types(self, "seen")
         _check_other("seen.other", self.other, "seen.picture", self.picture)
         _check_idle(self, "seen", "picture", {"unseen": ("size",)})
         if self.size is not None and (min(self.size) < 1 or max(self.size) > 200 * min(self.size)):
@@ -126,13 +130,14 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEPath:
+class VAEPath(Group):
     """How the VAE's posterior becomes reference latents. Decoding does not change.
 
     Attributes:
         posterior: "mode", as in the reference, or a "sample" of it.
         seed: of the sample; its noise differs between pictures, and from the target's of the same seed.
         normalised: by the checkpoint's mean and standard deviation of latents, as in the reference.
+        resize: the filter that makes the VAE's picture: "lanczos", as in the reference, "bicubic" or "area".
 
     Source: `QwenImageEditPipeline._encode_vae_image`.
     """
@@ -140,13 +145,14 @@ class VAEPath:
     posterior: Literal["mode", "sample"] = "mode"
     seed: int = 0
     normalised: bool = True
+    resize: Resize = "lanczos"
 
     def __post_init__(self) -> None:
-        _check_types(self, "vae")
+        check_types(self, "vae")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
+class Guidance(Group):
     """The options of guidance other than its scale. The defaults are the reference's.
 
     Let c and u be the velocities with the prompt and with the negative prompt, and w the scale. A step
@@ -194,7 +200,7 @@ class Guidance:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "guidance")
+        check_types(self, "guidance")
         if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
             raise ValueError(f"guidance.steps is {self.steps}, wanted (start, stop) with 0 <= start < stop")
         if not 0 <= self.rescale <= 1:
@@ -224,17 +230,18 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Time:
+class Time(Group):
     """The timesteps that the transformer gets, and the schedule of sigmas.
 
     Attributes:
         zero_cond_t: True modulates reference tokens as if at sigma 0 (Edit-2511), False as the target; None
             keeps the checkpoint's setting.
         rounding: "reference" rounds the timestep to the latents' dtype (in bfloat16 0.873 becomes 0.871);
-            "exact" embeds sigma itself, in float32.
+            "bfloat16" to that, whatever their dtype; "exact" embeds sigma itself, in float32.
         sigmas: "official", the checkpoint's schedule; "lightning", that of the distilled LoRAs (shift 3 at
             every size, no terminal stretch); "karras", "exponential" or "beta", that curve between the first
-            and the last sigma of the checkpoint's; or the sigmas themselves, noise first, one per step,
+            and the last sigma of the checkpoint's; "diffsynth" or "comfy", those of these tools (`DIALECTS`
+            has the formulas), without custom sigmas; or the sigmas themselves, noise first, one per step,
             without the final 0. Unlike the argument `sigmas` they are neither shifted nor stretched.
 
     Source: transformer config of Qwen-Image-Edit-2511; `FlowMatchEulerDiscreteScheduler`; the scheduler
@@ -242,15 +249,18 @@ class Time:
     """
 
     zero_cond_t: bool | None = None
-    rounding: Literal["reference", "exact"] = "reference"
-    sigmas: Literal["official", "lightning", "karras", "exponential", "beta"] | tuple[float, ...] = "official"
+    rounding: Literal["reference", "bfloat16", "exact"] = "reference"
+    sigmas: (
+        Literal["official", "lightning", "karras", "exponential", "beta", "diffsynth", "comfy"]
+        | tuple[float, ...]
+    ) = "official"
 
     def __post_init__(self) -> None:
-        _check_types(self, "time")
+        check_types(self, "time")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask:
+class Mask(Group):
     """How a run starts from a picture, and how it keeps the black part of a mask; see docs/masks.md.
 
     Attributes:
@@ -274,11 +284,11 @@ class Mask:
     strength: Literal["reference", "lightx2v", "diffsynth"] = "reference"
 
     def __post_init__(self) -> None:
-        _check_types(self, "mask")
+        check_types(self, "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class Controls(Group):
     """How ControlNets run.
 
     Attributes:
@@ -292,7 +302,7 @@ class Controls:
     branches: Literal["cond", "each"] = "cond"
 
     def __post_init__(self) -> None:
-        _check_types(self, "control")
+        check_types(self, "control")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +310,9 @@ class Switches:
     """All changes to a run; the default changes nothing.
 
     Attributes:
+        dialect: "reference", or the tool whose arithmetic is wanted: it sets the switches of all its entries
+            (`qwenedit.dialects.DIALECTS`) that are not given themselves. `flat` then has the dialect, and
+            what differs from it.
         references: the reference latents, the path of appearance.
         seen: the picture that the language model sees, the path of meaning.
         vae: how the VAE's posterior becomes reference latents.
@@ -307,6 +320,8 @@ class Switches:
         time: the transformer's timesteps, and the sigmas.
         mask: how a run starts from a picture and keeps a part of it.
         control: how ControlNets run.
+        transformer: its arithmetic, as other tools have it.
+        prompt: how long a prompt may be.
 
     Raises:
         ValueError: a value without meaning; the message has the switch's dotted name.
@@ -316,8 +331,11 @@ class Switches:
     {'references.steps': [0, 10], 'guidance.norm': 'none'}
     >>> Switches.from_flat(switches.flat()) == switches
     True
+    >>> Switches(dialect="diffsynth", guidance=Guidance(norm="reference")).flat()
+    {'guidance.norm': 'reference', 'dialect': 'diffsynth'}
     """
 
+    dialect: Dialect = "reference"
     references: References = field(default_factory=References)
     seen: Seen = field(default_factory=Seen)
     vae: VAEPath = field(default_factory=VAEPath)
@@ -325,12 +343,18 @@ class Switches:
     time: Time = field(default_factory=Time)
     mask: Mask = field(default_factory=Mask)
     control: Controls = field(default_factory=Controls)
+    transformer: TransformerRule = field(default_factory=TransformerRule)
+    prompt: PromptRule = field(default_factory=PromptRule)
 
     def __post_init__(self) -> None:
+        of_dialect = _by_group(_entries(self.dialect))
         for name, kind in GROUPS.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise ValueError(f"switches.{name} is {value!r}, wanted a {kind.__name__}")
+            options = of_dialect.get(name, {})
+            if missing := {option: options[option] for option in options.keys() - value.given}:
+                object.__setattr__(self, name, dataclasses.replace(value, **missing))
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Switches:
@@ -339,27 +363,39 @@ class Switches:
         Raises:
             ValueError: an unknown name (close ones are listed) or a value without meaning.
         """
-        groups: dict[str, dict[str, Any]] = {}
-        for name, value in values.items():
+        for name in values:
             if name not in NAMES:
                 close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(close)}?" if close else f"wanted one of {', '.join(NAMES)}"
                 raise ValueError(f"no switch is called {name!r}; {hint}")
-            group, _, option = name.partition(".")
-            groups.setdefault(group, {})[option] = value
-        return cls(**{group: GROUPS[group](**options) for group, options in groups.items()})
+        flat = dict(values)
+        dialect = flat.pop("dialect", "reference")
+        groups = _by_group({**_entries(dialect), **flat})
+        return cls(dialect=dialect, **{group: GROUPS[group](**options) for group, options in groups.items()})
+
+    @property
+    def usual(self) -> Switches:
+        """What the dialect alone sets."""
+        return Switches(dialect=self.dialect)
+
+    def own(self, group: str) -> list[str]:
+        """The options of a group that have neither their default nor the dialect's value."""
+        value, others = getattr(self, group), [getattr(one, group) for one in (Switches(), self.usual)]
+        names = [one.name for one in dataclasses.fields(value)]
+        return [name for name in names if getattr(value, name) not in [getattr(x, name) for x in others]]
 
     def flat(self) -> dict[str, Any]:
-        """The values that differ from the default, by dotted name, in JSON's types; a PIL picture becomes a
-        hash of its pixels.
+        """The dialect, if it is another than the reference, and the values that differ from what it sets, by
+        dotted name, in JSON's types; a PIL picture becomes a hash of its pixels.
         """
-        plain = Switches()
-        values = {}
-        for name in NAMES:
-            group, _, option = name.partition(".")
-            value = getattr(getattr(self, group), option)
-            if value != getattr(getattr(plain, group), option):
-                values[name] = _as_json(value)
+        usual, values = self.usual, {}
+        for group, kind in GROUPS.items():
+            for one in dataclasses.fields(kind):
+                value = getattr(getattr(self, group), one.name)
+                if value != getattr(getattr(usual, group), one.name):
+                    values[f"{group}.{one.name}"] = _as_json(value)
+        if self.dialect != "reference":
+            values["dialect"] = self.dialect
         return values
 
     @property
@@ -368,7 +404,7 @@ class Switches:
         references = References()
         if self.references.latents == "other":
             references = References(latents="other", picture=self.references.picture)
-        return Switches(references=references, seen=self.seen, vae=self.vae)
+        return Switches(references=references, seen=self.seen, vae=self.vae, prompt=self.prompt)
 
 
 def switches_of(value: object) -> Switches:
@@ -395,25 +431,48 @@ def own_generator(seed: int, *use: object) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+GROUPS: dict[str, Any] = {
+    one.name: one.default_factory for one in dataclasses.fields(Switches) if one.name != "dialect"
+}
+NAMES = [f"{group}.{one.name}" for group, kind in GROUPS.items() for one in dataclasses.fields(kind)]
+NAMES.append("dialect")
+
+
 def switch_lines() -> list[str]:
     """A line for each switch: its dotted name, what it takes, and its default.
 
     >>> print(next(line for line in switch_lines() if line.startswith("guidance.rescale")))
     guidance.rescale: a number (default: 0.0)
     """
-    lines = []
-    for name in NAMES:
-        group, _, option = name.partition(".")
-        annotation = _annotations(GROUPS[group])[option]
-        kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-        takes = " or ".join(dict.fromkeys(map(_named, kinds)))
-        default = getattr(GROUPS[group](), option)
-        lines.append(f"{name}: {takes} (default: {'nothing' if default is None else default})")
+    lines = [f"dialect: {' or '.join(map(repr, DIALECTS))} (default: reference)"]
+    for group, kind in GROUPS.items():
+        for option, words in accepted(kind).items():
+            default = getattr(kind(), option)
+            lines.append(f"{group}.{option}: {words} (default: {'nothing' if default is None else default})")
     return lines
 
 
-GROUPS: dict[str, Any] = {one.name: one.default_factory for one in dataclasses.fields(Switches)}
-NAMES = [f"{group}.{one.name}" for group, kind in GROUPS.items() for one in dataclasses.fields(kind)]
+def _entries(dialect: object) -> dict[str, Any]:
+    """The switches that a dialect sets, by dotted name.
+
+    Raises:
+        ValueError: there is no such dialect.
+    """
+    if not isinstance(dialect, str) or dialect not in DIALECTS:
+        close = difflib.get_close_matches(str(dialect), DIALECTS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(
+            f"dialect is {shown(repr(dialect))}, wanted {' or '.join(map(repr, DIALECTS))}{hint}"
+        )
+    return {entry.switch: entry.value for entry in DIALECTS[dialect]}
+
+
+def _by_group(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        group, _, option = name.partition(".")
+        groups.setdefault(group, {})[option] = value
+    return groups
 
 
 def _as_json(value: Any) -> Any:
@@ -427,65 +486,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _check_types(options: object, group: str) -> None:
-    """Every field holds what its annotation says; a wrong word is answered with the right ones.
-
-    A list, from JSON or TOML, becomes a tuple, and a number of NumPy or torch one of Python.
-    """
-    kind: Any = type(options)
-    for name, annotation in _annotations(kind).items():
-        value = getattr(options, name)
-        is_union = get_origin(annotation) in (Union, types.UnionType)
-        alternatives = get_args(annotation) if is_union else (annotation,)
-        for one in alternatives:
-            with suppress(ValueError):
-                object.__setattr__(options, name, _converted(value, one))
-                break
-        else:
-            words = [word for one in alternatives if get_origin(one) is Literal for word in get_args(one)]
-            close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            wanted = " or ".join(dict.fromkeys(map(_named, alternatives)))
-            raise ValueError(f"{group}.{name} is {shown(repr(value))}, wanted {wanted}{hint}")
-
-
-@functools.cache  # every run makes switches, and reading annotations takes milliseconds
-def _annotations(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _converted(value: Any, wanted: Any) -> Any:
-    """The value as the type `wanted`.
-
-    Raises:
-        ValueError: it is of another.
-    """
-    origin, kinds = get_origin(wanted), get_args(wanted)
-    if wanted is float:
-        return real_number("", value)
-    if wanted is int:
-        return whole_number("", value, least=-sys.maxsize)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if kinds[-1] is Ellipsis:
-            kinds = (kinds[0],) * max(1, len(value))
-        return tuple(_converted(one, kind) for one, kind in zip(value, kinds, strict=True))
-    if (isinstance(value, str) and value in kinds) if origin else isinstance(value, wanted):
-        return value
-    raise ValueError(f"{value!r} is no {wanted}")
-
-
-def _named(wanted: Any) -> str:
-    """An annotation in words."""
-    kinds = get_args(wanted)
-    if get_origin(wanted) is Literal:
-        return " or ".join(map(repr, kinds))
-    if get_origin(wanted) is tuple:
-        names = [_named(one) for one in kinds if one is not Ellipsis]
-        return f"a list of {names[0].removeprefix('a ')}s" if len(names) == 1 else f"({', '.join(names)})"
-    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a file's name"}
-    return "nothing" if wanted is type(None) else named.get(wanted, "a picture")
 
 
 def _check_interval(name: str, interval: Interval | None) -> None:

@@ -246,6 +246,9 @@ class System:
             size=(columns * self.areas.token, rows * self.areas.token),
         )  # fmt: skip
         require_controls(switches, bool(controls))
+        for k, control in enumerate(controls):
+            if (own := next(control.net.parameters()).dtype) != self.dtype:
+                raise ValueError(f"the net of control {k} is {own}, wanted {self.dtype}, as the transformer")
         return Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
@@ -274,7 +277,7 @@ class System:
     def _encode(
         self, rows: list[BatchRow], switches: Switches, *, guided: bool, max_tokens: int, frames: int = 1
     ) -> Conditioning:
-        encoder = self._encoder(max_tokens)
+        encoder = self._encoder(switches.prompt.max_tokens or max_tokens)
         return encoder(rows, switches, guided=guided, frames=frames).to(self.device, self.dtype)
 
     def _encoder(self, max_tokens: int) -> Encoder:

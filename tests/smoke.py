@@ -116,6 +116,11 @@ def labelled() -> None:
         edit()
 
 
+def skipped() -> None:
+    with qwenedit.taps(pipe.mmdit, qwenedit.skip([1])):
+        edit()
+
+
 def loaded() -> None:
     lora = {
         f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.ones(shape)
@@ -158,6 +163,7 @@ NAMES: dict[str, Callable[[], object]] = {
     "TrainingBatch": loss,
     "VAEPath": switched(vae=qwenedit.VAEPath()),
     "ablate": swept,
+    "add": lambda: tapped(qwenedit.add(torch.ones(128), 0.1, tokens="target")),
     "attention_map": lambda: qwenedit.attention_map(torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)),
     "convention": trained,
     "deterministic": repeated,
@@ -166,8 +172,11 @@ NAMES: dict[str, Callable[[], object]] = {
     "load": loaded,
     "patch_from": lambda: tapped(qwenedit.patch_from(recorded())),
     "picture_latents": lambda: qwenedit.picture_latents(pipe, picture),
+    "project_out": lambda: tapped(qwenedit.project_out(torch.ones(128))),
+    "scale_by": lambda: tapped(qwenedit.scale_by(0.5, steps=[0])),
     "scope": labelled,
     "share_from": lambda: tapped(qwenedit.share_from()),
+    "skip": skipped,
     "swapped": swapped,
     "tap_names": lambda: qwenedit.tap_names(pipe.mmdit),
     "taps": lambda: tapped(lambda x, site: 0.5 * x),

@@ -133,6 +133,17 @@ def test_only_its_parameters_get_gradients_and_training_changes_only_them(pipe, 
     assert before.keys() == after.keys() and all(torch.equal(x, after[key]) for key, x in before.items())
 
 
+def test_what_is_not_frozen_gets_a_gradient_with_every_choice_of_layers(pipe, conditioning):
+    for targets, unreached in (("diffusers", 0), ("musubi", 3), ("ai_toolkit", 3), (r".*", 3)):
+        name = pipe.add_lora(rank=1, targets=targets, generator=seeded())
+        freeze_unreached(pipe.mmdit)
+        flow_matching_loss(pipe, batch(pipe, conditioning)).backward()
+        parameters = pipe.lora_parameters(name).values()
+        assert all((x.grad is not None) == x.requires_grad for x in parameters)
+        assert sum(not x.requires_grad for x in parameters) == 2 * unreached
+        pipe.unload_lora_weights(name)
+
+
 def test_beside_bfloat16_weights_it_is_float32_and_learns(pipe, conditioning):
     pipe.to(torch.bfloat16)
     name, losses = trained(pipe, conditioning, steps=6)

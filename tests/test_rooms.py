@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "qwenedit"
-GROUND = ("version", "taps", "switches", "latents", "foreign", "files", "family", "checks")
+GROUND = (
+    "version", "taps", "switches", "dialects", "annotated", "latents", "foreign", "files", "family", "checks",
+)  # fmt: skip
 TIED = (
     "call",
     "lora",

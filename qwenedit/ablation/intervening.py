@@ -43,23 +43,14 @@ def _lora(pipe: QwenImageEdit, cell: Cell) -> Iterator[None]:
         yield
         return
     name = "of the sweep"
-    before = [(one, one.active, one.disabled, one.scale) for one in _changes(pipe)]
+    before = [(one, one.active, one.disabled) for one in pipe.mmdit.modules() if isinstance(one, Change)]
     pipe.load_lora_weights(cell.lora_file, name, scale=cell.lora_scale)
     try:
-        _put_back(before)  # loading makes a LoRA the only active one
+        for one, active, disabled in before:  # loading makes a LoRA the only active one
+            one.active, one.disabled = active, disabled
         yield
     finally:
         pipe.delete_adapters(name)
-        _put_back(before)
-
-
-def _changes(pipe: QwenImageEdit) -> list[Change]:
-    return [module for module in pipe.mmdit.modules() if isinstance(module, Change)]
-
-
-def _put_back(before: list[tuple[Change, bool, bool, float]]) -> None:
-    for one, active, disabled, scale in before:
-        one.active, one.disabled, one.scale = active, disabled, scale
 
 
 @torch.no_grad()

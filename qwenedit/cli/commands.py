@@ -199,6 +199,7 @@ def parity(options: argparse.Namespace) -> int:
         device=options.device,
         controlnets=sources_of(options.controlnet),
         progress=not options.quiet,
+        against=options.against,
     )
     say(result, options.output)
     return 0 if result.ok else 1

@@ -149,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
     add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
+    add(
+        "--against",
+        choices=("diffusers", "diffsynth", "diffsynth-engine"),
+        default="diffusers",
+        help="whose networks: transformer and VAE are diffsynth's, the text encoder diffsynth-engine's",
+    )
     _controlnet_option(parity)
     _device_options(parity, dtype=False)
     _quiet_option(parity)

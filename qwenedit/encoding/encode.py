@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from qwenedit.encoding.picture_switches import reference_rows, seen_rows
 from qwenedit.encoding.prefix import encode_together
 from qwenedit.family import TEXT_TO_IMAGE, Variant
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.pictures import resize_rgb, rgba_pixels, vae_pixels
+from qwenedit.inputs.pictures import resampled, resize_rgb, rgba_pixels, vae_pixels
 from qwenedit.inputs.processor import Processor, ProcessorOutput
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.latents import normalise, pack
@@ -125,7 +126,10 @@ class Encoder:
         return next(self.vision_language.parameters()).device
 
     def _tokens(self, prompts: list[str], pictures: list[list[Image.Image]] | None) -> ProcessorOutput:
-        return self.processor(prompts, pictures, self.variant.template if pictures else TEXT_TO_IMAGE)
+        if pictures:
+            return self.processor(prompts, pictures, self.variant.template)
+        tokens = max(self.max_tokens, TEXT_TO_IMAGE.max_tokens or 0)  # the processor cuts before the encoder
+        return self.processor(prompts, None, dataclasses.replace(TEXT_TO_IMAGE, max_tokens=tokens))
 
     def _look(self, batch: ProcessorOutput) -> Tensor | None:
         if batch.pixel_values is None or batch.image_grid_thw is None:
@@ -176,7 +180,10 @@ def encode_pictures(
 
 def _encode(picture: Image.Image, size: Size, vae: VAE, path: VAEPath, k: int) -> Tensor:
     like = next(vae.parameters())
-    pixels = (rgba_pixels if vae.config.input_channels == 4 else vae_pixels)(picture, *size)
+    rgba = vae.config.input_channels == 4
+    if path.resize != "lanczos":
+        picture = resampled(picture, size, path.resize, "RGBA" if rgba else "RGB")
+    pixels = (rgba_pixels if rgba else vae_pixels)(picture, *size)
     posterior = vae.encode(pixels[:, :, None].to(like.device, like.dtype))
     if path.posterior == "sample":
         raw = posterior.sample(own_generator(path.seed, "vae", k))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenedit.inputs.pictures import as_picture, open_picture
+from qwenedit.inputs.geometry import Size
+from qwenedit.inputs.pictures import as_picture, open_picture, resampled
 from qwenedit.inputs.rows import BatchRow
 from qwenedit.switches import AnyPicture, References, Seen
 
@@ -31,13 +32,24 @@ def seen_rows(rows: Sequence[BatchRow], seen: Seen) -> list[BatchRow]:
     elif seen.picture == "blank":
         blanks = [[Image.new("RGB", picture.size, GREY) for picture in row.pictures] for row in rows]
         rows = [dataclasses.replace(row, pictures=of_row) for row, of_row in zip(rows, blanks, strict=True)]
-    if seen.size is None:
-        return list(rows)
-    resized = []
-    for row in rows:
-        plans = tuple(dataclasses.replace(plan, vl=seen.size) for plan in row.geometry.pictures)
-        resized.append(dataclasses.replace(row, geometry=dataclasses.replace(row.geometry, pictures=plans)))
-    return resized
+    if seen.size is not None:
+        rows = [_seen_at(row, seen.size) for row in rows]
+    return [_resampled(row, seen) for row in rows] if seen.resize != "lanczos" or seen.twice else list(rows)
+
+
+def _seen_at(row: BatchRow, size: Size) -> BatchRow:
+    plans = tuple(dataclasses.replace(plan, vl=size) for plan in row.geometry.pictures)
+    return dataclasses.replace(row, geometry=dataclasses.replace(row.geometry, pictures=plans))
+
+
+def _resampled(row: BatchRow, seen: Seen) -> BatchRow:
+    """The row with its pictures at the language model's size, where the encoder's own resize keeps them."""
+    pictures = []
+    for picture, plan in row.planned:
+        if seen.twice:
+            picture = resampled(picture, plan.vae, seen.resize)
+        pictures.append(resampled(picture, plan.vl, seen.resize))
+    return dataclasses.replace(row, pictures=pictures)
 
 
 def reference_rows(rows: Sequence[BatchRow], references: References) -> list[BatchRow]:

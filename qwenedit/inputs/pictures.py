@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -16,7 +17,7 @@ from qwenedit.foreign import plain_file, shown
 
 __all__ = [
     "FORMATS", "as_picture", "byte_tensor", "denormalise_pixels", "open_picture", "output_text",
-    "pictures_in", "resize_rgb", "rgba_pixels", "side_by_side", "to_pil", "vae_pixels",
+    "pictures_in", "resampled", "resize_rgb", "rgba_pixels", "side_by_side", "to_pil", "vae_pixels",
 ]  # fmt: skip
 
 # The formats of Pillow that hold pixels. Left out are those that Pillow hands to another program (EPS, WMF),
@@ -150,6 +151,26 @@ def resize_rgb(picture: Image.Image, width: int, height: int) -> Image.Image:
     Source: `VaeImageProcessor.resize`, which keeps RGBA and palettes.
     """
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def resampled(picture: Image.Image, size: tuple[int, int], how: str, mode: str = "RGB") -> Image.Image:
+    """The picture in a mode, at another (width, height), by another filter than the reference's.
+
+    Args:
+        how: "lanczos", or "bicubic", both Pillow's; "area", the mean of the pixels that an output pixel
+            covers or touches, rounded to 8 bits.
+
+    At the size that it then has, `resize_rgb` returns the same pixels.
+
+    Source: `Image.resize` without a filter is bicubic (DiffSynth-Studio); `comfy.utils.common_upscale` with
+        "area", which keeps the fractions that we round, is `torch.nn.functional.interpolate`.
+    """
+    picture = picture.convert(mode)
+    if how != "area":
+        filters = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+        return picture.resize(size, filters[how])
+    pixels = rearrange(byte_tensor(picture).float() / 255, "y x c -> 1 c y x")
+    return to_pil(F.interpolate(pixels, size[::-1], mode="area").clamp(0, 1))[0]
 
 
 def vae_pixels(picture: Image.Image, width: int, height: int) -> Tensor:

@@ -89,7 +89,7 @@ def invert(
     switches = switches_of(switches)
     pictures = [len(row) for row in conditioning.reference_grids]
     negative = None if conditioning.negative is None else " "
-    guidance = guidance_of(true_cfg_scale, negative, switches.guidance)
+    guidance = guidance_of(true_cfg_scale, negative, switches)
     call = Call(num_inference_steps=num_inference_steps, sigmas=sigmas, latents=latents)
     run = pipe.prepare(conditioning.target_grid, pictures, call, switches, guidance)
     if run.sampler not in ("euler", euler):

@@ -111,7 +111,8 @@ class MMDiT(Tapped):
     Caching: `cache` keeps step-invariant tensors from one call to the next, see `RunCache`. With
         `target_only` the last block computes the target's tokens only. Pass neither if something observes the
         module (`taps.observed`), so that every tap and hook fires at every step, for every token.
-    Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do.
+    Raises: ValueError where grids and tokens disagree, or `addition_t` and the config do; or a control where
+        the blocks are not as many as in the config.
     Source: `QwenImageTransformer2DModel.forward`; ours picks `zero_cond_t`'s modulation by slices, and adds
         controls to the target alone, where the reference knows no other tokens.
     """
@@ -149,6 +150,11 @@ class MMDiT(Tapped):
         lengths = [math.prod(grid) for grid in grids]
         if sum(lengths) != img.shape[1]:
             raise ValueError(f"grids {list(grids)} hold {sum(lengths)} tokens, but img has {img.shape[1]}")
+        if control is not None and len(self.blocks) != self.config.num_layers:
+            raise ValueError(
+                f"a control acts after each of {self.config.num_layers} blocks, but they run as "
+                f"{len(self.blocks)}, as in first_block_cache: wanted one of the two"
+            )
         target, references = img.split([lengths[0], sum(lengths[1:])], dim=1)
         if cache is None:
             fixed = self.step_invariant(references, txt, grids, txt_mask)

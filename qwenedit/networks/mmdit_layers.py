@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from qwenedit.taps import Tapped, scope
 
 __all__ = [
-    "MLP", "AdaLN", "AdaLayerNormOut", "Grid", "JointAttention", "Modulation", "QKNorm", "RMSNorm", "Rope",
-    "TimeEmbedding", "both_halves", "by_heads", "gated", "joint_key_mask", "joint_rope", "layer_norm",
-    "modulated", "picture_positions", "rope_table", "rotate", "sinusoids",
+    "MLP", "AdaLN", "AdaLayerNormOut", "Gelu", "Grid", "JointAttention", "Modulation", "QKNorm", "RMSNorm",
+    "Rope", "TimeEmbedding", "both_halves", "by_heads", "gated", "gelu", "joint_key_mask", "joint_rope",
+    "layer_norm", "modulated", "picture_positions", "rope_table", "rotate", "sinusoids", "text_positions",
 ]  # fmt: skip
 
+Gelu = Literal["tanh", "sigmoid"]
 Grid = tuple[int, int, int]  # frames (1 in a picture), rows, columns of tokens, which are 2x2 latent pixels
 
 MAX_MAP = 2**28  # elements of an attention map; larger maps are computed a few heads at a time
@@ -155,6 +156,8 @@ class JointAttention(Tapped):
 class MLP(Tapped):
     """Two linear layers, four times as wide between them, with the tanh form of GELU.
 
+    `gelu` is the form: "sigmoid" is that of DiffSynth-Studio, and of LoRAs that were trained there.
+
     Source: `FeedForward(activation_fn="gelu-approximate")`; diffusers' "geglu-approximate" is another GELU.
     """
 
@@ -164,9 +167,15 @@ class MLP(Tapped):
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
+        self.gelu: Gelu = "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.tap("mlp_hidden", F.gelu(self.up(x), approximate="tanh"), "B * E"))
+        return self.down(self.tap("mlp_hidden", gelu(self.up(x), self.gelu), "B * E"))
+
+
+def gelu(x: Tensor, form: Gelu) -> Tensor:
+    """An approximation of x * Phi(x): "tanh", or "sigmoid", x * sigmoid(1.702 x); up to 0.021 apart."""
+    return F.gelu(x, approximate="tanh") if form == "tanh" else x * torch.sigmoid(1.702 * x)
 
 
 class AdaLN(NamedTuple):
@@ -252,17 +261,21 @@ class Rope(Tapped):
         self.layered = layered
 
     def forward(self, grids: Sequence[Grid], txt_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        frames = [-1 if self.layered and i else i for i in range(len(grids))]
         img_positions = torch.cat(
-            [picture_positions(frame, grid, device) for frame, grid in zip(frames, grids, strict=True)]
+            [picture_positions(self.frame(k), grid, device) for k, grid in enumerate(grids)]
         )
-        start = max(max(rows // 2, columns // 2) for _, rows, columns in grids)
-        if self.layered:
-            start = max(start, grids[0][0])
-        txt_positions = torch.arange(start, start + txt_length, device=device)[:, None].expand(-1, 3)
+        txt_positions = text_positions(self.text_start(grids), txt_length, device)
         img = self.tap("img", rope_table(img_positions, self.axes), "S A 2")
         txt = self.tap("txt", rope_table(txt_positions, self.axes), "T A 2")
         return img, txt
+
+    def frame(self, number: int) -> int:
+        """The first frame of the target, 0, or of the `number`-th reference."""
+        return -1 if self.layered and number else number
+
+    def text_start(self, grids: Sequence[Grid]) -> int:
+        start = max(max(rows // 2, columns // 2) for _, rows, columns in grids)
+        return max(start, grids[0][0]) if self.layered else start
 
 
 def picture_positions(first: int, grid: Grid, device: torch.device) -> Tensor:
@@ -272,6 +285,11 @@ def picture_positions(first: int, grid: Grid, device: torch.device) -> Tensor:
     row = torch.arange(rows, device=device) - (rows - rows // 2)
     column = torch.arange(columns, device=device) - (columns - columns // 2)
     return torch.cartesian_prod(frame, row, column).reshape(-1, 3)
+
+
+def text_positions(start: int, length: int, device: torch.device) -> Tensor:
+    """(length, 3) positions of the text's tokens: one number for all three axes."""
+    return torch.arange(start, start + length, device=device)[:, None].expand(-1, 3)
 
 
 def rope_table(positions: Tensor, axes: tuple[int, int, int]) -> Tensor:

@@ -5,6 +5,9 @@ the files when it is needed: the checkpoint itself runs, even on a machine that 
 is given the reference's float32 streams, so that errors do not accumulate. At the end of the transformer and
 of the text encoder, the error that accumulates along our own streams is compared too. report.py defines what
 counts as equal.
+
+The reference is diffusers with transformers, or for some networks another tool (`oracles.COMPARED`); input is
+what diffusers makes of it. A network that the tool does not have runs on our side alone, to feed the others.
 """
 
 from __future__ import annotations
@@ -30,9 +33,14 @@ from qwenedit.files import replacing_file
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import as_picture
 from qwenedit.inputs.processor import check_prompt
+from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.parity.entries import Trial, removing
+from qwenedit.parity.oracle_networks import oracle_network
+from qwenedit.parity.oracles import COMPARED, ORACLES, require_oracle
 from qwenedit.parity.reference import (
     VERSIONS,
+    Case,
     Streams,
     prepare,
     reference_controlnet,
@@ -70,6 +78,7 @@ def parity(
     device: torch.device | str | None = None,
     controlnets: Sequence[Source] = (),
     progress: bool = True,
+    against: str = "diffusers",
 ) -> Parity:
     """Compare a checkpoint's modules with the reference's; None is the embedded model.
 
@@ -80,13 +89,19 @@ def parity(
         output: the .json with all rows.
         picture: the picture to edit, reduced to at most 256 x 256 pixels in area; None: a drawn one.
         dtypes: "float32", "bfloat16" or both.
-        controlnets: ControlNets of the transformer, which are compared, too, with the same picture.
+        controlnets: ControlNets of the transformer, which are compared, too, with the same picture; against
+            diffusers only.
+        against: one of `oracles.COMPARED`.
 
     Raises:
         ValueError: the references are not installed; bad arguments; no checkpoint on this machine (nothing is
             downloaded), or files that do not fit their modules.
     """
-    require_reference()
+    require_reference()  # for any: it makes the input
+    if against not in COMPARED:
+        raise ValueError(f"against is {shown(repr(against))}, wanted one of {', '.join(COMPARED)}")
+    if against in ORACLES:
+        require_oracle(against)
     if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
         raise ValueError(f"dtypes are {dtypes!r}, wanted one or both of {', '.join(DTYPES)}")
     dtypes = [dtype for dtype in DTYPES if dtype in dtypes]
@@ -107,22 +122,25 @@ def parity(
         "prompt": prompt,
         "device": str(where),
         "dtypes": dtypes,
-        "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS},
+        "against": against,
+        "versions": {"qwenedit": __version__, "torch": torch.__version__, **VERSIONS, **ORACLES},
     }
-    nets = _controlnets(folder, variant, controlnets, where)
+    nets = _controlnets(folder, variant, controlnets, where, against)
     if nets:
         about["controlnets"] = [str(source) for source in controlnets]
     files = [stored.path for net in nets.values() for stored in net.found.values()]
     mark = _fingerprint(folder, {**about, "size": picture.size}, picture, files)
-    pairs = {component: _Pair.of(folder, component, where) for component in COMPONENTS} | nets
+    pairs = {component: _Pair.of(folder, component, where, against) for component in COMPONENTS} | nets
     with torch.no_grad(), _without_tf32():
         case, exact = prepare(folder, variant, areas, picture, prompt, where)
-        todo = list(stages(folder, case))
+        todo = list(stages(folder, case, heads_first=against == "diffsynth"))
+        last = max(k for k, stage in enumerate(todo) if stage.component in COMPARED[against])
+        todo = todo[: last + 1]
         for name, net in nets.items():
             own: Any = net.ours.config
             todo += controlnet_stages(name, own, case)
-        run = _Run(pairs, todo, dtypes, case.streams, Progress(output, mark))
-        for what, got, wanted in exact:
+        run = _Run(pairs, todo, dtypes, case.streams, Progress(output, mark), _trial(case))
+        for what, got, wanted in exact if against == "diffusers" else ():
             run.exact(f"input.{what}", _equal(got, wanted))
         result = Parity(folder, about, run.finish(progress))
     report = {**about, "fingerprint": mark, "ok": result.ok, "verdict": result.verdict()}
@@ -133,11 +151,13 @@ def parity(
 
 
 def _controlnets(
-    folder: Path, variant: Variant, sources: Sequence[Source], device: torch.device
+    folder: Path, variant: Variant, sources: Sequence[Source], device: torch.device, against: str
 ) -> dict[str, _Pair]:
     """Both sides of the ControlNets, by the names of their components."""
     if sources and variant.layered:
         raise ValueError(f"{variant.name} takes no control pictures: it has no ControlNets to compare")
+    if sources and against != "diffusers":
+        raise ValueError(f"ControlNets are compared against diffusers only, not against {against}")
     config: MMDiTConfig = network_config(folder, "transformer")
     pairs = {}
     for number, source in enumerate(sources_of(list(sources)), 1):
@@ -146,6 +166,12 @@ def _controlnets(
         name = "controlnet" if len(sources) == 1 else f"controlnet {number}"
         pairs[name] = _Pair.of_controlnet(name, path, config, device)
     return pairs
+
+
+def _trial(case: Case) -> Trial:
+    """The labels that a run's predictor would set, for entries of dialects that are tried."""
+    layout = Layout(case.ids.shape[1] - case.drop_index, case.grids)
+    return Trial(layout=layout, sigma=float(case.streams["timestep"]), rows=(0,))
 
 
 def _check_output(output: Path) -> None:
@@ -207,20 +233,29 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A network on both sides. Only the stage that runs has weights; the rest is on the meta device."""
+    """A network on both sides. Only the stage that runs has weights; the rest is on the meta device.
+
+    `reference` is None if the network is not compared.
+    """
 
     component: str
     ours: nn.Module
-    reference: nn.Module
+    reference: nn.Module | None
     found: dict[str, Any]
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, component: str, device: torch.device) -> _Pair:
+    def of(cls, folder: Path, component: str, device: torch.device, against: str = "diffusers") -> _Pair:
         ours, found, report = compare(folder, component)
         if not report.ok:
             raise ValueError(f"{folder / component} does not fit the {component}: {report.problems()}")
-        return cls(component, ours.eval(), reference_network(folder, component, device), found, device)
+        reference = None
+        if component in COMPARED[against]:
+            other = against in ORACLES
+            reference = (
+                oracle_network(folder, component) if other else reference_network(folder, component, device)
+            )
+        return cls(component, ours.eval(), reference, found, device)
 
     @classmethod
     def of_controlnet(cls, name: str, path: Path, transformer: MMDiTConfig, device: torch.device) -> _Pair:
@@ -254,6 +289,8 @@ class _Pair:
                         f"{shown(stored.key)} in {shown(stored.path.name)} has NaN or infinity"
                     )
             for stored in part.values():
+                if self.reference is None:
+                    break
                 network = NETWORKS.get(self.component, CONTROLNET)
                 name = reference_path(self.component, network.hub_key(stored.name))
                 with safe_open(stored.path, framework="pt") as file:
@@ -272,16 +309,17 @@ def _place(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Run:
-    """The stages one after another, and the streams between them.
+    """The stages one after another, and the streams between them; those that are not compared have no rows.
 
     Streams have lanes. "reference" is the reference's float32, which every stage is given. The others show
     what accumulates: our own streams in each dtype, and the reference's in bfloat16.
     """
 
     def __init__(
-        self, pairs: dict[str, _Pair], todo: list[Stage], dtypes: list[str], streams: Streams, files: Progress
-    ) -> None:
-        self.pairs, self.stages, self.dtypes, self.files = pairs, todo, dtypes, files
+        self, pairs: dict[str, _Pair], todo: list[Stage], dtypes: list[str], streams: Streams,
+        files: Progress, trial: Trial,
+    ) -> None:  # fmt: skip
+        self.pairs, self.stages, self.dtypes, self.files, self.trial = pairs, todo, dtypes, files, trial
         self.lanes: dict[str, Streams] = {"reference": dict(streams)}
         self.rows = files.read_rows()
         self.keys: list[tuple[str, str]] = []  # of all rows, in the order of the report
@@ -298,7 +336,7 @@ class _Run:
 
     def finish(self, progress: bool) -> list[Row]:
         """Run the remaining stages; all rows in order. A network with NaN or infinity ends the run."""
-        for stage in self.stages:
+        for stage in (one for one in self.stages if self.pairs[one.component].reference is not None):
             modules = [stage.full, *([_whole(stage)] if stage.ends else [])]
             self.keys += [(module, dtype) for module in modules for dtype in self.dtypes]
         done, lanes = self.files.read_streams(self.pairs["vae"].device)
@@ -336,6 +374,11 @@ class _Run:
     def step(self, stage: Stage) -> list[Row]:
         """Run one stage in every dtype and every lane; its rows."""
         pair, given = self.pairs[stage.component], self.lanes["reference"]
+        if pair.reference is None:
+            with pair.loaded(stage, torch.float32):
+                made_here = stage.ours(pair.ours, given) if stage.paths else {}
+            self.lanes["reference"] = {**given, **made_here}
+            return []
         rows: list[Row] = []
         made: dict[str, Streams] = {}
         for name in DTYPES if "bfloat16" in self.dtypes else ("float32",):
@@ -351,6 +394,8 @@ class _Run:
                     sides = pair.ours, pair.reference
                     tolerance = FLOAT32 if name == "float32" else BFLOAT16_STEP
                     row = replace(row, first=first_difference(stage, *sides, streams, tolerance) or row.first)
+                    if name == "float32":
+                        row = replace(row, removed_by=removing(stage, *sides, streams, self.trial))
                 rows.append(row)
                 for lane, side, network, outputs in (
                     (f"ours {name}", stage.ours, pair.ours, got),

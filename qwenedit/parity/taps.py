@@ -105,6 +105,14 @@ def first_difference(
 Finish = Callable[[Any, Tensor], Tensor]
 
 
+def _as_it_is(_network: Any, x: Tensor) -> Tensor:
+    return x
+
+
+def _tokens_first(_network: Any, x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
 def _flat(x: Tensor) -> Tensor:
     """The values alone: the sides differ in axes of size 1, and tables in dtype."""
     return x.flatten().cpu().double()
@@ -118,7 +126,9 @@ def _places(stage: Stage, ours: nn.Module) -> Iterator[tuple[str, tuple[str, str
         table = next((_PLACES[cls] for cls in type(module).__mro__ if cls in _PLACES), {})
         for name, place in table.items():
             inner, side = place.split()
-            yield f"{path}.{name}", (_official(stage.component, f"{path}.{inner}"), side, lambda _, x: x)
+            turned = stage.heads_first and inner.endswith(("_q_norm", "_k_norm"))
+            turn: Finish = _tokens_first if turned else _as_it_is
+            yield f"{path}.{name}", (_official(stage.component, f"{path}.{inner}"), side, turn)
     for full, (path, finish) in stage.derived.items():
         yield full, (_official(stage.component, path), "out", finish)
 

@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 
 from qwenedit.checks import real_number, warn
 from qwenedit.latents import PATCH
-from qwenedit.switches import Guidance
+from qwenedit.switches import Guidance, Switches
 
 __all__ = ["TrueCFG", "guidance_of"]
 
@@ -192,19 +192,20 @@ def _latent_pixels(tokens: Tensor) -> Tensor:
     return tokens.unflatten(-1, (-1, PATCH * PATCH))
 
 
-def guidance_of(scale: float, negative_prompt: object, rule: Guidance | None = None) -> TrueCFG | None:
+def guidance_of(scale: float, negative_prompt: object, switches: Switches | None = None) -> TrueCFG | None:
     """The guidance of a run, or None: it needs both a scale above 1 and a negative prompt.
 
-    Warns if only one of them is given, which is probably a mistake.
+    Warns if only one of them is given, or a rule for guidance without it, which is probably a mistake.
 
     Raises:
         ValueError: the scale is no finite number.
     """
-    guidance = TrueCFG(scale, rule or Guidance())
+    switches = switches or Switches()
+    guidance = TrueCFG(scale, switches.guidance)
     scale = guidance.scale
     if scale > 1 and negative_prompt is not None:
         return guidance
-    if guidance.rule != Guidance():
+    if switches.own("guidance"):
         warn(f"{guidance.rule} has no effect: the run is unguided")
     if scale > 1:
         warn(f"true_cfg_scale is {scale}, but without a negative_prompt the run is unguided")

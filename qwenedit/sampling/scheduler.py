@@ -21,7 +21,10 @@ from qwenedit.foreign import read_json
 from qwenedit.weights.checkpoints import read_variant
 from qwenedit.weights.configs import config_from
 
-__all__ = ["CURVES", "MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "given_sigmas", "load_scheduler"]
+__all__ = [
+    "CURVES", "MAX_STEPS", "FlowMatchScheduler", "LayeredScheduler", "comfy_sigmas", "diffsynth_sigmas",
+    "given_sigmas", "load_scheduler",
+]  # fmt: skip
 
 Own = TypeVar("Own", bound="FlowMatchScheduler")
 MAX_STEPS = 10_000  # of a run: float32 sigmas are still apart
@@ -169,6 +172,41 @@ def given_sigmas(sigmas: Sequence[float], steps: int) -> list[float]:
     if checked[-1] == 0:
         raise ValueError(f"given sigmas are {checked}, wanted them without the final 0, which is added")
     return [*torch.tensor(checked, dtype=torch.float32).tolist(), 0.0]
+
+
+def diffsynth_sigmas(steps: int, tokens: int, start: float = 1.0) -> list[float]:
+    """The sigmas of DiffSynth-Studio, noise first, with the final 0; float32 numbers, equal to its own.
+
+    A `start` below 1, its denoising strength, is the first sigma before shift and stretch. With an official
+    checkpoint they are the reference's but for last bits. For a single step from 1 there is no stretch.
+
+    Source: DiffSynth-Studio 2.1.12, `FlowMatchScheduler.set_timesteps_qwen_image`.
+    """
+    slope = (0.9 - 0.5) / (8192 - 256)  # constants there, whatever a checkpoint's file says
+    factor = math.exp(tokens * slope + (0.5 - slope * 256))
+    t = torch.linspace(start, 0, whole_number("num_inference_steps", steps, most=MAX_STEPS) + 1)[:-1]
+    t = factor / (factor + (1 / t - 1))
+    return _falling([*_stretched(t, 0.02).tolist(), 0.0])
+
+
+def comfy_sigmas(steps: int) -> list[float]:
+    """The sigmas of ComfyUI's scheduler "simple", noise first, with the final 0, as float32 numbers.
+
+    They are entries of a table of 10,000, shifted by the exponential of 1.15 at every size.
+
+    Source: comfy/samplers.py, `simple_scheduler`; comfy/model_sampling.py, `ModelSamplingFlux`, whose shift
+        is 1.15 for this family (comfy/supported_models.py, `QwenImage`).
+    """
+    steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
+    t = torch.arange(1, 10_001) / 10_000
+    table = math.exp(1.15) / (math.exp(1.15) + (1 / t - 1))
+    return _falling([*(float(table[-1 - int(i * (10_000 / steps))]) for i in range(steps)), 0.0])
+
+
+def _falling(sigmas: list[float]) -> list[float]:
+    if not all(a > b for a, b in pairwise(sigmas)):
+        raise ValueError(f"{len(sigmas) - 1} sigmas no longer fall strictly in float32, wanted fewer")
+    return sigmas
 
 
 def _line(start: float, stop: float, steps: int) -> list[float]:

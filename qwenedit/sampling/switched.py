@@ -22,19 +22,20 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.masks import Sources
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import Block, MMDiT
-from qwenedit.networks.mmdit_layers import (
-    Rope,
-    joint_key_mask,
-    picture_positions,
-    rope_table,
-    sinusoids,
-)
+from qwenedit.networks.mmdit_layers import joint_key_mask
 from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict, current_interval
-from qwenedit.sampling.scheduler import CURVES, FlowMatchScheduler, given_sigmas
-from qwenedit.switches import Controls, Interval, Mask, References, Switches, Time, own_generator
-from qwenedit.taps import Site, TapFunction, named_modules, taps
+from qwenedit.sampling.scheduler import (
+    CURVES,
+    FlowMatchScheduler,
+    comfy_sigmas,
+    diffsynth_sigmas,
+    given_sigmas,
+)
+from qwenedit.sampling.transformer_switches import switched_transformer
+from qwenedit.switches import Controls, Interval, References, Switches, Time, own_generator
+from qwenedit.taps import named_modules
 
 __all__ = [
     "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
@@ -51,9 +52,8 @@ def require_pictures(switches: Switches, pictures: bool) -> None:
     Raises:
         ValueError: they have none.
     """
-    plain = Switches()
     for name in ("references", "seen", "vae"):
-        if not pictures and getattr(switches, name) != getattr(plain, name):
+        if not pictures and switches.own(name):
             raise ValueError(f"switches.{name} changes how pictures enter, but this run has none")
 
 
@@ -91,7 +91,7 @@ def require_fitting(
         ValueError: a switch that could not act.
     """
     require_pictures(switches, any(pictures))
-    _require_source(switches.mask, sources)
+    _require_source(switches, sources)
     references = switches.references
     for name, interval, count in (
         ("references.steps", references.steps, steps),
@@ -107,13 +107,13 @@ def require_fitting(
         )
 
 
-def _require_source(mask: Mask, sources: Sources | None) -> None:
-    plain, masked = Mask(), sources is not None and sources.masks > 0
+def _require_source(switches: Switches, sources: Sources | None) -> None:
+    own, masked = switches.own("mask"), sources is not None and sources.masks > 0
     needs = {"preserve": "a mask", "grey": "a mask"} if not masked else {}
     if sources is None:
         needs |= dict.fromkeys(("posterior", "strength"), "a picture to start from")
     for name, needed in needs.items():
-        if getattr(mask, name) != getattr(plain, name):
+        if name in own:
             raise ValueError(f"switches.mask.{name} acts on {needed}, but this run has none")
 
 
@@ -149,8 +149,14 @@ def schedule(
     """
     steps = count_steps(time, steps, custom)
     first = _first_step(steps, strength, convention)
+    shifted = ("official", "lightning", *CURVES)  # all but these are whole schedules
+    if custom is not None and time.sigmas not in shifted:
+        what = f" {time.sigmas!r}" if isinstance(time.sigmas, str) else ""
+        raise ValueError(f"sigmas and time.sigmas{what} are both given, wanted one of them")
+    if time.sigmas == "diffsynth":
+        return diffsynth_sigmas(steps, tokens, strength if convention == "diffsynth" else 1.0)[first:]
     if convention == "diffsynth" and strength < 1:
-        if custom is not None or not isinstance(time.sigmas, str):
+        if custom is not None or time.sigmas not in shifted:
             raise ValueError("mask.strength is 'diffsynth', which makes the sigmas, but they are given")
         custom = torch.linspace(strength, 0.0, steps + 1)[:-1].tolist()
     if time.sigmas == "lightning":  # one shift for any number of tokens and for any variant
@@ -164,9 +170,9 @@ def schedule(
         scheduler = FlowMatchScheduler(**own).curved(None)
     elif time.sigmas in CURVES:
         scheduler = scheduler.curved(str(time.sigmas))
+    elif time.sigmas == "comfy":
+        return comfy_sigmas(steps)[first:]
     elif not isinstance(time.sigmas, str):
-        if custom is not None:
-            raise ValueError("sigmas and time.sigmas are both given, wanted one of them")
         return given_sigmas(time.sigmas, steps)[first:]
     return scheduler.sigmas(steps, tokens, custom)[first:]
 
@@ -248,26 +254,22 @@ def switched_predictor(
     if references.steps is not None:
         predict = _in_steps(references.steps, predict, plain(_without_references(conditioning)))
 
-    functions: dict[str, TapFunction] = {}
-    if references.frame == "target":
-        functions["rope.img"] = _in_the_targets_frame
-    if time.rounding == "exact":
-        functions["time_embed.sinusoids"] = _of_exact_sigma
-    nets = {control.net for control in controls if isinstance(control.net, ControlNet)}
-    if not functions and time.zero_cond_t is None and references.blocks is None:
+    arithmetic = Switches(transformer=switches.transformer, time=Time(rounding=time.rounding))
+    as_it_is = arithmetic == Switches() and references.frame == "own"
+    nets = {control.net for control in controls if isinstance(control.net, ControlNet)}  # with its layers
+    if as_it_is and time.zero_cond_t is None and references.blocks is None:
         return predict
 
     def under_switches(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
         with ExitStack() as stack:
-            stack.enter_context(taps(mmdit, functions, first=True))
+            if not as_it_is:
+                stack.enter_context(switched_transformer(mmdit, switches))
             if time.zero_cond_t is not None:
                 stack.enter_context(_zero_cond_t(mmdit, time.zero_cond_t))
             if references.blocks is not None:
                 stack.enter_context(_visible_in(mmdit, references.blocks))
-            if time.rounding == "exact":
-                for net in nets:
-                    own = {"time_embed.sinusoids": _of_exact_sigma}
-                    stack.enter_context(taps(net, own, first=True, strict=False))  # it may be off in a step
+            for net in nets if arithmetic != Switches() else ():  # one may be off in a step
+                stack.enter_context(switched_transformer(net, arithmetic, strict=False))
             return predict(latents, sigma, **only)
 
     return under_switches
@@ -279,19 +281,6 @@ def _in_steps(steps: Interval, inside: Predict, outside: Predict) -> Predict:
         return (inside if now else outside)(latents, sigma, **only)
 
     return predict
-
-
-def _in_the_targets_frame(table: Tensor, site: Site) -> Tensor:
-    assert isinstance(site.module, Rope)
-    positions = [picture_positions(0, grid, table.device) for grid in site.labels["layout"].grids]
-    return rope_table(torch.cat(positions), site.module.axes)
-
-
-def _of_exact_sigma(rounded: Tensor, site: Site) -> Tensor:
-    """The sinusoids of the unrounded sigma. The rows that `zero_cond_t` adds after the batch keep sigma 0."""
-    sigma = torch.zeros(rounded.shape[0], device=rounded.device)
-    sigma[: len(site.labels["rows"])] = site.labels["sigma"]
-    return sinusoids(sigma)
 
 
 @contextmanager

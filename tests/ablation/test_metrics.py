@@ -8,7 +8,16 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.ablation.metrics import changed_area, curves, distances, pixels, psnr, ssim
+from qwenedit.ablation.metrics import (
+    changed_area,
+    curves,
+    distances,
+    mask_pixels,
+    pixels,
+    psnr,
+    source_distances,
+    ssim,
+)
 
 
 def noisy(amount, *, seed=0, size=(64, 64)):
@@ -95,6 +104,52 @@ def test_compare_is_all_three_of_what_is_on_the_disk(tmp_path):
     found = distances(Image.open(tmp_path / "x.png"), picture)
     x, y = pixels(other), pixels(picture)
     assert found == {"psnr": psnr(x, y), "ssim": ssim(x, y), "changed": changed_area(x, y)}
+
+
+def test_distances_to_the_source_inside_and_outside_of_a_mask():
+    """The picture of another size, and a mask of a third, against loops over pixels."""
+    source, picture = (
+        Image.open(mini.EXAMPLE).convert("RGB"),
+        Image.open(mini.EXAMPLE).convert("RGB").rotate(90),
+    )
+    picture = picture.resize((48, 40))
+    mask = Image.new("L", (96, 80))
+    mask.paste(255, (0, 0, 40, 80))  # 20 of 48 columns
+    found = source_distances(picture, source, mask)
+    y = source.resize((48, 40), Image.Resampling.LANCZOS)
+    for name, columns in (("source", range(48)), ("inside", range(20)), ("outside", range(20, 48))):
+        errors, changed = [], 0
+        for row in range(40):
+            for column in columns:
+                pair = zip(picture.getpixel((column, row)), y.getpixel((column, row)), strict=True)
+                parts = [abs(a - b) / 255 for a, b in pair]
+                errors += [part**2 for part in parts]
+                changed += max(parts) > 0.1
+        assert found[f"{name}_psnr"] == pytest.approx(-10 * math.log10(sum(errors) / len(errors)), abs=1e-4)
+        assert found[f"{name}_changed"] == changed / (40 * len(columns))
+    x, y = pixels(picture), pixels(y)
+    inside = [ssim(x[:, :, k - 5 : k + 6], y[:, :, k - 5 : k + 6]) for k in range(5, 20)]
+    assert found["inside_ssim"] == pytest.approx(sum(inside) / len(inside), abs=1e-6)
+    assert set(source_distances(picture, source)) == {"source_psnr", "source_ssim", "source_changed"}
+
+
+def test_a_mask_without_white_has_nothing_inside():
+    picture = Image.open(mini.EXAMPLE).convert("RGB")
+    found = source_distances(picture.rotate(90), picture, Image.new("L", (64, 64)))
+    assert [found[f"inside_{name}"] for name in ("psnr", "ssim", "changed")] == [None] * 3
+    for name in ("psnr", "ssim", "changed"):
+        assert found[f"outside_{name}"] == pytest.approx(found[f"source_{name}"])
+    edge = Image.new("L", (64, 64))
+    edge.paste(255, (0, 0, 3, 64))  # no window is around these pixels
+    found = source_distances(picture.rotate(90), picture, edge)
+    assert found["inside_ssim"] is None and found["inside_psnr"] > 0
+    white = mask_pixels(Image.new("L", (2, 2), 128), 4, 4), mask_pixels(Image.new("L", (2, 2), 127), 4, 4)
+    assert white[0].all() and not white[1].any()
+    for measure in (psnr, ssim):
+        with pytest.raises(ValueError, match="where is"):
+            measure(torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.bool))
+        with pytest.raises(ValueError, match="where is"):
+            measure(torch.zeros(3, 16, 16), torch.zeros(3, 16, 16), torch.ones(16, 8, dtype=torch.bool))
 
 
 def test_pictures_that_cannot_be_compared():

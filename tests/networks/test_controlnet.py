@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from qwenedit import zero
+from qwenedit.latents import Layout
 from qwenedit.networks.controlnet import ControlNet, ControlNetConfig, spread
 from qwenedit.networks.mmdit import RunCache
-from qwenedit.taps import observed, tap_names, taps
+from qwenedit.networks.mmdit_layers import picture_positions, rope_table
+from qwenedit.sampling.transformer_switches import switched_transformer
+from qwenedit.switches import Switches, TransformerRule
+from qwenedit.taps import observed, scope, tap_names, taps
 from tests.properties import test_mmdit as mmdit
 from tests.support import FP32, assert_close, randomise_, shapes_checked
 
@@ -263,3 +267,24 @@ def test_residuals_are_spread_over_the_blocks(count, blocks):
     got = [control(number, None) for number in range(blocks)]
     in_a_row = math.ceil(blocks / count)
     assert got == [number // in_a_row for number in range(blocks)] and max(got) < count
+
+
+def test_the_transformer_s_switches_act_on_a_controlnet():
+    """Its positions are those of the target among the transformer's, whatever references are beside it."""
+    ours, (img, cond, txt, timestep, grid) = network(), inputs()
+    plain, tables, labels = ours(img, cond, txt, timestep, grid), {}, {"sigma": 0.8726, "rows": (0, 1)}
+    for name, value in {"gelu": "sigmoid", "odd_grids": "positive", "text_start": "target"}.items():
+        switches = Switches(transformer=TransformerRule(**{name: value}))
+        seen = {"rope.img": lambda table, site, name=name: tables.update({name: table})}
+        with (
+            scope(layout=Layout(5, (grid, (1, 7, 4))), **labels),
+            taps(ours, seen),
+            switched_transformer(ours, switches, strict=False),
+        ):
+            changed = ours(img, cond, txt, timestep, grid)
+        same = all(torch.equal(a, b) for a, b in zip(changed, plain, strict=True))
+        assert same == (name == "text_start")  # the text starts at the target's half there anyway
+    assert torch.equal(tables["gelu"], ours.rope([grid], 5, img.device)[0])
+    moved = picture_positions(0, grid, img.device) + torch.tensor([0, 1, 1])
+    assert torch.equal(tables["odd_grids"], rope_table(moved, CONFIG.axes_dims_rope))
+    assert all(torch.equal(a, b) for a, b in zip(ours(img, cond, txt, timestep, grid), plain, strict=True))

@@ -27,7 +27,7 @@ MODULES = sorted(
 )
 # Modules that researchers import from.
 PUBLIC = (
-    "qwenedit", "qwenedit.encoding.conditioning", "qwenedit.family",
+    "qwenedit", "qwenedit.dialects", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
     "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
     "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",

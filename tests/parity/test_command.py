@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from qwenedit import mini
 from qwenedit.cli import options as cli
-from qwenedit.networks import mmdit, vision_language
+from qwenedit.networks import mmdit, mmdit_layers, vision_language
 from qwenedit.parity import compare as parity
 from qwenedit.parity import reference as parity_reference
 from qwenedit.parity import taps as parity_taps
@@ -124,7 +124,7 @@ def test_every_place_of_a_tap_exists_on_both_sides():
             by_hand = {name.rpartition(".")[2] for name in wanted - places.keys()}
             assert by_hand <= {
                 "in", "out", "img_out", "txt_out", "scores", "probs",
-                "img_attn_add", "txt_attn_add", "img_mlp_add", "txt_mlp_add",
+                "img_attn_add", "txt_attn_add", "img_mlp_add", "txt_mlp_add", "control_add",
             }, by_hand  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def pairs(x, rope):
 
 
 def test_another_rotation_is_named(run, monkeypatch):
-    monkeypatch.setattr(mmdit, "rotate", halves)
+    monkeypatch.setattr(mmdit_layers, "rotate", halves)
     monkeypatch.setattr(vision_language, "rotate", pairs)
     status, _, rows = run(tiny("edit"), "--dtype", "float32")
     assert status == 1
@@ -232,8 +232,8 @@ def test_what_only_bfloat16_does_is_named(run, monkeypatch):
         y = original(x, rope)
         return y if x.dtype == torch.float32 else (2 * y).round() / 2
 
-    original = mmdit.rotate
-    monkeypatch.setattr(mmdit, "rotate", rotate)
+    original = mmdit_layers.rotate
+    monkeypatch.setattr(mmdit_layers, "rotate", rotate)
     status, _, rows = run(tiny("edit"))
     assert status == 1 and {dtype for _, dtype in differing(rows)} == {"bfloat16"}
     assert rows["transformer.blocks.0", "bfloat16"]["first"] == "blocks.0.attn.img_q_rot"

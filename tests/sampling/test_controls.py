@@ -10,6 +10,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import zero
+from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.instruments.records import Recorder
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit_layers import sinusoids
@@ -440,6 +441,14 @@ def test_a_cache_changes_a_controlled_run_by_rounding_alone(pipe):
         assert_close(run(pipe, control_image=PICTURE), plain, FP32 * 10)
 
 
+def test_blocks_that_run_as_one_are_refused(pipe):
+    """Nothing could be added between them."""
+    with first_block_cache(pipe.mmdit, 0.1):
+        run(pipe)
+        with pytest.raises(ValueError, match="after each of 6 blocks, but they run as 1, as in first_block"):
+            run(pipe, control_image=PICTURE)
+
+
 # --- bad input
 
 BAD = {
@@ -560,6 +569,15 @@ def test_a_net_that_does_not_fit_is_refused(edit, net, changes, message):
     mask = MASK if "extra_condition_channels" in changes else None
     with with_nets(edit, other), pytest.raises(ValueError, match=message):
         run(edit, control_image=PICTURE, control_mask=mask)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_net_of_another_dtype_is_refused(edit, net):
+    with (
+        with_nets(edit, net, copy.deepcopy(net).to(torch.bfloat16)),
+        pytest.raises(ValueError, match=r"of control 1 is torch\.bfloat16, wanted torch\.float32, as the tr"),
+    ):
+        run(edit, control_image=[PICTURE, OTHER])
 
 
 def test_a_control_picture_of_another_shape_is_stretched_with_a_warning(pipe):
