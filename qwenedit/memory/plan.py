@@ -98,8 +98,8 @@ class NetworkSize:
     def in_memory(self, mode: Modes, *, runs: bool = True) -> int:
         """Bytes in memory while the network runs, or waits in memory for its turn.
 
-        With "stream" that is two blocks, the running one and the next; with "float8" all blocks in 8 bits
-        and, while it runs, two widened ones.
+        With "stream" that is, while it runs, two blocks, the running one and the next; with "float8" all
+        blocks in 8 bits and, while it runs, two widened ones.
         """
         gone = mode.modulation == "precomputed"
         whole, shrunk = (
@@ -108,7 +108,7 @@ class NetworkSize:
         )
         if mode.storage == "float8":
             return sum(shrunk) + sum(whole[-2:]) * runs + self.rest
-        return sum(whole[-2:] if mode.residency == "stream" else whole) + self.rest
+        return (sum(whole[-2:]) * runs if mode.residency == "stream" else sum(whole)) + self.rest
 
 
 @dataclass(frozen=True)
@@ -308,18 +308,21 @@ def _peaks(
 ) -> dict[Modes, dict[str, int]]:
     """Bytes on the device, by mode and stage; `table` is the size of precomputed modulation."""
     peaks = {}
-    nets = [name for name in sizes if name.startswith("controlnet")]  # they run beside the transformer
+    # In turn with the transformer. (A blockwise net's two blocks are beside its own: too small to count.)
+    nets = [name for name in sizes if name.startswith("controlnet")]
     for mode in modes:
-        size = {name: network.in_memory(mode) for name, network in sizes.items()}
-        size["transformer"] += table if mode.modulation == "precomputed" else 0
-        idle = dict.fromkeys(size, 0)
-        if mode.residency == "resident":
-            idle = {name: network.in_memory(mode, runs=False) for name, network in sizes.items()}
-        kept = [
-            sum(size[name] if name in names else idle[name] for name in size)
-            for names in (["text_encoder"], ["vae"], ["transformer", *nets], ["vae"])
-        ]
-        peaks[mode] = {stage: here + computed[stage] for stage, here in zip(STAGES, kept, strict=True)}
+        peaks[mode] = dict(computed)
+        running, waiting = (
+            {name: network.in_memory(mode, runs=runs) for name, network in sizes.items()}
+            for runs in (True, False)
+        )
+        for stage, names in zip(
+            STAGES, (["text_encoder"], ["vae"], ["transformer", *nets], ["vae"]), strict=True
+        ):
+            here = [name for name in names if name in sizes]
+            peaks[mode][stage] += sum(waiting[x] for x in (sizes if mode.residency == "resident" else here))
+            peaks[mode][stage] += max((running[name] - waiting[name] for name in here), default=0)
+        peaks[mode]["sampling"] += table if mode.modulation == "precomputed" else 0
     return peaks
 
 

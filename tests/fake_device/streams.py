@@ -4,7 +4,6 @@ Every operation takes a place in the queue of its stream. Streams run at the sam
 for an event of another, or the host waited before it queued. A *fault* is
 
     a use of memory whose writing, on another stream, was not waited for
-    a write to memory that another stream may still use
     memory that is released while another stream may still use it (`record_stream` tells the allocator)
 """
 
