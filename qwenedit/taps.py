@@ -1,7 +1,7 @@
 """Named taps: read or replace any tensor of a network while it runs.
 
 The networks call `self.tap("name", x, "B S D")` on every tensor of interest. The third argument is the shape
-comment (letters as in CONTRIBUTING.md's table). A tap with nothing attached costs one attribute look-up. `taps`
+comment (letters as in CONTRIBUTING.md). A tap with nothing attached costs one attribute look-up. `taps`
 attaches functions by name and detaches them on exit:
 
     def dim(x, site):                       # None keeps the tensor, a tensor replaces it

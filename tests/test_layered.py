@@ -184,7 +184,7 @@ def test_four_layers_and_the_cards_settings_are_the_default(command, monkeypatch
     assert run(*command, "-o", "out.png") == 130
     assert called == {
         "negative_prompt": " ", "true_cfg_scale": 4.0, "num_inference_steps": 50, "layers": 4,
-        "resolution": 640, "cfg_normalize": True, "generator": None,
+        "resolution": 640, "cfg_normalize": True, "generator": None, "sampler": None,
     }  # fmt: skip
 
 
