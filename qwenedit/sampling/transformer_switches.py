@@ -103,23 +103,25 @@ def _functions(switches: Switches, mmdit: MMDiT | ControlNet) -> dict[str, TapFu
 def _img_positions(grids: Sequence[Grid], frames: list[int], shifted: bool, device: torch.device) -> Tensor:
     positions = []
     for frame, grid in zip(frames, grids, strict=True):
-        odd = torch.tensor([0, grid[1] % 2, grid[2] % 2], device=device)
         own = picture_positions(frame, grid, device)
-        positions.append(own + odd if shifted else own)
+        if shifted:
+            own[:, 1] += grid[1] % 2
+            own[:, 2] += grid[2] % 2
+        positions.append(own)
     return torch.cat(positions)
 
 
 def _of_exact_sigma(rounded: Tensor, site: Site) -> Tensor:
-    return _sinusoids_of(torch.tensor(site.labels["sigma"]), rounded, site)
+    return _sinusoids_of(torch.full((), site.labels["sigma"], device=rounded.device), rounded, site)
 
 
 def _of_rounded_sigma(rounded: Tensor, site: Site) -> Tensor:
-    like = torch.empty((), dtype=torch.bfloat16)
+    like = torch.empty((), dtype=torch.bfloat16, device=rounded.device)
     return _sinusoids_of(timestep_of(site.labels["sigma"], like), rounded, site)
 
 
 def _sinusoids_of(sigma: Tensor, rounded: Tensor, site: Site) -> Tensor:
-    """The rows that `zero_cond_t` adds after the batch keep sigma 0."""
+    """The rows that `zero_cond_t` adds after the batch keep sigma 0. `sigma` is on the device already."""
     sigmas = torch.zeros(rounded.shape[0], device=rounded.device)
-    sigmas[: len(site.labels["rows"])] = sigma.float().to(rounded.device)
+    sigmas[: len(site.labels["rows"])] = sigma.float()
     return sinusoids(sigmas)

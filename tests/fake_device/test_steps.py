@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qwenedit.dialects import TransformerRule
 from qwenedit.instruments.inversion import invert
 from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.switches import Guidance, References, Switches, Time
@@ -24,6 +25,10 @@ SWITCHES = {
     "references in the target's frame": Switches(references=References(frame="target")),
     "the other zero_cond_t": Switches(time=Time(zero_cond_t=False)),
     "the exact timestep": Switches(time=Time(rounding="exact")),
+    "the timestep in bfloat16": Switches(time=Time(rounding="bfloat16")),
+    "odd grids and texts elsewhere": Switches(
+        transformer=TransformerRule(odd_grids="positive", text_start="target", rope="rounded")
+    ),
     "the sigmas of Lightning": Switches(time=Time(sigmas="lightning")),
     "given sigmas": Switches(time=Time(sigmas=(1.0, 0.7, 0.3))),
     **{
