@@ -184,7 +184,7 @@ class QwenImageEdit(Loras, Parts):
                 the last picture, and the others stay references. The VAE then sees that picture at the
                 output's size. docs/masks.md says what is kept exactly.
             strength: the share of the steps that are run, in [0, 1], from the picture with as much noise as
-                the first of them has. At 1 the run starts from noise alone.
+                the first of them has. At 1 the official schedule starts from noise alone.
             padding_mask_crop: make only a region around the mask's white, with so many pixels about it, at
                 the whole size of the output, and lay it back into the picture.
             negative_prompt: guidance steers away from it; it is encoded with the same pictures. None turns

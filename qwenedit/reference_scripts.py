@@ -79,6 +79,7 @@ class ReferenceScripts(Layers):
 
     _interrupt = False  # a callback sets it to end the run after its step
     _num_timesteps = 0  # of the last call
+    _sampler_is_the_schedulers = False  # a scheduler of the reference chose it, and the next one replaces it
 
     @overload
     def __call__(self, *positional: Any, return_dict: Literal[False], **options: Any) -> tuple[Any]: ...
@@ -320,10 +321,15 @@ class ReferenceScripts(Layers):
             """A scheduler of the reference is a schedule and a sampler; its names of networks are ours."""
             if name == "scheduler":
                 config, sampler = from_reference(value)
-                if not isinstance(value, FlowMatchScheduler):
+                foreign = not isinstance(value, FlowMatchScheduler)
+                if foreign:
                     config = {**self.scheduler.config, **config}
                     value = config_from(type(self.scheduler), config, "the scheduler")
-                super().__setattr__("sampler", sampler)
+                if foreign or self._sampler_is_the_schedulers:
+                    super().__setattr__("sampler", sampler)
+                super().__setattr__("_sampler_is_the_schedulers", foreign)
+            if name == "sampler":
+                super().__setattr__("_sampler_is_the_schedulers", False)
             if name in _ALIASES:
                 if not isinstance(value, (MMDiT, VisionLanguage, type(None))):
                     raise ValueError(

@@ -135,7 +135,8 @@ class System:
         share_prefix: run the text encoder once over the common prefix of a prompt and its negative prompt,
             pictures included: about half the time, and the last bits differ. False, as in the reference.
         micro_batch: the most rows of a batch that run through a network at a time; None for all. At 1 and
-            with one generator per row, each row equals its single run bit by bit.
+            with one generator per row, each row equals its single run bit by bit; but rows that start from
+            one picture share a sample of it.
         controlnets: the nets that read a run's control pictures, one for each picture; a single one reads
             all of them.
         sampler: that of runs which name none; None for the checkpoint's, "euler" in all that are released.
@@ -223,12 +224,12 @@ class System:
         require_pictures(switches, any(pictures))
         named = (call.sampler, self.sampler, self.scheduler.sampler)
         sampler = next(one for one in named if one is not None)
-        require_sampler(sampler)
         strength = 1.0 if sources is None else sources.strength
         visited = schedule(
             self.scheduler, switches.time, call.num_inference_steps, tokens, call.sigmas,
             strength, switches.mask.strength,
         )  # fmt: skip
+        require_sampler(sampler, len(visited) - 1)
         config = self.mmdit.config
         require_fitting(
             switches, pictures=pictures, blocks=config.num_layers, steps=len(visited) - 1, sources=sources

@@ -252,14 +252,42 @@ def test_grey_is_kept_for_so_many_steps():
     ones = torch.ones(7)
     for preserve in ("latent", "velocity", "x0"):
         how = Mask(preserve=preserve, grey="steps")
-        kept = Kept(x0=0 * ones, noise=0 * ones, mask=greys, sigmas=sigmas, how=how)
+        kept = Kept(x0=0 * ones, noise=0 * ones, mask=greys, intervals=4, how=how)
         changing = torch.zeros(7)
-        for sigma, after in itertools.pairwise(sigmas):
+        for interval, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
             if preserve == "latent":
-                changing += kept.after(ones, after)
+                changing += kept.after(ones, after, interval)
             else:
-                changing += kept.velocity(ones, 0 * ones, sigma)
+                changing += kept.velocity(ones, 0 * ones, sigma, interval)
         assert changing.tolist() == [0, 0, 1, 2, 2, 3, 4]
+
+
+def test_both_predictions_of_an_interval_of_heuns_keep_the_same(edit, scene):
+    """A grey that one way to keep it frees in an interval is freed there by all ways."""
+    grey = Image.new("L", (64, 64), 102)  # 0.4: kept until the last of 4 steps
+    runs = []
+    for preserve in ("latent", "velocity", "x0"):
+        switches = Switches(mask=Mask(preserve=preserve, grey="steps", posterior="mode"))
+        runs.append(latents(edit, scene, grey, switches=switches, num_inference_steps=4, sampler="heun"))
+    assert relative_error(runs[1], runs[0]) < 64 * EPS and relative_error(runs[2], runs[0]) < 64 * EPS
+
+
+@pytest.mark.parametrize("preserve", ["latent", "velocity", "x0"])
+def test_a_mask_holds_what_the_caller_writes(edit, scene, preserve):
+    switches = Switches(mask=Mask(preserve=preserve, posterior="mode"))
+    mask, ends = LEFT, []
+    for noise in (None, generator(5)):
+        with torch.no_grad():
+            for step in edit.steps(
+                edit.condition(scene, "make the circle red"), image=scene, mask_image=mask,
+                generator=generator(), num_inference_steps=3, switches=switches,
+            ):  # fmt: skip
+                if noise is not None:
+                    step.x0 = torch.randn(step.x0.shape, generator=noise)
+        ends.append(step.after)
+    made = tokens_of(mask)
+    one, two = (end[0] for end in ends)
+    assert relative_error(two[~made], one[~made]) < 64 * EPS and (two - one)[made].abs().max() > 0.1
 
 
 def test_blended_grey_mixes(edit, scene):

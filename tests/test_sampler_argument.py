@@ -368,3 +368,44 @@ def test_a_sweep_over_unknown_samplers_is_refused_before_it_starts(tmp_path, cha
     with pytest.raises(ValueError, match=message):
         ablate({"pictures": ["mini:0"], **changes}, tmp_path / "sweep", device="cpu", progress=False)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_rollout_from_a_picture_is_gone_through_again(edit, image):
+    conditioning = edit.condition(image, "make the circle red")
+
+    def walk():
+        return edit.steps(
+            conditioning, image=image, strength=0.7, sampler="flow_sde", num_inference_steps=4,
+            generator=seeded(3),
+        )  # fmt: skip
+
+    saved, old = {}, {}
+    with torch.no_grad():
+        for step in walk():
+            saved[step.index] = step.after
+            if step.transition:
+                old[step.index] = step.log_prob()
+        for step in walk():
+            step.after = saved[step.index]
+            if step.transition:
+                assert torch.equal(step.log_prob(), old[step.index])
+    assert len(old) > 1
+
+
+def test_our_own_schedule_leaves_the_sampler_alone():
+    pipe = qwenedit.load(progress=False)
+    pipe.sampler = "heun"
+    pipe.scheduler = pipe.scheduler.curved("karras")
+    assert pipe.sampler == "heun"
+
+
+@pytest.mark.parametrize("options", [{"window": (0, 50)}, {"eta": -1.0}, {"window": (2, 1)}])
+def test_options_of_a_sampler_are_checked_before_any_network_runs(edit, image, monkeypatch, options):
+    monkeypatch.setattr(edit.vision_language, "forward", None)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        edit.edit(image, "x", sampler=partial(flow_sde, **options), num_inference_steps=3)
+
+
+def test_heun_with_options_counts_its_predictions(edit, image):
+    edit(image, "x", sampler=partial(heun), num_inference_steps=3, output_type="latent", true_cfg_scale=1.0)
+    assert edit.num_timesteps == 5

@@ -49,42 +49,38 @@ class Kept:
 
     Attributes:
         mask: 1 where the picture changes, 0 where it is kept, between them where it is grey.
-        sigmas: those of the run, with the final 0.
+        intervals: how many the run's schedule has.
         how: which way, by `how.preserve`, and what grey means, by `how.grey`.
     """
 
     x0: Tensor
     noise: Tensor
     mask: Tensor
-    sigmas: Sequence[float]
+    intervals: int
     how: Mask
 
-    def before(self, latents: Tensor, sigma: float) -> Tensor:
+    def before(self, latents: Tensor, sigma: float, interval: int) -> Tensor:
         if self.how.preserve != "x0":
             return latents
-        return self._kept_in(noised(self.x0, self.noise, sigma), latents, self._visited(sigma))
+        return self._kept_in(noised(self.x0, self.noise, sigma), latents, interval)
 
-    def velocity(self, velocity: Tensor, latents: Tensor, sigma: float) -> Tensor:
+    def velocity(self, velocity: Tensor, latents: Tensor, sigma: float, interval: int) -> Tensor:
         if self.how.preserve == "latent" or sigma == 0:  # given sigmas may end with a 0 of their own
             return velocity
-        return self._kept_in((latents - self.x0) / sigma, velocity, self._visited(sigma))
+        return self._kept_in((latents - self.x0) / sigma, velocity, interval)
 
-    def after(self, latents: Tensor, sigma: float) -> Tensor:
+    def after(self, latents: Tensor, sigma: float, interval: int) -> Tensor:
         if self.how.preserve != "latent":
             return latents
-        return self._kept_in(noised(self.x0, self.noise, sigma), latents, self._visited(sigma) - 1)
+        return self._kept_in(noised(self.x0, self.noise, sigma), latents, interval)
 
-    def _kept_in(self, kept: Tensor, made: Tensor, step: int) -> Tensor:
+    def _kept_in(self, kept: Tensor, made: Tensor, interval: int) -> Tensor:
         """Both parts of a step's tensor, one for each place."""
         mask = self.mask
         if self.how.grey == "steps":
-            mask = self.mask >= 1 - step / (len(self.sigmas) - 1)
+            mask = self.mask >= 1 - interval / self.intervals
         mask = mask.to(made.dtype)
         return (1 - mask) * kept + mask * made
-
-    def _visited(self, sigma: float) -> int:
-        """The number of steps that end at a sigma or before: the step that starts there."""
-        return sum(visited > sigma for visited in self.sigmas[:-1])
 
 
 def preserving(
@@ -103,4 +99,4 @@ def preserving(
         draw_masked(sources, vae, generator, len(x0))
     factor, channels = vae.config.spatial_factor, vae.config.z_dim
     mask = mask_tokens(sources, len(x0), factor, channels, grey=how.grey != "rounded")
-    return Kept(x0=x0, noise=noise, mask=mask.to(x0.device), sigmas=sigmas, how=how)
+    return Kept(x0=x0, noise=noise, mask=mask.to(x0.device), intervals=len(sigmas) - 1, how=how)

@@ -34,17 +34,20 @@ Transition = Callable[["Step"], "tuple[Tensor, Tensor]"]
 
 
 class Preserve(Protocol):
-    """What keeps a part of a picture during a run: a change at any of three places of a step."""
+    """What keeps a part of a picture during a run: a change at any of three places of a step.
 
-    def before(self, latents: Tensor, sigma: float) -> Tensor:
+    `interval` is the interval of the schedule that the step belongs to, counted from 0.
+    """
+
+    def before(self, latents: Tensor, sigma: float, interval: int) -> Tensor:
         """The latents that the step starts from and the transformer sees."""
         ...
 
-    def velocity(self, velocity: Tensor, latents: Tensor, sigma: float) -> Tensor:
-        """The step's velocity, after guidance."""
+    def velocity(self, velocity: Tensor, latents: Tensor, sigma: float, interval: int) -> Tensor:
+        """The step's velocity, after guidance, or as the caller writes it."""
         ...
 
-    def after(self, latents: Tensor, sigma: float) -> Tensor:
+    def after(self, latents: Tensor, sigma: float, interval: int) -> Tensor:
         """The step's result, at the next sigma."""
         ...
 
@@ -57,8 +60,8 @@ class Step:
         latents: (B, S, C) packed normalised latents at `sigma`.
         cond, uncond: the predictions with the prompt and with the negative prompt (None without guidance).
         velocity: the direction of the step: `cond`, or with an `uncond` the guided prediction, and then what
-            `preserve` makes of it. Writing `cond` or `uncond` has it computed anew. In a checked step
-            reading it raises NonFiniteError if guidance gives NaN or infinity.
+            `preserve` makes of it, also of one that is written. Writing `cond` or `uncond` has it computed
+            anew. In a checked step reading it raises NonFiniteError if guidance gives NaN or infinity.
         x0: the estimate of the clean latents, latents - sigma * velocity; writing it sets the velocity.
         after: the latents at `sigma_next`: what the sampler's rule `advance` and then `preserve` make of the
             values above. Writing it replaces the result of the step, whatever else is written.
@@ -83,6 +86,7 @@ class Step:
         advance: Callable[[Step], Tensor] | None = None,
         preserve: Preserve | None = None,
         transition: Transition | None = None,
+        interval: int | None = None,
     ) -> None:
         self.index = index
         self.sigma = sigma
@@ -96,6 +100,7 @@ class Step:
         self._advance = advance or euler_step
         self._preserve = preserve
         self._transition = transition
+        self._interval = index if interval is None else interval
         self._velocity: Tensor | None = None
         self._after: Tensor | None = None
         self._checked = False
@@ -128,7 +133,7 @@ class Step:
     def _preserved(self, velocity: Tensor) -> Tensor:
         if self._preserve is None:
             return velocity
-        return self._preserve.velocity(velocity, self.latents, self.sigma)
+        return self._preserve.velocity(velocity, self.latents, self.sigma, self._interval)
 
     def __repr__(self) -> str:
         guided = "" if self._uncond is None else ", guided"
@@ -169,7 +174,7 @@ class Step:
 
     @velocity.setter
     def velocity(self, value: Tensor) -> None:
-        self._velocity = value
+        self._velocity = self._preserved(value)
 
     @property
     def x0(self) -> Tensor:
@@ -184,7 +189,9 @@ class Step:
         if self._after is not None:
             return self._after
         after = self._advance(self)
-        return after if self._preserve is None else self._preserve.after(after, self.sigma_next)
+        if self._preserve is None:
+            return after
+        return self._preserve.after(after, self.sigma_next, self._interval)
 
     @after.setter
     def after(self, value: Tensor) -> None:
@@ -198,8 +205,9 @@ class Step:
         """The log-probability (B,) of latents at `sigma_next`, by default of the step's own `after`.
 
         It is the mean over a row's elements, in float32. Gradients flow to the velocity, not to `of`. A run's
-        log-probabilities are computed again, bit by bit, from its saved latents: start the sampler at the
-        first, and write the next into each step (`step.after = saved[step.index + 1]`).
+        log-probabilities are computed again, bit by bit, from its saved latents: go through the same run once
+        more, from the same generator's state, and write the next into each step
+        (`step.after = saved[step.index]`).
 
         Raises:
             ValueError: a step without a draw, as of other samplers; one with `preserve`, which keeps what was
@@ -316,14 +324,15 @@ def step_at(
         interval: which interval of the schedule the step belongs to, if that is not `index`. Switches with an
             interval of steps count these, by a label of this name.
     """
+    counted = index if interval is None else interval
     if preserve is not None:
-        latents = preserve.before(latents, sigma)
+        latents = preserve.before(latents, sigma, counted)
     labels = {} if interval is None else {"interval": interval}
     with scope(step=index, sigma=sigma, **labels):
-        cond, uncond = predict_at(predict, latents, sigma, index if interval is None else interval, guidance)
+        cond, uncond = predict_at(predict, latents, sigma, counted, guidance)
     return Step(
         index, sigma, sigma_next, latents, cond, uncond, guidance, average,
-        advance=advance, preserve=preserve, transition=transition,
+        advance=advance, preserve=preserve, transition=transition, interval=interval,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -112,13 +113,8 @@ def flow_sde(
     Source: `sde_step_with_logprob` of flow_grpo (arXiv 2505.05470).
     """
     count = len(sigmas) - 1
-    start, stop = (0, count - 1) if window is None else window
-    if not 0 <= start <= stop < max(count, 1):
-        raise ValueError(
-            f"window is {window}, wanted (start, stop) within the {count} steps, without the last of them"
-        )
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta is {eta}, wanted a number of at least 0")
+    _require_noise(count, eta, window)
+    start, stop = window or (0, count - 1)
     require_interval(guidance, count)
     average = None
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -132,6 +128,17 @@ def flow_sde(
         )  # fmt: skip
         yield step
         latents, average = step.after, step.average
+
+
+def _require_noise(count: int, eta: float = 0.7, window: tuple[int, int] | None = None, **_: Any) -> None:
+    """Check the options of `flow_sde` for a run of so many steps."""
+    start, stop = (0, count - 1) if window is None else window
+    if not 0 <= start <= stop < max(count, 1):
+        raise ValueError(
+            f"window is {window}, wanted (start, stop) within the {count} steps, without the last of them"
+        )
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta is {eta}, wanted a number of at least 0")
 
 
 def _diffused(eta: float, second: float, step: Step) -> tuple[Tensor, Tensor]:
@@ -321,13 +328,15 @@ SAMPLERS: dict[str, Sampler] = {
 }  # fmt: skip
 
 
-def require_sampler(sampler: str | Sampler) -> None:
-    """Check that it is the name of a sampler, or a function.
+def require_sampler(sampler: str | Sampler, steps: int | None = None) -> None:
+    """Check that it is the name of a sampler, or a function, whose options fit a run of so many steps.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or they do not.
     """
     if callable(sampler) or (isinstance(sampler, str) and sampler in SAMPLERS):
+        if steps is not None and isinstance(sampler, partial) and sampler.func is flow_sde:
+            _require_noise(steps, **sampler.keywords)
         return
     close = difflib.get_close_matches(sampler, SAMPLERS, n=1) if isinstance(sampler, str) else []
     hint = f": did you mean {close[0]!r}?" if close else ""
@@ -352,5 +361,5 @@ def sampler_of(sampler: str | Sampler, generator: Generators = None) -> Sampler:
 
 def count_predictions(sampler: str | Sampler, sigmas: Sequence[float]) -> int:
     """The number of steps that a sampler makes of the sigmas, one prediction each."""
-    twice = sampler in ("heun", heun)
+    twice = sampler == "heun" or (sampler.func if isinstance(sampler, partial) else sampler) is heun
     return sum(1 + (twice and sigma > 0) for sigma in sigmas[1:])

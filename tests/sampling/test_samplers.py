@@ -182,16 +182,16 @@ class Kept:
     def __init__(self, mask, clean, noise):
         self.mask, self.clean, self.noise, self.seen = mask, clean, noise, []
 
-    def before(self, latents, sigma):
+    def before(self, latents, sigma, _interval):
         self.seen.append(("before", sigma))
         return latents
 
-    def velocity(self, velocity, latents, sigma):
+    def velocity(self, velocity, latents, sigma, _interval):
         assert latents.shape == velocity.shape
         self.seen.append(("velocity", sigma))
         return velocity
 
-    def after(self, latents, sigma):
+    def after(self, latents, sigma, _interval):
         self.seen.append(("after", sigma))
         known = (1 - sigma) * self.clean + sigma * self.noise
         return torch.where(self.mask > 0, latents, known)
