@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qwenedit.ablation.cases import Case
-from qwenedit.ablation.functions import tensor_bytes
+from qwenedit.ablation.functions import code_of, tensor_bytes
 from qwenedit.ablation.spec import Cell, Spec
 from qwenedit.call import Call, sources_for
 from qwenedit.family import Variant
@@ -29,9 +31,9 @@ from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.lora_files import read_lora
 
-__all__ = ["Model", "pipe_fingerprint"]
+__all__ = ["Model", "pipe_fingerprint", "settings_of"]
 
-_SAMPLE = 4096  # values of each weight, evenly spread
+_PIECE = 2**22  # values of a weight that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,23 +96,39 @@ class Model:
         )  # fmt: skip
 
 
+def settings_of(network: nn.Module) -> str:
+    """What a network's modules hold beside tensors and modules: its config, scales of LoRAs and the like."""
+    public = {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        for name, module in network.named_modules()
+    }
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(public))  # addresses differ from process to process
+
+
 def pipe_fingerprint(pipe: QwenImageEdit) -> str:
-    """A hash of what a pipeline computes with: a sample of each weight, its LoRAs and its settings.
+    """A hash of what a pipeline computes with: every weight, its LoRAs, configs and settings.
 
     Weights that are not in memory count by the files that they are read from.
     """
     digest = hashlib.sha256()
-    settings = (pipe.variant, pipe.areas, pipe.scheduler, pipe.share_prefix, pipe.micro_batch, pipe.loras)
+    processor = {**vars(pipe.processor), "tokenizer": pipe.processor.tokenizer.to_str()}
+    settings = (
+        pipe.variant, pipe.areas, pipe.scheduler, pipe.share_prefix, pipe.micro_batch, pipe.loras, processor,
+        code_of(pipe.sampler) if callable(pipe.sampler) else pipe.sampler,
+    )  # fmt: skip
     digest.update(repr(settings).encode())
     for network in (pipe.vision_language, pipe.vae, pipe.mmdit):
-        state = (
-            {} if network is None else {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        )
+        if network is None:
+            digest.update(b"none")
+            continue
+        digest.update(settings_of(network).encode())
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, x in state.items():
-            sample = x if x.is_meta else x.flatten()[:: max(1, x.numel() // _SAMPLE)]
-            digest.update(f"{name} {tuple(x.shape)}".encode() + tensor_bytes(sample))
-        if network is not None and any(x.is_meta for x in state.values()):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            for piece in () if x.is_meta else x.detach().flatten().split(_PIECE):
+                digest.update(tensor_bytes(piece))
+        if any(x.is_meta for x in state.values()):
             for path in files_of(network):
-                for piece in pieces_of(path):
-                    digest.update(piece)
+                for part in pieces_of(path):
+                    digest.update(part)
     return digest.hexdigest()[:20]

@@ -1,6 +1,7 @@
 """Interventions, LoRAs, masks, metrics and a given pipeline in sweeps."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -22,7 +23,9 @@ from qwenedit.ablation.model import pipe_fingerprint
 from qwenedit.ablation.spec import read_spec
 from qwenedit.ablation.sweep import ablate
 from qwenedit.instruments.patching import zero
+from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.sampling.samplers import flow_sde
 from qwenedit.taps import taps
 from tests.ablation.test_sweep import edits_counted, lines, same
 
@@ -164,7 +167,11 @@ def test_an_intervention_that_leaves_something_behind_stops_the_sweep(tmp_path, 
 @pytest.mark.parametrize("residency", ["stage", "stream"])
 def test_weights_that_come_and_go_are_no_change(tmp_path, residency):
     lazy = qwenedit.load(device="cpu", progress=False, residency=residency)
+    before = pipe_fingerprint(lazy)
     swept = run(HALVE, tmp_path, interventions={"halve": halve}, pipe=lazy, device=None)
+    assert pipe_fingerprint(lazy) == before
+    again = qwenedit.load(device="cpu", progress=False, residency=residency)
+    assert pipe_fingerprint(again) == before
     wanted = run(HALVE, tmp_path / "resident", interventions={"halve": halve})
     assert not swept.failed and all(map(same, pictures(swept), pictures(wanted)))
 
@@ -497,6 +504,40 @@ def test_what_counts_for_a_pipelines_hash(pipe, lora):
     found.append(pipe_fingerprint(pipe))
     found.append(pipe_fingerprint(qwenedit.load(device="cpu", progress=False, residency="stream")))
     assert len(set(found)) == 5
+
+
+@torch.no_grad()
+def test_every_value_of_a_weight_counts_for_the_hash(pipe):
+    """Also those of one column alone, and a change that keeps the sum."""
+    found = [pipe_fingerprint(pipe)]
+    weight = pipe.mmdit.blocks[2].img_mlp.up.weight
+    for column in (1, weight.shape[1] - 1):
+        weight[:, column] += 0.1
+        found.append(pipe_fingerprint(pipe))
+    weight[:] = weight.roll(1, 0)
+    found.append(pipe_fingerprint(pipe))
+    pipe.vision_language.embed_tokens.weight[-1, -1] += 1e-3
+    found.append(pipe_fingerprint(pipe))
+    assert len(set(found)) == len(found)
+
+
+def test_configs_alphas_and_samplers_count_for_the_hash(pipe, lora):
+    found = [pipe_fingerprint(pipe)]
+    pipe.mmdit.config = dataclasses.replace(pipe.mmdit.config, zero_cond_t=True)
+    found.append(pipe_fingerprint(pipe))
+    pipe.vae.config = dataclasses.replace(pipe.vae.config, latents_mean=(0.0,) * 16)
+    found.append(pipe_fingerprint(pipe))
+    pipe.processor.config = dataclasses.replace(pipe.processor.config, image_mean=(0.0,) * 3)
+    found.append(pipe_fingerprint(pipe))
+    samplers = ("heun", functools.partial(flow_sde, eta=0.5), functools.partial(flow_sde, eta=0.6))
+    for pipe.sampler in samplers:
+        found.append(pipe_fingerprint(pipe))
+    pipe.load_lora_weights(lora, "it")
+    found.append(pipe_fingerprint(pipe))
+    for one in (one for one in pipe.mmdit.modules() if isinstance(one, Change)):
+        one.factor *= 2
+    found.append(pipe_fingerprint(pipe))
+    assert len(set(found)) == len(found)
 
 
 # from a file, and what is refused
