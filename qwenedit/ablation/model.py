@@ -77,15 +77,15 @@ class Model:
 
     def _require_fitting(self, case: Case, cell: Cell, height: int | None, width: int | None) -> None:
         texts, mask = (case.prompt, cell.negative_prompt), case.mask if cell.masked else None
+        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
         try:
             rows = rows_of(
                 *texts, case.image, self.variant, self.areas, height, width, starts=cell.starts
             )  # fmt: skip
+            sources = sources_for(call, rows, self.variant, self.areas)
         except ValueError as error:
             raise ValueError(f"{shown(case.name)}: {error}") from error
         guidance_of(cell.true_cfg_scale, cell.negative_prompt)
-        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
-        sources = sources_for(call, rows, self.variant, self.areas)
         sigmas = schedule(
             self.scheduler, cell.switches.time, cell.steps, math.prod(rows[0].geometry.grid), None,
             cell.strength, cell.switches.mask.strength,

@@ -87,6 +87,7 @@ METRIC = ("result", "source", "*", "prompt", "pictures", "mask", "unablated")  #
 COLUMNS = ("key", "status", "picture", "prompt", "seed", "reason", "file", "error")  # of results.csv
 SAME = {"num_inference_steps": "steps", "guidance_scale": "true_cfg_scale", "cfg": "true_cfg_scale"}
 MOST_CELLS = 10_000
+MASKED = ("mask.preserve", "mask.grey")  # read with a mask alone; its other switches with a strength, too
 OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # read if that is "other"
 
 
@@ -346,6 +347,11 @@ def _require_read(
     scaled = "lora_scale" in axes or call["lora_scale"] != CALL["lora_scale"]
     if scaled and all(cell.lora == NONE for cell in cells):
         raise ValueError(f"lora_scale is given, but lora is never another than {NONE!r}")
+    for name in (one for one in NAMES if one.startswith("mask.") and (one in fixed or one in axes)):
+        if name in MASKED and not any(cell.masked for cell in cells):
+            raise ValueError(f"{name} is given, but masked is never true")
+        if not any(cell.starts for cell in cells):
+            raise ValueError(f"{name} is given, but masked is never true, and strength never below 1")
     if interventions and all(cell.intervention == NONE for cell in cells):
         names = json.dumps([NONE, *interventions])
         raise ValueError(

@@ -18,6 +18,7 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import sweep as module
 from qwenedit.ablation.functions import code_of
+from qwenedit.ablation.intervening import state_of
 from qwenedit.ablation.metrics import pixels, source_distances
 from qwenedit.ablation.model import pipe_fingerprint
 from qwenedit.ablation.spec import read_spec
@@ -147,7 +148,43 @@ def replaces_a_part(pipe):
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("leaves", [leaves_a_tap, leaves_a_hook, writes_a_weight, replaces_a_part])
+def sets_a_config(pipe):
+    pipe.vae.config = dataclasses.replace(pipe.vae.config, latents_mean=(0.0,) * 16)
+    return contextlib.nullcontext()
+
+
+def sets_the_processors_config(pipe):
+    pipe.processor.config = dataclasses.replace(pipe.processor.config, image_mean=(0.0,) * 3)
+    return contextlib.nullcontext()
+
+
+def sets_a_sampler(pipe):
+    pipe.sampler = "heun"
+    return contextlib.nullcontext()
+
+
+def sets_a_schedule(pipe):
+    pipe.scheduler = dataclasses.replace(pipe.scheduler, use_dynamic_shifting=False, shift=2.0)
+    return contextlib.nullcontext()
+
+
+def adds_a_controlnet(pipe):
+    pipe.controlnets.append(torch.nn.Linear(1, 1))
+    return contextlib.nullcontext()
+
+
+def lets_a_weight_train(pipe):
+    pipe.mmdit.blocks[0].attn.img_q.weight.requires_grad_(True)
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        leaves_a_tap, leaves_a_hook, writes_a_weight, replaces_a_part, sets_a_config,
+        sets_the_processors_config, sets_a_sampler, sets_a_schedule, adds_a_controlnet, lets_a_weight_train,
+    ],
+)  # fmt: skip
 def test_an_intervention_that_leaves_something_behind_stops_the_sweep(tmp_path, leaves):
     """Every later edit would be another than its row says; the next sweep goes on."""
     spec = {**SMALL, "seeds": [0, 1], "grid": {"intervention": ["none", "leaves", "halve"]}}
@@ -162,6 +199,18 @@ def test_an_intervention_that_leaves_something_behind_stops_the_sweep(tmp_path, 
     )
     assert all(map(same, pictures(again), pictures(fresh)))
     LEFT.clear()
+
+
+def test_a_second_tap_or_hook_that_is_left_is_noticed(pipe):
+    with taps(pipe.mmdit, {"blocks.0.img_out": zero}, strict=False):
+        pipe.vae.register_forward_hook(lambda *_: None)
+        found = [state_of(pipe)]
+        assert found == [state_of(pipe)]
+        pipe.vae.register_forward_hook(lambda *_: None)
+        found.append(state_of(pipe))
+        with taps(pipe.mmdit, {"blocks.1.img_out": zero}, strict=False):
+            found.append(state_of(pipe))
+        assert found[0] != found[1] == state_of(pipe) != found[2]
 
 
 @pytest.mark.parametrize("residency", ["stage", "stream"])
@@ -608,6 +657,14 @@ def test_functions_by_name_from_a_module_beside_the_spec(folder):
         ({"rest": 'masks = ["x.png"]\n'}, "there are 1 masks, wanted 0"),
         ({"rest": 'masks = "x.png"\n'}, "masks is 'x.png', wanted a list of"),
         ({"rest": "masked = true\n"}, "masked is true, but mini:0 has no mask"),
+        (
+            {"rest": '[switches]\n"mask.posterior" = "mode"\n'},
+            "mask.posterior is given, but masked is never true, and strength never below 1",
+        ),
+        (
+            {"rest": 'strength = 0.5\n[grid]\n"mask.preserve" = ["x0", "velocity"]\n'},
+            "mask.preserve is given, but masked is never true",
+        ),
         ({"rest": "masked = 1\n"}, "masked is 1, wanted true or false"),
         ({"rest": "strength = 0\n"}, "strength is 0, wanted a number above 0, at most 1"),
     ],
@@ -619,6 +676,15 @@ def test_what_is_refused_before_anything_runs(folder, monkeypatch, changes, mess
     with pytest.raises(ValueError, match=message):
         run(write(home, **changes), home / "out")
     assert not (home / "out").exists()
+
+
+def test_a_mask_that_changes_nothing_is_named_by_its_picture(tmp_path):
+    mask = tmp_path / "black.png"
+    Image.new("L", (64, 64)).save(mask)
+    spec = {**SMALL, "masks": [str(mask)], "masked": True}
+    with pytest.raises(ValueError, match=rf"{mini.EXAMPLE.name}: the mask changes nothing"):
+        run(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_python_callers_are_refused(tmp_path, pipe, lora):
