@@ -25,6 +25,7 @@ from qwenedit.memory.residency import files_of
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.samplers import name_of, require_sampler
 from qwenedit.sampling.scheduler import FlowMatchScheduler, load_scheduler
 from qwenedit.sampling.switched import require_fitting, schedule
 from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
@@ -44,17 +45,20 @@ class Model:
     areas: Areas
     scheduler: FlowMatchScheduler
     config: MMDiTConfig
+    sampler: str  # of edits that name none
 
     @classmethod
     def of_folder(cls, checkpoint: Path) -> Model:
         """Read without the weights, which may be many gigabytes."""
         variant = read_variant(checkpoint)
         areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
-        return cls(variant, areas, scheduler, network_config(checkpoint, "transformer"))
+        return cls(variant, areas, scheduler, network_config(checkpoint, "transformer"), scheduler.sampler)
 
     @classmethod
     def of_pipe(cls, pipe: QwenImageEdit) -> Model:
-        return cls(pipe.variant, pipe.areas, pipe.scheduler, pipe.mmdit.config)
+        own = pipe.scheduler.sampler if pipe.sampler is None else pipe.sampler
+        require_sampler(own)
+        return cls(pipe.variant, pipe.areas, pipe.scheduler, pipe.mmdit.config, name_of(own))
 
     def require_fitting(self, spec: Spec) -> None:
         """Check that the model can run every edit of a sweep.

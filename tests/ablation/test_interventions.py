@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -26,7 +27,7 @@ from qwenedit.ablation.sweep import ablate
 from qwenedit.instruments.patching import zero
 from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
-from qwenedit.sampling.samplers import flow_sde
+from qwenedit.sampling.samplers import flow_sde, heun
 from qwenedit.taps import taps
 from tests.ablation.test_sweep import edits_counted, lines, same
 
@@ -587,6 +588,64 @@ def test_configs_alphas_and_samplers_count_for_the_hash(pipe, lora):
         one.factor *= 2
     found.append(pipe_fingerprint(pipe))
     assert len(set(found)) == len(found)
+
+
+# the sampler
+
+
+@contextlib.contextmanager
+def under_heun(pipe):
+    before, pipe.sampler = pipe.sampler, "heun"
+    yield
+    pipe.sampler = before
+
+
+def backwards(*arguments, **options):
+    """A sampler of the caller's, of another number of steps than the schedule's."""
+    return heun(*arguments, **options)
+
+
+def test_the_pipelines_sampler_is_that_of_runs_that_name_none(tmp_path, pipe):
+    pipe.sampler = "heun"
+    spec = {**SMALL, "grid": {"sampler": ["euler", "heun"]}}
+    swept = run(spec, tmp_path, pipe=pipe, device=None)
+    assert [record["sampler"] for record in swept.records.values()] == ["heun", "euler"]
+    assert swept.spec.cells[0].values == {"sampler": "heun"}
+    found = pictures(swept)
+    assert same(found[0], edit(pipe).images[0])
+    assert same(found[1], edit(pipe, sampler="euler").images[0]) and not same(*found)
+    (record,) = run(SMALL, tmp_path / "alone", pipe=pipe, device=None).records.values()
+    assert record["sampler"] == "heun"
+    assert same(Image.open(tmp_path / "alone" / record["file"]), found[0])
+
+
+def test_a_checkpoints_scheduler_says_the_sampler(tmp_path, pipe):
+    folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stochastic_sampling": True}))
+    swept = run({**SMALL, "model": str(folder)}, tmp_path / "out")
+    assert swept.records[0, 0, 0]["sampler"] == "stochastic"
+    assert same(pictures(swept)[0], edit(pipe, sampler="stochastic").images[0])
+
+
+def test_a_sampler_that_is_a_function_runs_and_is_recorded_by_name(tmp_path, pipe, monkeypatch):
+    pipe.sampler = functools.partial(backwards)
+    swept = run(SMALL, tmp_path, pipe=pipe, device=None)
+    assert swept.records[0, 0, 0]["sampler"] == f"{__name__}.backwards"
+    assert same(pictures(swept)[0], edit(pipe).images[0])
+    with edits_counted(monkeypatch) as calls:
+        run(SMALL, tmp_path, pipe=pipe, device=None)
+    assert not calls
+
+
+def test_an_intervention_may_set_the_sampler(tmp_path, pipe, monkeypatch):
+    spec = {**SMALL, "grid": {"intervention": ["none", "heun"]}}
+    swept = run(spec, tmp_path, interventions={"heun": under_heun})
+    plain, other = pictures(swept)
+    assert same(plain, edit(pipe).images[0]) and same(other, edit(pipe, sampler="heun").images[0])
+    with edits_counted(monkeypatch) as calls:
+        run(spec, tmp_path, interventions={"heun": under_heun})
+    assert not calls
 
 
 # from a file, and what is refused
