@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwenedit.ablation.model import settings_of
 from qwenedit.ablation.spec import NONE, Cell, Spec
 from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
@@ -55,7 +56,16 @@ def _lora(pipe: QwenImageEdit, cell: Cell) -> Iterator[None]:
 
 @torch.no_grad()
 def state_of(pipe: QwenImageEdit) -> tuple[Any, ...]:
-    """A value that changes if weights, parts, taps or hooks of the pipeline do."""
-    networks = [one for one in (pipe.vision_language, pipe.vae, pipe.mmdit) if one is not None]
-    parts = tuple((name, id(value)) for name, value in vars(pipe).items())
-    return fingerprint(networks), [observed(network) for network in networks], parts
+    """A value that changes if weights, configs, parts, taps or hooks of the pipeline do, or what trains."""
+    given = (pipe.vision_language, pipe.vae, pipe.mmdit, *pipe.controlnets)
+    networks = [one for one in given if one is not None]
+    modules = [module for network in networks for module in network.modules()]
+    held = [*vars(pipe).values(), *vars(pipe.processor).values(), *modules]
+    held += [vars(module).get(name) for module in modules for name in ("_taps", "forward")]
+    hooks = [
+        (list(module._forward_hooks.items()), list(module._forward_pre_hooks.items())) for module in modules
+    ]
+    trained = [x.requires_grad for network in networks for x in network.parameters()]
+    parts = [(id(value), value) for value in held]  # held, so that no other value can get its id
+    settings = [settings_of(network) for network in networks]
+    return fingerprint(networks), [observed(one) for one in networks], parts, hooks, trained, settings

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qwenedit.ablation.cases import Case
-from qwenedit.ablation.functions import tensor_bytes
+from qwenedit.ablation.functions import code_of, tensor_bytes
 from qwenedit.ablation.spec import Cell, Spec
 from qwenedit.call import Call, sources_for
 from qwenedit.family import Variant
@@ -23,15 +25,16 @@ from qwenedit.memory.residency import files_of
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import guidance_of
+from qwenedit.sampling.samplers import name_of, require_sampler
 from qwenedit.sampling.scheduler import FlowMatchScheduler, load_scheduler
 from qwenedit.sampling.switched import require_fitting, schedule
 from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.lora_files import read_lora
 
-__all__ = ["Model", "pipe_fingerprint"]
+__all__ = ["Model", "pipe_fingerprint", "settings_of"]
 
-_SAMPLE = 4096  # values of each weight, evenly spread
+_PIECE = 2**22  # values of a weight that are hashed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +45,20 @@ class Model:
     areas: Areas
     scheduler: FlowMatchScheduler
     config: MMDiTConfig
+    sampler: str  # of edits that name none
 
     @classmethod
     def of_folder(cls, checkpoint: Path) -> Model:
         """Read without the weights, which may be many gigabytes."""
         variant = read_variant(checkpoint)
         areas, scheduler = read_areas(checkpoint, variant), load_scheduler(checkpoint)
-        return cls(variant, areas, scheduler, network_config(checkpoint, "transformer"))
+        return cls(variant, areas, scheduler, network_config(checkpoint, "transformer"), scheduler.sampler)
 
     @classmethod
     def of_pipe(cls, pipe: QwenImageEdit) -> Model:
-        return cls(pipe.variant, pipe.areas, pipe.scheduler, pipe.mmdit.config)
+        own = pipe.scheduler.sampler if pipe.sampler is None else pipe.sampler
+        require_sampler(own)
+        return cls(pipe.variant, pipe.areas, pipe.scheduler, pipe.mmdit.config, name_of(own))
 
     def require_fitting(self, spec: Spec) -> None:
         """Check that the model can run every edit of a sweep.
@@ -75,15 +81,15 @@ class Model:
 
     def _require_fitting(self, case: Case, cell: Cell, height: int | None, width: int | None) -> None:
         texts, mask = (case.prompt, cell.negative_prompt), case.mask if cell.masked else None
+        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
         try:
             rows = rows_of(
                 *texts, case.image, self.variant, self.areas, height, width, starts=cell.starts
             )  # fmt: skip
+            sources = sources_for(call, rows, self.variant, self.areas)
         except ValueError as error:
             raise ValueError(f"{shown(case.name)}: {error}") from error
         guidance_of(cell.true_cfg_scale, cell.negative_prompt)
-        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
-        sources = sources_for(call, rows, self.variant, self.areas)
         sigmas = schedule(
             self.scheduler, cell.switches.time, cell.steps, math.prod(rows[0].geometry.grid), None,
             cell.strength, cell.switches.mask.strength,
@@ -94,23 +100,39 @@ class Model:
         )  # fmt: skip
 
 
+def settings_of(network: nn.Module) -> str:
+    """What a network's modules hold beside tensors and modules: its config, scales of LoRAs and the like."""
+    public = {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        for name, module in network.named_modules()
+    }
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(public))  # addresses differ from process to process
+
+
 def pipe_fingerprint(pipe: QwenImageEdit) -> str:
-    """A hash of what a pipeline computes with: a sample of each weight, its LoRAs and its settings.
+    """A hash of what a pipeline computes with: every weight, its LoRAs, configs and settings.
 
     Weights that are not in memory count by the files that they are read from.
     """
     digest = hashlib.sha256()
-    settings = (pipe.variant, pipe.areas, pipe.scheduler, pipe.share_prefix, pipe.micro_batch, pipe.loras)
+    processor = {**vars(pipe.processor), "tokenizer": pipe.processor.tokenizer.to_str()}
+    settings = (
+        pipe.variant, pipe.areas, pipe.scheduler, pipe.share_prefix, pipe.micro_batch, pipe.loras, processor,
+        code_of(pipe.sampler) if callable(pipe.sampler) else pipe.sampler,
+    )  # fmt: skip
     digest.update(repr(settings).encode())
     for network in (pipe.vision_language, pipe.vae, pipe.mmdit):
-        state = (
-            {} if network is None else {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        )
+        if network is None:
+            digest.update(b"none")
+            continue
+        digest.update(settings_of(network).encode())
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, x in state.items():
-            sample = x if x.is_meta else x.flatten()[:: max(1, x.numel() // _SAMPLE)]
-            digest.update(f"{name} {tuple(x.shape)}".encode() + tensor_bytes(sample))
-        if network is not None and any(x.is_meta for x in state.values()):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            for piece in () if x.is_meta else x.detach().flatten().split(_PIECE):
+                digest.update(tensor_bytes(piece))
+        if any(x.is_meta for x in state.values()):
             for path in files_of(network):
-                for piece in pieces_of(path):
-                    digest.update(piece)
+                for part in pieces_of(path):
+                    digest.update(part)
     return digest.hexdigest()[:20]

@@ -19,7 +19,7 @@ from qwenedit.ablation.spec import Spec
 from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines
 from qwenedit.foreign import shown
-from qwenedit.sampling.samplers import count_predictions
+from qwenedit.sampling.samplers import SAMPLERS, count_predictions
 
 __all__ = ["PICTURES", "Sweep", "picture_of", "read_results"]
 
@@ -112,7 +112,8 @@ def _record(value: Any) -> Record:
     ratios = _wanted("curves.norm_ratio", curves.get("norm_ratio"), dict)
     sampler = _wanted("sampler", record.get("sampler", "euler"), str)  # older records have none
     count = count_predictions(sampler, [*[1.0] * record["steps"], 0.0])
-    if record.get("strength", 1) != 1:  # then some of the steps are not run
+    intervened = record.get("intervention", "none") != "none"  # which may have set another sampler
+    if record.get("strength", 1) != 1 or sampler not in SAMPLERS or intervened:  # only the run knew it
         count = len(_wanted("curves.sigma", curves.get("sigma"), list))
     for name in ("sigma", "velocity"):
         _numbers(f"curves.{name}", curves.get(name), count)

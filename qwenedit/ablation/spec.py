@@ -12,7 +12,7 @@
     seeds = [0, 1]                        # of the noise
     true_cfg_scale = 4.0                  # arguments of every run: also negative_prompt, height, width,
     steps = 20                            # strength, intervention, lora, lora_scale
-    sampler = "euler"                     # or another of `qwenedit.sampling.samplers`
+    sampler = "heun"                      # one of `qwenedit.sampling.samplers`; by default the model's
     attention = true                      # record attention maps of the first picture's target tokens
     deterministic = true                  # run under `qwenedit.deterministic`
 
@@ -71,11 +71,11 @@ from qwenedit.sampling.samplers import require_sampler
 from qwenedit.switches import NAMES, Guidance, Mask, Switches
 from qwenedit.weights.checkpoints import pieces_of
 
-__all__ = ["Case", "Cell", "Spec", "read_spec"]
+__all__ = ["Case", "Cell", "Spec", "read_spec", "with_sampler"]
 
 NONE = "none"  # the name of no intervention, and of no LoRA
 CALL: dict[str, Any] = {  # with their defaults
-    "true_cfg_scale": 4.0, "steps": 20, "sampler": "euler", "negative_prompt": " ", "masked": False,
+    "true_cfg_scale": 4.0, "steps": 20, "sampler": None, "negative_prompt": " ", "masked": False,
     "strength": 1.0, "intervention": NONE, "lora": NONE, "lora_scale": 1.0,
 }  # fmt: skip
 FLAGS = ("attention", "deterministic")
@@ -87,6 +87,7 @@ METRIC = ("result", "source", "*", "prompt", "pictures", "mask", "unablated")  #
 COLUMNS = ("key", "status", "picture", "prompt", "seed", "reason", "file", "error")  # of results.csv
 SAME = {"num_inference_steps": "steps", "guidance_scale": "true_cfg_scale", "cfg": "true_cfg_scale"}
 MOST_CELLS = 10_000
+MASKED = ("mask.preserve", "mask.grey")  # read with a mask alone; its other switches with a strength, too
 OTHERS = {"references.picture": "references.latents", "seen.other": "seen.picture"}  # read if that is "other"
 
 
@@ -103,7 +104,7 @@ class Cell:
     switches: Switches
     true_cfg_scale: float
     steps: int
-    sampler: str
+    sampler: str | None  # None, the model's, until `with_sampler` names it
     negative_prompt: str
     masked: bool
     strength: float
@@ -149,6 +150,7 @@ class Spec:
     axes: tuple[str, ...]  # the grid's names
     cells: tuple[Cell, ...]
     impossible: int  # contradictory combinations of the grid, which are left out
+    sampler: str | None = None  # the model's, once it is known: of cells that name none
 
     @property
     def edits(self) -> int:
@@ -282,6 +284,8 @@ def _call_value(name: str, value: Any) -> Any:
     if name == "masked":
         require(isinstance(value, bool), name, value, "true or false")
         return value
+    if name == "sampler" and value is None:
+        return None
     if name == "steps":
         return whole_number(name, value)
     require(is_text(value), name, value, "a text")
@@ -305,27 +309,36 @@ def _cells(
     if count > MOST_CELLS:
         raise ValueError(f"grid: {count} combinations, wanted at most {MOST_CELLS}")
     plain = _cell({}, call, fixed, named)
-    different: dict[str, Cell] = {}
-    errors, usable = [], set()
+    cells, errors, usable = [plain], [], set()
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination, strict=True))
         try:
-            cell = _cell(values, call, fixed, named)
+            cells.append(_cell(values, call, fixed, named))
         except ValueError as error:
             errors.append((values, error))
             continue
         usable |= {(name, json.dumps(value)) for name, value in values.items()}
-        same = different.setdefault(_settings(cell), cell)
-        if axes and same is not cell:
-            combinations = (*same.combinations, values)
-            different[_settings(cell)] = dataclasses.replace(same, combinations=combinations)
     for values, why in errors:
         if any((name, json.dumps(value)) not in usable for name, value in values.items()):
             raise ValueError(f"grid: {why}") from why
-    cells = list(different.values())
-    _require_read(call, fixed, axes, [plain, *cells], named.interventions)
-    first = different.get(_settings(plain), plain)
-    return [first, *(cell for cell in cells if cell is not first)], len(errors)
+    _require_read(call, fixed, axes, cells, named.interventions)
+    return _distinct(cells), len(errors)
+
+
+def _distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, those of equal settings as one with all of their combinations, at the place of the first."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        same = found.get(_settings(cell))
+        combinations = (*same.combinations, *cell.combinations) if same else cell.combinations
+        found[_settings(cell)] = dataclasses.replace(cell, combinations=combinations)
+    return list(found.values())
+
+
+def with_sampler(spec: Spec, sampler: str) -> Spec:
+    """The spec with the model's sampler in the cells that name none; those that then are equal are one."""
+    cells = (dataclasses.replace(cell, sampler=cell.sampler or sampler) for cell in spec.cells)
+    return dataclasses.replace(spec, cells=tuple(_distinct(cells)), sampler=sampler)
 
 
 def _settings(cell: Cell) -> str:
@@ -346,6 +359,11 @@ def _require_read(
     scaled = "lora_scale" in axes or call["lora_scale"] != CALL["lora_scale"]
     if scaled and all(cell.lora == NONE for cell in cells):
         raise ValueError(f"lora_scale is given, but lora is never another than {NONE!r}")
+    for name in (one for one in NAMES if one.startswith("mask.") and (one in fixed or one in axes)):
+        if name in MASKED and not any(cell.masked for cell in cells):
+            raise ValueError(f"{name} is given, but masked is never true")
+        if not any(cell.starts for cell in cells):
+            raise ValueError(f"{name} is given, but masked is never true, and strength never below 1")
     if interventions and all(cell.intervention == NONE for cell in cells):
         names = json.dumps([NONE, *interventions])
         raise ValueError(

@@ -43,7 +43,7 @@ from qwenedit.ablation.model import Model, pipe_fingerprint
 from qwenedit.ablation.report import write_report
 from qwenedit.ablation.results import PICTURES, Sweep, picture_of, read_results
 from qwenedit.ablation.sheet import picture_grid
-from qwenedit.ablation.spec import NONE, Cell, Spec, read_spec
+from qwenedit.ablation.spec import NONE, Cell, Spec, read_spec, with_sampler
 from qwenedit.ablation.tables import write_csv, write_picture_tex, write_summary_csv, write_summary_tex
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
@@ -128,14 +128,17 @@ def ablate(
         checkpoint = resolve(plan.model, progress=progress)
         where = device_of(device)
         wanted = dtype_of(dtype, where)
-        Model.of_folder(checkpoint).require_fitting(plan)
+        parts = Model.of_folder(checkpoint)
+        parts.require_fitting(plan)
         model = fingerprint(checkpoint)
     else:
         given = [name for name, x in (("model", plan.model), ("device", device), ("dtype", dtype)) if x]
         if given:
             raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
-        Model.of_pipe(pipe).require_fitting(plan)
+        parts = Model.of_pipe(pipe)
+        parts.require_fitting(plan)
         where, wanted, model = pipe.device, pipe.dtype, pipe_fingerprint(pipe)
+    plan = with_sampler(plan, parts.sampler)
     name = (plan.model or "the embedded model") if pipe is None else "the given pipeline"
 
     home.mkdir(parents=True, exist_ok=True)
@@ -306,7 +309,7 @@ def _made(
             raise encoded
         mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
         with mapped as maps:
-            picture, made = _edit(pipe, run, *encoded)
+            picture, made = _edit(pipe, spec, run, *encoded)
         return picture, made | ({"attention": maps} if maps else {})
     raise RuntimeError("the intervention's context manager swallowed an exception")
 
@@ -330,7 +333,7 @@ def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, fl
 
 @torch.no_grad()
 def _edit(
-    pipe: QwenImageEdit, run: Run, conditioning: Conditioning, encode: float
+    pipe: QwenImageEdit, spec: Spec, run: Run, conditioning: Conditioning, encode: float
 ) -> tuple[Image.Image, Record]:
     """One edit: its picture, and its part of the record. Runs may share the `encode` seconds."""
     start = _seconds(pipe.device)
@@ -339,7 +342,7 @@ def _edit(
             conditioning,
             true_cfg_scale=run.cell.true_cfg_scale,
             num_inference_steps=run.cell.steps,
-            sampler=run.cell.sampler,
+            sampler=None if run.cell.sampler == spec.sampler else run.cell.sampler,
             generator=torch.Generator().manual_seed(run.seed),
             switches=run.cell.switches,
             **_start(run),

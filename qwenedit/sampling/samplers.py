@@ -39,7 +39,7 @@ from qwenedit.sampling.sampler import (
 )
 
 __all__ = [
-    "SAMPLERS", "Generators", "Sampler", "count_predictions", "dpmpp_2m", "flow_sde", "heun",
+    "SAMPLERS", "Generators", "Sampler", "count_predictions", "dpmpp_2m", "flow_sde", "heun", "name_of",
     "require_sampler", "sampler_of", "stochastic", "unipc",
 ]  # fmt: skip
 
@@ -357,6 +357,18 @@ def sampler_of(sampler: str | Sampler, generator: Generators = None) -> Sampler:
         return sampler
     chosen = SAMPLERS[sampler]
     return partial(chosen, generator=generator) if sampler in ("stochastic", "flow_sde") else chosen
+
+
+def name_of(sampler: str | Sampler) -> str:
+    """What a sampler is called: its name among ours, or a function's module and name."""
+    if isinstance(sampler, str):
+        return sampler
+    if (own := next((name for name, one in SAMPLERS.items() if one is sampler), None)) is not None:
+        return own
+    function: Any = sampler
+    while isinstance(function, partial):
+        function = function.func
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def count_predictions(sampler: str | Sampler, sigmas: Sequence[float]) -> int:

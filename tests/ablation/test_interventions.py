@@ -1,9 +1,11 @@
 """Interventions, LoRAs, masks, metrics and a given pipeline in sweeps."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -17,12 +19,15 @@ import qwenedit
 from qwenedit import mini
 from qwenedit.ablation import sweep as module
 from qwenedit.ablation.functions import code_of
+from qwenedit.ablation.intervening import state_of
 from qwenedit.ablation.metrics import pixels, source_distances
 from qwenedit.ablation.model import pipe_fingerprint
 from qwenedit.ablation.spec import read_spec
 from qwenedit.ablation.sweep import ablate
 from qwenedit.instruments.patching import zero
+from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.sampling.samplers import flow_sde, heun
 from qwenedit.taps import taps
 from tests.ablation.test_sweep import edits_counted, lines, same
 
@@ -144,7 +149,43 @@ def replaces_a_part(pipe):
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("leaves", [leaves_a_tap, leaves_a_hook, writes_a_weight, replaces_a_part])
+def sets_a_config(pipe):
+    pipe.vae.config = dataclasses.replace(pipe.vae.config, latents_mean=(0.0,) * 16)
+    return contextlib.nullcontext()
+
+
+def sets_the_processors_config(pipe):
+    pipe.processor.config = dataclasses.replace(pipe.processor.config, image_mean=(0.0,) * 3)
+    return contextlib.nullcontext()
+
+
+def sets_a_sampler(pipe):
+    pipe.sampler = "heun"
+    return contextlib.nullcontext()
+
+
+def sets_a_schedule(pipe):
+    pipe.scheduler = dataclasses.replace(pipe.scheduler, use_dynamic_shifting=False, shift=2.0)
+    return contextlib.nullcontext()
+
+
+def adds_a_controlnet(pipe):
+    pipe.controlnets.append(torch.nn.Linear(1, 1))
+    return contextlib.nullcontext()
+
+
+def lets_a_weight_train(pipe):
+    pipe.mmdit.blocks[0].attn.img_q.weight.requires_grad_(True)
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        leaves_a_tap, leaves_a_hook, writes_a_weight, replaces_a_part, sets_a_config,
+        sets_the_processors_config, sets_a_sampler, sets_a_schedule, adds_a_controlnet, lets_a_weight_train,
+    ],
+)  # fmt: skip
 def test_an_intervention_that_leaves_something_behind_stops_the_sweep(tmp_path, leaves):
     """Every later edit would be another than its row says; the next sweep goes on."""
     spec = {**SMALL, "seeds": [0, 1], "grid": {"intervention": ["none", "leaves", "halve"]}}
@@ -161,10 +202,26 @@ def test_an_intervention_that_leaves_something_behind_stops_the_sweep(tmp_path, 
     LEFT.clear()
 
 
+def test_a_second_tap_or_hook_that_is_left_is_noticed(pipe):
+    with taps(pipe.mmdit, {"blocks.0.img_out": zero}, strict=False):
+        pipe.vae.register_forward_hook(lambda *_: None)
+        found = [state_of(pipe)]
+        assert found == [state_of(pipe)]
+        pipe.vae.register_forward_hook(lambda *_: None)
+        found.append(state_of(pipe))
+        with taps(pipe.mmdit, {"blocks.1.img_out": zero}, strict=False):
+            found.append(state_of(pipe))
+        assert found[0] != found[1] == state_of(pipe) != found[2]
+
+
 @pytest.mark.parametrize("residency", ["stage", "stream"])
 def test_weights_that_come_and_go_are_no_change(tmp_path, residency):
     lazy = qwenedit.load(device="cpu", progress=False, residency=residency)
+    before = pipe_fingerprint(lazy)
     swept = run(HALVE, tmp_path, interventions={"halve": halve}, pipe=lazy, device=None)
+    assert pipe_fingerprint(lazy) == before
+    again = qwenedit.load(device="cpu", progress=False, residency=residency)
+    assert pipe_fingerprint(again) == before
     wanted = run(HALVE, tmp_path / "resident", interventions={"halve": halve})
     assert not swept.failed and all(map(same, pictures(swept), pictures(wanted)))
 
@@ -499,6 +556,98 @@ def test_what_counts_for_a_pipelines_hash(pipe, lora):
     assert len(set(found)) == 5
 
 
+@torch.no_grad()
+def test_every_value_of_a_weight_counts_for_the_hash(pipe):
+    """Also those of one column alone, and a change that keeps the sum."""
+    found = [pipe_fingerprint(pipe)]
+    weight = pipe.mmdit.blocks[2].img_mlp.up.weight
+    for column in (1, weight.shape[1] - 1):
+        weight[:, column] += 0.1
+        found.append(pipe_fingerprint(pipe))
+    weight[:] = weight.roll(1, 0)
+    found.append(pipe_fingerprint(pipe))
+    pipe.vision_language.embed_tokens.weight[-1, -1] += 1e-3
+    found.append(pipe_fingerprint(pipe))
+    assert len(set(found)) == len(found)
+
+
+def test_configs_alphas_and_samplers_count_for_the_hash(pipe, lora):
+    found = [pipe_fingerprint(pipe)]
+    pipe.mmdit.config = dataclasses.replace(pipe.mmdit.config, zero_cond_t=True)
+    found.append(pipe_fingerprint(pipe))
+    pipe.vae.config = dataclasses.replace(pipe.vae.config, latents_mean=(0.0,) * 16)
+    found.append(pipe_fingerprint(pipe))
+    pipe.processor.config = dataclasses.replace(pipe.processor.config, image_mean=(0.0,) * 3)
+    found.append(pipe_fingerprint(pipe))
+    samplers = ("heun", functools.partial(flow_sde, eta=0.5), functools.partial(flow_sde, eta=0.6))
+    for pipe.sampler in samplers:
+        found.append(pipe_fingerprint(pipe))
+    pipe.load_lora_weights(lora, "it")
+    found.append(pipe_fingerprint(pipe))
+    for one in (one for one in pipe.mmdit.modules() if isinstance(one, Change)):
+        one.factor *= 2
+    found.append(pipe_fingerprint(pipe))
+    assert len(set(found)) == len(found)
+
+
+# the sampler
+
+
+@contextlib.contextmanager
+def under_heun(pipe):
+    before, pipe.sampler = pipe.sampler, "heun"
+    yield
+    pipe.sampler = before
+
+
+def backwards(*arguments, **options):
+    """A sampler of the caller's, of another number of steps than the schedule's."""
+    return heun(*arguments, **options)
+
+
+def test_the_pipelines_sampler_is_that_of_runs_that_name_none(tmp_path, pipe):
+    pipe.sampler = "heun"
+    spec = {**SMALL, "grid": {"sampler": ["euler", "heun"]}}
+    swept = run(spec, tmp_path, pipe=pipe, device=None)
+    assert [record["sampler"] for record in swept.records.values()] == ["heun", "euler"]
+    assert swept.spec.cells[0].values == {"sampler": "heun"}
+    found = pictures(swept)
+    assert same(found[0], edit(pipe).images[0])
+    assert same(found[1], edit(pipe, sampler="euler").images[0]) and not same(*found)
+    (record,) = run(SMALL, tmp_path / "alone", pipe=pipe, device=None).records.values()
+    assert record["sampler"] == "heun"
+    assert same(Image.open(tmp_path / "alone" / record["file"]), found[0])
+
+
+def test_a_checkpoints_scheduler_says_the_sampler(tmp_path, pipe):
+    folder = shutil.copytree(mini.CHECKPOINT, tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stochastic_sampling": True}))
+    swept = run({**SMALL, "model": str(folder)}, tmp_path / "out")
+    assert swept.records[0, 0, 0]["sampler"] == "stochastic"
+    assert same(pictures(swept)[0], edit(pipe, sampler="stochastic").images[0])
+
+
+def test_a_sampler_that_is_a_function_runs_and_is_recorded_by_name(tmp_path, pipe, monkeypatch):
+    pipe.sampler = functools.partial(backwards)
+    swept = run(SMALL, tmp_path, pipe=pipe, device=None)
+    assert swept.records[0, 0, 0]["sampler"] == f"{__name__}.backwards"
+    assert same(pictures(swept)[0], edit(pipe).images[0])
+    with edits_counted(monkeypatch) as calls:
+        run(SMALL, tmp_path, pipe=pipe, device=None)
+    assert not calls
+
+
+def test_an_intervention_may_set_the_sampler(tmp_path, pipe, monkeypatch):
+    spec = {**SMALL, "grid": {"intervention": ["none", "heun"]}}
+    swept = run(spec, tmp_path, interventions={"heun": under_heun})
+    plain, other = pictures(swept)
+    assert same(plain, edit(pipe).images[0]) and same(other, edit(pipe, sampler="heun").images[0])
+    with edits_counted(monkeypatch) as calls:
+        run(spec, tmp_path, interventions={"heun": under_heun})
+    assert not calls
+
+
 # from a file, and what is refused
 
 
@@ -567,6 +716,14 @@ def test_functions_by_name_from_a_module_beside_the_spec(folder):
         ({"rest": 'masks = ["x.png"]\n'}, "there are 1 masks, wanted 0"),
         ({"rest": 'masks = "x.png"\n'}, "masks is 'x.png', wanted a list of"),
         ({"rest": "masked = true\n"}, "masked is true, but mini:0 has no mask"),
+        (
+            {"rest": '[switches]\n"mask.posterior" = "mode"\n'},
+            "mask.posterior is given, but masked is never true, and strength never below 1",
+        ),
+        (
+            {"rest": 'strength = 0.5\n[grid]\n"mask.preserve" = ["x0", "velocity"]\n'},
+            "mask.preserve is given, but masked is never true",
+        ),
         ({"rest": "masked = 1\n"}, "masked is 1, wanted true or false"),
         ({"rest": "strength = 0\n"}, "strength is 0, wanted a number above 0, at most 1"),
     ],
@@ -578,6 +735,15 @@ def test_what_is_refused_before_anything_runs(folder, monkeypatch, changes, mess
     with pytest.raises(ValueError, match=message):
         run(write(home, **changes), home / "out")
     assert not (home / "out").exists()
+
+
+def test_a_mask_that_changes_nothing_is_named_by_its_picture(tmp_path):
+    mask = tmp_path / "black.png"
+    Image.new("L", (64, 64)).save(mask)
+    spec = {**SMALL, "masks": [str(mask)], "masked": True}
+    with pytest.raises(ValueError, match=rf"{mini.EXAMPLE.name}: the mask changes nothing"):
+        run(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_python_callers_are_refused(tmp_path, pipe, lora):
