@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwenedit.checks import real_number, warn
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.masks import Source, one_for_each
+from qwenedit.inputs.masks import Source, masks_for_each, one_for_each
 from qwenedit.latents import PATCH
 from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet, BlockwiseControlNetConfig
 from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
@@ -170,7 +170,7 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
 def _sources(pictures: Sequence[Image.Image], control_mask: Any, prompts: int, size: Size) -> list[Source]:
     """The picture of each prompt, with its mask; equal ones are one object."""
     masks: Sequence[Image.Image | None]
-    masks = [None] if control_mask is None else one_for_each("control_mask", control_mask, prompts)
+    masks = [None] if control_mask is None else masks_for_each("control_mask", control_mask, prompts)
     for picture in pictures:
         _warn_of_stretching(picture, size)
     count = max(len(pictures), len(masks))
