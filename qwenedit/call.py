@@ -62,9 +62,13 @@ class Call:
 
     @property
     def starts(self) -> bool:
-        """True if an edit of this call starts from its picture, and not from noise alone."""
+        """True if an edit of this call starts from its picture, and not from noise alone.
+
+        Raises:
+            ValueError: a strength that is no finite number.
+        """
         given = self.mask_image is not None or self.padding_mask_crop is not None
-        return given or not (self.strength is None or self.strength == 1)
+        return given or not (self.strength is None or real_number("strength", self.strength) == 1)
 
 
 class RunOptions(TypedDict, total=False):

@@ -144,6 +144,12 @@ class Loras:
         alpha, dropout = real_number("alpha", alpha), real_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, wanted at least 0 and below 1")
+        if alpha <= 0:
+            raise ValueError(f"alpha is {alpha}, wanted above 0: the change is alpha / rank * up @ down")
+        if generator is not None and not (
+            isinstance(generator, Generator) and generator.device.type == "cpu"
+        ):
+            raise ValueError(f"generator is {shown(repr(generator))}, wanted a torch.Generator of the CPU")
         self._require_free(adapter_name)
         name = adapter_name or _free_name("lora", self.loras)
         paths = target_layers(self.mmdit, targets)

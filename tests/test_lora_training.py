@@ -338,6 +338,8 @@ def test_fused_it_equals_apart(pipe, conditioning):
         ({"rank": 0}, "rank is 0, wanted a whole number of at least 1"),
         ({"rank": 2.5}, "rank is 2.5"),
         ({"alpha": math.nan}, "alpha is nan, wanted a finite number"),
+        ({"alpha": 0}, r"alpha is 0\.0, wanted above 0"),
+        ({"generator": 3}, r"generator is 3, wanted a torch\.Generator of the CPU"),
         ({"dropout": 1.0}, "dropout is 1.0, wanted at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"adapter_name": "two\nlines"}, "wanted a name of printable characters"),

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -379,6 +380,9 @@ def test_memory_modes_give_the_same_bits(edit, scene, residency):
         ({"mask_image": WHITE, "strength": -0.1}, r"strength is -0.1, wanted a number in \[0, 1\]"),
         ({"mask_image": WHITE, "strength": "0.5"}, "strength is '0.5', wanted a finite number"),
         ({"strength": float("nan")}, "strength is nan, wanted a finite number"),
+        ({"strength": True}, "strength is True, wanted a finite number"),
+        ({"strength": np.array([0.5, 0.6])}, r"strength is array\(\[0\.5, 0\.6\]\), wanted a finite number"),
+        ({"strength": torch.tensor([1.0, 1.0])}, "strength is tensor.*, wanted a finite number"),
         ({"mask_image": WHITE, "strength": 0.0}, "strength is 0.0, which leaves none of 50 steps"),
         ({"padding_mask_crop": 4}, "padding_mask_crop is given without a mask_image"),
         ({"mask_image": WHITE, "padding_mask_crop": -1}, "padding_mask_crop is -1, wanted a whole number"),

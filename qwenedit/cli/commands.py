@@ -65,6 +65,8 @@ def generate(options: argparse.Namespace) -> None:
 
 def _masks(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a call about its mask, where they are given."""
+    if options.mask_crop is not None and options.mask is None:
+        raise ValueError("--mask-crop is given without --mask, wanted both, or neither")
     mask = None if options.mask is None else open_picture(options.mask)
     all_of = {"mask_image": mask, "strength": options.strength, "padding_mask_crop": options.mask_crop}
     return {name: value for name, value in all_of.items() if value is not None}

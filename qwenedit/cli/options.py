@@ -92,14 +92,16 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     edit = command(commands.edit, "change a picture as a prompt says")
-    edit.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="the picture(s) to edit")
+    edit.add_argument("pictures", nargs="+", type=_path, metavar="PICTURE", help="the picture(s) to edit")
     edit.add_argument("prompt", metavar="PROMPT", help="what to change")
     _run_options(edit)
     _picture_options(edit)
 
     generate = command(commands.generate, "make a picture from a prompt, alone or from another picture")
     generate.add_argument("prompt", metavar="PROMPT", help="what to show")
-    generate.add_argument("--image", type=Path, metavar="PICTURE", help="a picture to start from")
+    generate.add_argument(
+        "--image", action=_Once, type=_path, metavar="PICTURE", help="a picture to start from"
+    )
     _run_options(generate)
     _picture_options(generate)
 
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.decompose, "take a picture apart into layers with alpha (Qwen-Image-Layered)"
     )
     add = decompose.add_argument
-    add("picture", type=Path, metavar="PICTURE", help="the picture to take apart")
+    add("picture", type=_path, metavar="PICTURE", help="the picture to take apart")
     add("prompt", metavar="PROMPT", help="what the picture shows")
     _run_options(decompose)
     add("--layers", type=_batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
@@ -139,13 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "-o",
         "--output",
-        type=Path,
+        type=_path,
         default=Path("parity.json"),
         metavar="OUT.json",
         help="for the results (default: parity.json); a run that was stopped goes on",
     )
     add(
-        "--picture", type=Path, metavar="PICTURE", help="what to edit, at a small size (default: a drawn one)"
+        "--picture",
+        type=_path,
+        metavar="PICTURE",
+        help="what to edit, at a small size (default: a drawn one)",
     )
     add("--prompt", metavar="T", help="what to ask for (default: a fixed one, in English and Chinese)")
     add("--dtype", choices=("float32", "bfloat16"), help="compare in this one only (default: in both)")
@@ -166,9 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     ablate.formatter_class = argparse.RawDescriptionHelpFormatter
     ablate.epilog = f"an example, in {EXAMPLE}:\n\n{EXAMPLE.read_text(encoding='utf-8')}"
-    ablate.add_argument("spec", type=Path, metavar="SPEC.toml", help="what to run: the example is below")
+    ablate.add_argument("spec", type=_path, metavar="SPEC.toml", help="what to run: the example is below")
     ablate.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="for the results (default: SPEC, here)"
+        "-o", "--output", type=_path, metavar="FOLDER", help="for the results (default: SPEC, here)"
     )
     ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
     _device_options(ablate)
@@ -179,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(command: argparse.ArgumentParser) -> None:
     """Of every command that samples."""
     add = command.add_argument
-    add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
+    add("-o", "--output", type=_path, required=True, metavar="OUT.png", help="where the picture goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
@@ -225,7 +230,13 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
     for option, letter in (("--height", "H"), ("--width", "W")):
         help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
         add(option, type=_side, metavar=letter, help=help)
-    add("--mask", type=Path, metavar="PICTURE", help="white where the (last) picture may change, else black")
+    add(
+        "--mask",
+        action=_Once,
+        type=_path,
+        metavar="PICTURE",
+        help="white where the (last) picture may change, else black",
+    )
     help = "share of the steps that run, from the picture under noise (default: 1 for edit, 0.6 for --image)"
     add("--strength", type=float, metavar="X", help=help)
     help = "make only what is around the mask's white, with N pixels about it, at the whole size"
@@ -242,11 +253,17 @@ def _picture_options(command: argparse.ArgumentParser) -> None:
         "--control-image",
         action="append",
         default=[],
-        type=Path,
+        type=_path,
         metavar="PICTURE",
         help="what a ControlNet reads, for each net, or several for one; repeatable",
     )
-    add("--control-mask", type=Path, metavar="PICTURE", help="for inpainting nets: white is hidden from them")
+    add(
+        "--control-mask",
+        action=_Once,
+        type=_path,
+        metavar="PICTURE",
+        help="for inpainting nets: white is hidden from them",
+    )
     add("--control-scale", type=float, metavar="X", help="factor on what the nets add (default: 1.0)")
     for option, which, default in (("--control-start", "start", 0.0), ("--control-end", "end", 1.0)):
         help = f"the {which} of the run under control, in shares of it (default: {default})"
@@ -317,6 +334,23 @@ class _Switch(argparse.Action):
         with suppress(ValueError):
             value = parse_json(value, "a switch")
         setattr(options, self.dest, {**getattr(options, self.dest), name: value})
+
+
+class _Once(argparse.Action):
+    """A value that may be given once: of two, the first would have no effect."""
+
+    def __call__(
+        self, _parser: Any, options: argparse.Namespace, value: Any, _name: str | None = None
+    ) -> None:
+        if getattr(options, self.dest) is not None:
+            raise argparse.ArgumentError(self, "it is given twice, wanted one")
+        setattr(options, self.dest, value)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty, wanted a path")
+    return Path(text)  # of an empty text this folder
 
 
 def _whole(text: str) -> int:

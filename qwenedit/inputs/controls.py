@@ -10,10 +10,10 @@ from PIL import Image
 
 from qwenedit.checks import real_number, warn
 from qwenedit.inputs.geometry import Size
-from qwenedit.inputs.masks import Source, one_for_each
+from qwenedit.inputs.masks import Source, masks_for_each, one_for_each
 from qwenedit.latents import PATCH
-from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet
-from qwenedit.networks.controlnet import ControlNet
+from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet, BlockwiseControlNetConfig
+from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
 from qwenedit.networks.mmdit import MMDiTConfig
 
 __all__ = ["AnyControlNet", "ControlInput", "Reach", "controls_of"]
@@ -72,11 +72,21 @@ def controls_of(
 ) -> tuple[ControlInput, ...]:
     """The controls of a run of `prompts` prompts with `batch` rows, prompt-major.
 
+    `scale`, `start` and `end` are numbers, or a list, a vector or a 1-D array with one for each control.
+
     Raises:
         ValueError: bad input, nets that do not fit the transformer, or a control that acts in no step.
     """
+    _require_nets(nets)
+    numbers = {
+        "controlnet_conditioning_scale": _listed(scale),
+        "control_guidance_start": _listed(start),
+        "control_guidance_end": _listed(end),
+    }
     if control_image is None:
-        if control_mask is not None or (scale, start, end) != (1.0, 0.0, 1.0):
+        defaults = zip(numbers.items(), (1.0, 0.0, 1.0), strict=True)
+        plain = [not isinstance(x, list) and real_number(name, x) == usual for (name, x), usual in defaults]
+        if control_mask is not None or not all(plain):
             raise ValueError(
                 "control_mask, controlnet_conditioning_scale or an interval of control is given without a "
                 "control_image, wanted both"
@@ -86,14 +96,7 @@ def controls_of(
     pictures = list(control_image) if several else [control_image]
     nets = _one_for_each_picture(nets, len(pictures))
     masks = _masks(control_mask, nets)
-    scales, starts, ends = (
-        _numbers(name, value, len(nets))
-        for name, value in (
-            ("controlnet_conditioning_scale", scale),
-            ("control_guidance_start", start),
-            ("control_guidance_end", end),
-        )
-    )
+    scales, starts, ends = (_numbers(name, value, len(nets)) for name, value in numbers.items())
     controls = []
     for k, net in enumerate(nets):
         _require_fitting(net, config, f"the net of control {k}")
@@ -109,6 +112,16 @@ def controls_of(
         _require_acting(control, steps)
         controls.append(control)
     return tuple(controls)
+
+
+def _require_nets(nets: Any) -> None:
+    """Raise a ValueError unless these are ControlNets of this library, which may be compiled."""
+    for one in nets if isinstance(nets, (list, tuple)) else [nets]:
+        if not isinstance(getattr(one, "config", None), (ControlNetConfig, BlockwiseControlNetConfig)):
+            raise ValueError(
+                f"one of the pipeline's controlnets is {type(one).__name__}, wanted ControlNets, as "
+                "load_controlnet makes them"
+            )
 
 
 def _one_for_each_picture(nets: Sequence[AnyControlNet], count: int) -> Sequence[AnyControlNet]:
@@ -140,9 +153,14 @@ def _masks(control_mask: Any, nets: Sequence[AnyControlNet]) -> list[Any]:
     return masks
 
 
+def _listed(value: Any) -> Any:
+    """A list of what has one number for each control; what is one number stays as it is."""
+    return list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else value
+
+
 def _numbers(name: str, value: Any, count: int) -> list[float]:
     """A number for each control; one is for all."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, list):
         return [real_number(name, value)] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} numbers, wanted one, or {count}, one for each control")
@@ -152,7 +170,7 @@ def _numbers(name: str, value: Any, count: int) -> list[float]:
 def _sources(pictures: Sequence[Image.Image], control_mask: Any, prompts: int, size: Size) -> list[Source]:
     """The picture of each prompt, with its mask; equal ones are one object."""
     masks: Sequence[Image.Image | None]
-    masks = [None] if control_mask is None else one_for_each("control_mask", control_mask, prompts)
+    masks = [None] if control_mask is None else masks_for_each("control_mask", control_mask, prompts)
     for picture in pictures:
         _warn_of_stretching(picture, size)
     count = max(len(pictures), len(masks))

@@ -19,8 +19,8 @@ from qwenedit.inputs.geometry import Size
 from qwenedit.inputs.pictures import as_picture, resize_rgb, vae_pixels
 
 __all__ = [
-    "Region", "Source", "Sources", "crop_region", "fitted", "laid_back", "one_for_each", "overlaid",
-    "sources_of",
+    "Region", "Source", "Sources", "crop_region", "fitted", "laid_back", "masks_for_each", "one_for_each",
+    "overlaid", "sources_of",
 ]  # fmt: skip
 
 Region = tuple[int, int, int, int]  # left, top, right, bottom in whole pixels
@@ -116,7 +116,7 @@ def sources_of(
         rows = tuple(Source(picture=one, mask=None, size=size) for one in pictures)
         return Sources(rows=_for_each(rows, batch), pictures=len(pictures), masks=0, strength=strength)
     pad = None if padding_mask_crop is None else whole_number("padding_mask_crop", padding_mask_crop, least=0)
-    masks = one_for_each("mask_image", mask_image, batch)
+    masks = masks_for_each("mask_image", mask_image, batch)
     rows = tuple(
         _masked(picture, mask, size, pad, edits=edits)
         for picture, mask in zip(_for_each(pictures, batch), _for_each(masks, batch), strict=True)
@@ -154,6 +154,22 @@ def one_for_each(name: str, value: Any, batch: int) -> list[Image.Image]:
             f"{name} has {len(given)} pictures for {batch} prompt(s), wanted one, or one for each prompt"
         )
     return [as_picture(one, f"{name}[{k}]" if several else name) for k, one in enumerate(given)]
+
+
+def masks_for_each(name: str, value: Any, batch: int) -> list[Image.Image]:
+    """As `one_for_each`, of masks; warns of one that differs from place to place in its alpha alone."""
+    masks = one_for_each(name, value, batch)
+    for mask in masks:
+        if mask.mode not in ("RGBA", "LA", "PA") and "transparency" not in mask.info:
+            continue
+        whole = mask.convert("RGBA")
+        (low, high), (least, most) = whole.getchannel("A").getextrema(), whole.convert("L").getextrema()
+        if low != high and least == most:
+            warn(
+                f"{name} is of one colour with an alpha channel, which is not read: for a mask that is white "
+                'where it is opaque, pass mask.getchannel("A")'
+            )
+    return masks
 
 
 def _for_each(given: Sequence[Any], batch: int) -> tuple[Any, ...]:

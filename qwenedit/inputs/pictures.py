@@ -132,6 +132,8 @@ def _remedy(value: Any, shape: tuple[int, ...], dtype: str) -> str:
     """
     x, channels = ("x", -3) if isinstance(value, Tensor) else ("torch.as_tensor(x).movedim(-1, -3)", -1)
     if len(shape) not in (3, 4) or 0 in shape or shape[channels] not in (3, 4):
+        if len(shape) in (2, 3, 4) and len([side for side in shape if side != 1]) == 2 and 0 not in shape:
+            return _grey_remedy(value)
         return "a PIL picture; a tensor of one has (3, H, W), an array (H, W, 3)"
     if dtype == "uint8":
         scaled = f"{x} / 255"
@@ -143,6 +145,17 @@ def _remedy(value: Any, shape: tuple[int, ...], dtype: str) -> str:
         scaled = f"{x} / 2 + 0.5" if float(value.min()) < 0 else x
     made = f"to_pil({scaled})" if len(shape) == 4 else f"to_pil(({scaled})[None])[0]"
     return f"a PIL picture: from qwenedit.inputs.pictures import to_pil; {made} makes one in 8 bits"
+
+
+def _grey_remedy(value: Any) -> str:
+    """The line that makes a picture of levels x (H, W), which may have more axes of size 1: mostly a mask."""
+    low, high = float(value.min()), float(value.max())
+    if not 0 <= low <= high <= 255:
+        return "a PIL picture; the levels of a mask would be within [0, 1], or from 0 to 255"
+    x = "x" if value.ndim == 2 else "x.squeeze()"
+    scaled = f"({x} * 255.0)" if high <= 1 else x
+    made = f"{scaled}.round().byte().cpu().numpy()" if isinstance(value, Tensor) else f'{scaled}.astype("u1")'
+    return f"a PIL picture: from PIL import Image; Image.fromarray({made}) makes a grey one, as of a mask"
 
 
 def resize_rgb(picture: Image.Image, width: int, height: int) -> Image.Image:

@@ -241,7 +241,7 @@ def skip(
 
 
 def patch_from(records: Records, *, missing: str = "error", **where: Unpack[Where]) -> TapFunction:
-    """A tap function that replaces the tensor by the record of the same tap, step, branch and rows.
+    """A tap function that replaces the tensor by the record of the same tap, step, branch, rows and control.
 
     Where several were recorded, the last one counts: of two edits the second, of an iterated inversion
     (`invert`) the last iteration. Rows may have been recorded in other groups than they run in.
@@ -253,7 +253,7 @@ def patch_from(records: Records, *, missing: str = "error", **where: Unpack[Wher
     Raises:
         ValueError: bad arguments; while running, a record of another shape.
         KeyError: with "error", a tap without any record, before anything runs; while running, no record of
-            this step, branch and rows.
+            this step, branch, rows and control.
 
     >>> from qwenedit.instruments.records import Recorder
     >>> from qwenedit.networks.mmdit_layers import MLP
@@ -307,7 +307,7 @@ class _Patch:
         ]
         if not self.keep and (not sources or None in sources):
             try:
-                self.records[key[:-1]]
+                self.records[tuple(key)]
             except KeyError as error:
                 raise KeyError(f"{error.args[0]}; with missing='keep' the tensor stays as it is") from None
         if not any(sources):

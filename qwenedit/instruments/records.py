@@ -37,7 +37,8 @@ class Key(NamedTuple):
     """Where a record was made: the tap's full name and the labels in force (None: no such label).
 
     `rows` are the rows of the batch that ran together, `heads` is (start, stop) of a part of the heads
-    (`mmdit_layers.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit.
+    (`mmdit_layers.by_heads`), and `call` counts from 0 if the rest repeats, as in a second edit. `control` is
+    the number of the control whose net ran; None for the other networks.
     """
 
     name: str
@@ -46,13 +47,14 @@ class Key(NamedTuple):
     rows: tuple[int, ...] | None = None
     heads: tuple[int, int] | None = None
     call: int = 0
+    control: int | None = None
 
 
 class Records(Mapping[Key, Tensor]):
     """Tensors by `Key`, in the order in which they were recorded.
 
     A key may be cut short as long as it is unambiguous: `records[name]`, `records[name, step]`,
-    `records[name, step, branch]`, `records[name, step, branch, rows]`.
+    `records[name, step, branch]`, `records[name, step, branch, rows]`, and so on; `of` lists whole ones.
 
     Raises:
         KeyError: no record, or several, under a key; the message lists those that come close.
@@ -93,7 +95,7 @@ class Records(Mapping[Key, Tensor]):
             + (f" and {files} files" if files else ""),
             f"  taps: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else ""),
         ]
-        for part in ("step", "branch"):
+        for part in ("step", "branch", "control"):
             values = sorted({x for key in self._records if (x := getattr(key, part)) is not None})
             if values:
                 shown = values if len(values) < 9 else [*values[:4], "...", values[-1]]
@@ -158,9 +160,11 @@ def _stored_key(path: Path) -> Key:
     parts = parse_json(metadata.get("key", ""), f"{shown(path)}: its key")
     if len(tensors) != 1:
         raise ValueError(f"{shown(path)} holds {len(tensors)} tensors, wanted one, the record")
-    if not isinstance(parts, list) or len(parts) != len(Key._fields):
-        raise ValueError(f"{shown(path)}: its key is {shown(parts)}, wanted {len(Key._fields)} values")
-    name, step, branch, rows, heads, call = parts
+    most = len(Key._fields)
+    if not isinstance(parts, list) or len(parts) not in (most - 1, most):
+        raise ValueError(f"{shown(path)}: its key is {shown(parts)}, wanted {most - 1} or {most} values")
+    parts += [None] * (most - len(parts))  # without a control
+    name, step, branch, rows, heads, call, control = parts
     wanted = {
         "a name": isinstance(name, str) and name.isprintable() and name in tensors,
         "a step": step is None or _counts(step),
@@ -168,6 +172,7 @@ def _stored_key(path: Path) -> Key:
         "rows": rows is None or (isinstance(rows, list) and all(map(_counts, rows))),
         "heads": heads is None or (isinstance(heads, list) and len(heads) == 2 and all(map(_counts, heads))),
         "a call": _counts(call),
+        "a control": control is None or _counts(control),
     }
     for (what, fits), value in zip(wanted.items(), parts, strict=True):
         if not fits:
@@ -189,6 +194,7 @@ def key_of(name: str) -> Key:
         labels.get("branch"),
         None if rows is None else tuple(rows),
         None if heads is None else (heads.start, heads.stop),
+        control=labels.get("control"),
     )
 
 
@@ -307,7 +313,8 @@ class Recorder(Records):
             self._add(key, x.detach().to(self._device, copy=True))
         else:
             path = self._folder / f"{len(self):06d}-{key.name}.safetensors"
-            metadata = {"format": _FORMAT, "key": json.dumps(key)}
+            parts = key[:-1] if key.control is None else key  # older versions read six
+            metadata = {"format": _FORMAT, "key": json.dumps(parts)}
             with replacing_file(path) as temporary:
                 safetensors.torch.save_file({key.name: x.detach().cpu().contiguous()}, temporary, metadata)
             self._add(key, path)

@@ -53,6 +53,8 @@ def sources_of(controlnet: Any) -> list[Source]:
             raise ValueError(
                 f"controlnet is {type(source).__name__}, wanted a hub id, a folder, a file or a list of them"
             )
+        if not os.fspath(source):
+            raise ValueError("controlnet is an empty name, wanted a hub id, a folder or a file")
         _local(source)
     return sources
 

@@ -61,7 +61,16 @@ def test_generate_from_a_picture():
         (["--mask", "mask.png", "--strength", "1.5"], "strength is 1.5, wanted a number in [0, 1]"),
         (["--mask", "mask.png", "--strength", "0"], "leaves none of 3 steps"),
         (["--mask", "mask.png", "--strength", "x"], "argument --strength"),
-        (["--mask-crop", "4"], "padding_mask_crop is given without a mask_image"),
+        (["--mask-crop", "4"], "--mask-crop is given without --mask, wanted both"),
+        (["--mask", ""], "argument --mask: the name is empty, wanted a path"),
+        (["--mask", "mask.png", "--mask", "black.png"], "argument --mask: it is given twice, wanted one"),
+        (["--control-image", ""], "argument --control-image: the name is empty"),
+        (["--control-mask", ""], "argument --control-mask: the name is empty"),
+        (
+            ["--control-mask", "mask.png", "--control-mask", "mask.png"],
+            "argument --control-mask: it is given",
+        ),
+        (["--controlnet", ""], "controlnet is an empty name, wanted a hub id, a folder or a file"),
         (["--mask", "mask.png", "--mask-crop", "-1"], "padding_mask_crop is -1"),
         (["--mask", "mask.png", "--mask-crop", "1.5"], "is not a whole number"),
         (["--switch", "mask.preserve=x0"], "mask.preserve acts on a mask"),
@@ -75,6 +84,15 @@ def test_what_is_refused_before_any_weight_is_read(capsys, monkeypatch, words, m
     monkeypatch.setattr(commands, "load", read)
     for command in (["edit", "in.png", "x"], ["generate", "x", "--image", "in.png"]):
         assert message in fails(capsys, *command, "-o", "out.png", *words, *QUICK)
+
+
+def test_names_of_pictures(capsys):
+    for words, message in (
+        (["generate", "x", "--image", ""], "argument --image: the name is empty"),
+        (["generate", "x", "--image", "in.png", "--image", "in.png"], "argument --image: it is given twice"),
+        (["edit", "", "x"], "the name is empty"),
+    ):
+        assert message in fails(capsys, *words, "-o", "out.png", *QUICK)
 
 
 def test_a_mask_needs_a_picture(capsys):

@@ -1,13 +1,24 @@
 """Masks, crops and overlays, bit by bit as the reference's image processor makes them; what is refused."""
 
+import re
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from qwenedit.inputs.masks import crop_region, fitted, laid_back, one_for_each, overlaid, sources_of
+from qwenedit.inputs.masks import (
+    crop_region,
+    fitted,
+    laid_back,
+    masks_for_each,
+    one_for_each,
+    overlaid,
+    sources_of,
+)
 from tests.tiny import picture
 
 PROCESSOR = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=16)
@@ -161,3 +172,55 @@ def test_a_mask_of_another_shape_is_stretched_with_a_warning():
     assert source.region == (0, 0, 64, 64)
     sources(Image.new("L", (33, 33), 255), one=one)  # smaller, of the same shape: no warning
     sources(Image.new("L", (96, 32), 255), size=(96, 32), one=one)  # made for the output: no warning
+
+
+LEVELS = torch.arange(10.0).view(2, 5) / 9
+NUMBERS = {
+    "floats": (LEVELS, LEVELS),
+    "half": (LEVELS.bfloat16(), LEVELS),
+    "bytes": ((LEVELS * 255).byte(), LEVELS),
+    "whole numbers": ((LEVELS * 255).long(), LEVELS),
+    "floats to 255": (LEVELS * 255, LEVELS),
+    "bytes of 0 and 1": ((LEVELS > 0.5).byte(), LEVELS > 0.5),
+    "bools": (LEVELS > 0.5, LEVELS > 0.5),
+    "one channel": (LEVELS[None], LEVELS),
+    "a batch": (LEVELS[None, None], LEVELS),
+}
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("case", NUMBERS)
+def test_the_error_has_the_line_that_makes_this_mask(case, array):
+    x, wanted = NUMBERS[case]
+    if array:
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    with pytest.raises(ValueError, match=r"^mask_image is (Tensor|ndarray) of shape .*as of a mask") as error:
+        masks_for_each("mask_image", x, 1)
+    line = re.search(r"import Image; (.*) makes a grey one, as of a mask$", str(error.value))[1]
+    mask = eval(line, {"x": x, "Image": Image})
+    assert mask.mode == "L" and mask.size == (5, 2)
+    assert np.abs(np.array(mask) / 255 - wanted.numpy()).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(
+    "x", [torch.full((2, 3), -0.5), np.full((2, 3), 300.0), torch.full((2, 3), torch.nan)]
+)
+def test_levels_that_are_none_of_a_mask_are_said(x):
+    with pytest.raises(ValueError, match=r"the levels of a mask would be within \[0, 1\], or from 0 to 255"):
+        masks_for_each("mask_image", x, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_mask_in_the_alpha_channel_alone_is_warned_of(mode, level):
+    alpha = drawn_mask((30, 20), 0)
+    mask = Image.new("L", alpha.size, level).convert("LA" if mode == "LA" else "RGBA")
+    mask.putalpha(alpha)
+    mask = mask.convert(mode)
+    with pytest.warns(UserWarning, match=r'mask_image is of one colour with an alpha.*getchannel\("A"\)'):
+        masks_for_each("mask_image", mask, 1)
+    painted = drawn_mask((30, 20), 1).convert("RGBA")
+    masks_for_each("mask_image", painted, 1)  # opaque: no warning
+    painted.putalpha(alpha)
+    masks_for_each("mask_image", painted, 1)  # its colours are the mask
+    masks_for_each("mask_image", Image.new("RGBA", (8, 8), "white"), 1)

@@ -332,7 +332,7 @@ def test_patching_what_was_not_recorded_is_an_error(pipe):
     with taps(pipe.mmdit, {OUT: recorder}):
         edit(pipe)
     with pytest.raises(
-        KeyError, match=r"\('blocks\.1\.img_out', 2, 'cond', \(0,\), None\) was not recorded; of that"
+        KeyError, match=r"\('blocks\.1\.img_out', 2, 'cond', \(0,\), None, 0, None\) was not recorded; of"
     ):
         with taps(pipe.mmdit, {OUT: patch_from(recorder)}):
             edit(pipe)

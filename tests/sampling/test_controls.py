@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -449,6 +450,16 @@ def test_blocks_that_run_as_one_are_refused(pipe):
             run(pipe, control_image=PICTURE)
 
 
+def test_numbers_may_be_arrays_or_tensors(pipe):
+    names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    given = dict(zip(names, ([0.75, 0.25], [0.0, 0.5], [0.5, 1.0]), strict=True))
+    wanted = run(pipe, control_image=[PICTURE, OTHER], **given)
+    for kind in (np.array, torch.tensor):
+        arrays = {name: kind(values) for name, values in given.items()}
+        assert torch.equal(run(pipe, control_image=[PICTURE, OTHER], **arrays), wanted)
+    assert torch.equal(run(pipe, controlnet_conditioning_scale=np.float32(1)), run(pipe))
+
+
 # --- bad input
 
 BAD = {
@@ -495,6 +506,35 @@ BAD = {
         {"control_image": PICTURE, "controlnet_conditioning_scale": float("nan")},
         "controlnet_conditioning_scale is nan, wanted a finite number",
     ),
+    "an array without a picture": (
+        {"controlnet_conditioning_scale": np.array([1.0, 0.5])},
+        "given without a control_image",
+    ),
+    "a tensor without a picture": (
+        {"control_guidance_start": torch.tensor([0.1])},
+        "given without a control_image",
+    ),
+    "an array of another length": (
+        {"control_image": PICTURE, "controlnet_conditioning_scale": np.array([1.0, 0.5])},
+        "controlnet_conditioning_scale has 2 numbers, wanted one, or 1, one for each control",
+    ),
+    "a matrix": (
+        {"control_image": [PICTURE, OTHER], "control_guidance_end": torch.ones(2, 2)},
+        "control_guidance_end is .*, wanted a finite number",
+    ),
+    "True as an end": (
+        {"control_guidance_end": True},
+        "control_guidance_end is True, wanted a finite number",
+    ),
+    "True as an end beside a picture": (
+        {"control_image": PICTURE, "control_guidance_end": True},
+        "control_guidance_end is True, wanted a finite number",
+    ),
+    "nets that are none": ({"nets": [3]}, "one of the pipeline's controlnets is int, wanted ControlNets"),
+    "nets that are none, beside a picture": (
+        {"nets": [3], "control_image": PICTURE},
+        "one of the pipeline's controlnets is int, wanted ControlNets",
+    ),
     "a start after the end": (
         {"control_image": PICTURE, "control_guidance_start": 0.6, "control_guidance_end": 0.6},
         r"control_guidance_start is 0\.6 and control_guidance_end 0\.6, wanted numbers in \[0, 1\]",
@@ -528,7 +568,8 @@ def nothing_runs(monkeypatch, edit):
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_before_anything_runs(edit, net, case):
     options, message = BAD[case]
-    nets = [net, copy.copy(net)][: options.get("nets", 1)]
+    nets = options.get("nets", 1)
+    nets = [net, copy.copy(net)][:nets] if isinstance(nets, int) else nets
     options = {name: value for name, value in options.items() if name != "nets"}
     with with_nets(edit, *nets):
         for image in (None, PICTURE):
