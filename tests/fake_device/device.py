@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -240,6 +241,21 @@ def set_item(x: Tensor, index: Any, value: Any) -> None:
         target.fill_(value)
 
 
+class Indexing(TorchFunctionMode):
+    """Sends indexing to `item` and `set_item`.
+
+    Patched methods would stay visible: Python gives a class whose `__getitem__` was once set the slots of a
+    sequence for good, and torch.tensor then fails for a list of tensors.
+    """
+
+    SPELLED: ClassVar = {torch.Tensor.__getitem__: item, torch.Tensor.__setitem__: set_item}
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.SPELLED.get(function, function)(*args, **(kwargs or {}))
+
+
 def to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     copy = kwargs.pop("copy", False)
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -339,8 +355,6 @@ def fake_device(kind: str = "cuda") -> Iterator[FakeDevice]:
     device = FakeDevice(kind)
     streams = device.streams
     patches = {
-        "torch.Tensor.__getitem__": item,
-        "torch.Tensor.__setitem__": set_item,
         "torch.Tensor.to": to,
         **{f"torch.Tensor.{name}": method(getattr(ATEN, op).default) for name, op in PLAIN.items()},
         **{f"torch.Tensor.__{kind.__name__}__": number(kind) for kind in (bool, int, float)},
@@ -365,4 +379,5 @@ def fake_device(kind: str = "cuda") -> Iterator[FakeDevice]:
             patches["torch.tensor"] = tensor
         for name, replacement in patches.items():
             stack.enter_context(mock.patch(name, replacement))
+        stack.enter_context(Indexing())
         yield stack.enter_context(device)
