@@ -182,12 +182,12 @@ def switch_lines() -> list[str]:
     >>> print(next(line for line in switch_lines() if line.startswith("guidance.rescale")))
     guidance.rescale: a number (default: 0.0)
     """
-    lines = [f"dialect: {' or '.join(map(repr, DIALECTS))} (default: reference)"]
+    lines = []
     for group, kind in GROUPS.items():
         for option, words in accepted(kind).items():
             default = getattr(kind(), option)
             lines.append(f"{group}.{option}: {words} (default: {'nothing' if default is None else default})")
-    return lines
+    return [*lines, f"dialect: {' or '.join(map(repr, DIALECTS))} (default: reference)"]
 
 
 def _entries(dialect: object) -> dict[str, Any]:

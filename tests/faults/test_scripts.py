@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import qwenedit
+from qwenedit.call import EditOptions, GenerateOptions, SampleOptions
 from qwenedit.family import VARIANTS
 from qwenedit.layered import LayerOptions
 from qwenedit.memory.streaming import Streamed
-from qwenedit.pipeline import EditOptions, GenerateOptions, SampleOptions
 from qwenedit.reference_call import ReferenceCall
 from qwenedit.sampling.scheduler import load_scheduler
 from tests.faults import typed

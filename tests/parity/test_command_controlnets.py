@@ -59,7 +59,7 @@ def test_every_weight_is_in_one_stage():
     folder, cpu = tiny("edit"), torch.device("cpu")
     variant = parity.read_variant(folder)
     for net in (controlnet(layers=2), blockwise()):
-        pairs = parity._controlnets(folder, variant, [net], cpu)
+        pairs = parity._controlnets(folder, variant, [net], cpu, "diffusers")
         areas = parity.read_areas(folder, variant)
         case, _ = parity.prepare(folder, variant, areas, parity._drawn(), "x", cpu)
         pair = pairs["controlnet"]
