@@ -20,6 +20,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qwenedit")
 
 
+# torch's own functions of initialisation, put back before every test. The references replace them while they load
+# weights; a module of theirs that is first imported meanwhile would take the replacements for torch's own.
+INITIALISATIONS = {
+    name: one for name, one in vars(torch.nn.init).items() if name.endswith("_") and callable(one)
+}
+
+
+def pytest_runtest_setup():
+    vars(torch.nn.init).update(INITIALISATIONS)
+
+
 @pytest.fixture(scope="module")
 def edit():
     """The embedded model, one for each file."""
