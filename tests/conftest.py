@@ -20,8 +20,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qwenedit")
 
 
-# torch's own functions of initialisation, put back before every test. The references replace them while they load
-# weights; a module of theirs that is first imported meanwhile would take the replacements for torch's own.
+# torch's own functions of initialisation, put back before every test. The references replace them while they
+# load weights; a module of theirs that is first imported meanwhile would take the replacements for torch's own.
 INITIALISATIONS = {
     name: one for name, one in vars(torch.nn.init).items() if name.endswith("_") and callable(one)
 }
