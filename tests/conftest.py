@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("qwenedit")
 
 
 # torch's own functions of initialisation, put back before every test. The references replace them while they
-# load weights; a module of theirs that is first imported meanwhile would take the replacements for torch's own.
+# load weights. A module of theirs that is first imported meanwhile takes the replacements for the originals.
 INITIALISATIONS = {
     name: one for name, one in vars(torch.nn.init).items() if name.endswith("_") and callable(one)
 }
