@@ -20,15 +20,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qwenedit")
 
 
-# torch's own functions of initialisation, put back before every test. The references replace them while they
-# load weights. A module of theirs that is first imported meanwhile takes the replacements for the originals.
-INITIALISATIONS = {
-    name: one for name, one in vars(torch.nn.init).items() if name.endswith("_") and callable(one)
-}
+FILES = [None]  # of tests, the newest last
 
 
-def pytest_runtest_setup():
-    vars(torch.nn.init).update(INITIALISATIONS)
+def pytest_runtest_setup(item):
+    """A file starts without the modes of torch that one before has left behind: they change what layers hold."""
+    if item.path != FILES[-1]:
+        FILES.append(item.path)
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        torch.utils._device.CURRENT_DEVICE = None
 
 
 @pytest.fixture(scope="module")
