@@ -24,7 +24,7 @@ FILES = [None]  # of tests, the newest last
 
 
 def pytest_runtest_setup(item):
-    """A file starts without the modes of torch that one before has left behind: they change what layers hold."""
+    """A file starts without modes of torch that another left behind: they change what layers hold."""
     if item.path != FILES[-1]:
         FILES.append(item.path)
         while torch._C._len_torch_function_stack():
