@@ -16,7 +16,7 @@ from qwenedit.networks.blockwise_controlnet import BlockwiseControlNet, Blockwis
 from qwenedit.networks.controlnet import ControlNet, ControlNetConfig
 from qwenedit.networks.mmdit import MMDiTConfig
 
-__all__ = ["AnyControlNet", "ControlInput", "Reach", "controls_of"]
+__all__ = ["AnyControlNet", "ControlInput", "Reach", "controls_of", "require_fit"]
 
 AnyControlNet: TypeAlias = ControlNet | BlockwiseControlNet
 
@@ -99,7 +99,7 @@ def controls_of(
     scales, starts, ends = (_numbers(name, value, len(nets)) for name, value in numbers.items())
     controls = []
     for k, net in enumerate(nets):
-        _require_fitting(net, config, f"the net of control {k}")
+        require_fit(net.config, config, f"the net of control {k}")
         name = f"control_image[{k}]" if several else "control_image"
         rows = _sources(one_for_each(name, pictures[k], prompts), masks[k], prompts, size)
         control = ControlInput(
@@ -181,16 +181,32 @@ def _sources(pictures: Sequence[Image.Image], control_mask: Any, prompts: int, s
     return rows if count == prompts else rows * prompts
 
 
-def _require_fitting(net: AnyControlNet, config: MMDiTConfig, what: str) -> None:
-    own = "num_layers" if isinstance(net, BlockwiseControlNet) else "joint_attention_dim"
-    for name in ("width", "in_channels", own):
-        got, wanted = getattr(net.config, name), getattr(config, name)
+def require_fit(
+    config: ControlNetConfig | BlockwiseControlNetConfig, transformer: MMDiTConfig, what: str
+) -> None:
+    """Check that a ControlNet, which messages call `what`, is for this transformer.
+
+    Raises:
+        ValueError: it is for another, or for latents of another VAE.
+    """
+    names = [
+        "num_layers",
+        "width",
+        "in_channels",
+    ]  # a blockwise net has a block for each of the transformer's
+    if isinstance(config, ControlNetConfig):
+        names = [
+            "patch_size", "attention_head_dim", "num_attention_heads", "axes_dims_rope", *names[1:],
+            "joint_attention_dim",
+        ]  # fmt: skip
+    for name in names:
+        got, wanted = getattr(config, name), getattr(transformer, name)
         if got != wanted:
-            raise ValueError(f"{what} has {name} {got}, wanted {wanted}, the transformer's")
-    if net.config.extra_condition_channels not in (0, MASKED):
+            raise ValueError(f"{what}: its {name} is {got}, wanted the transformer's, {wanted}")
+    if config.extra_condition_channels not in (0, MASKED):
         raise ValueError(
-            f"{what} has {net.config.extra_condition_channels} extra_condition_channels, wanted 0, or "
-            f"{MASKED} for a mask"
+            f"{what}: a control picture's token has {config.condition_channels} channels, wanted "
+            f"{config.in_channels}, or with a mask {config.in_channels + MASKED}"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from qwenedit.files import component_headers
 from qwenedit.foreign import read_json, shown
-from qwenedit.latents import PATCH
+from qwenedit.inputs.controls import MASKED, require_fit
 from qwenedit.networks.blockwise_controlnet import BlockwiseControlNetConfig
 from qwenedit.networks.controlnet import ControlNetConfig
 from qwenedit.networks.mmdit import MMDiTConfig
@@ -217,34 +217,20 @@ def _blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _require_fit(config: Config, transformer: MMDiTConfig, path: Path) -> None:
-    """Check that a ControlNet is for this transformer.
-
-    Raises:
-        ValueError: it is for another, or for latents of another VAE.
-    """
-    names = ["width", "in_channels"]
-    if isinstance(config, ControlNetConfig):
-        own = ["patch_size", "attention_head_dim", "num_attention_heads", "axes_dims_rope"]
-        names = [*own, *names, "joint_attention_dim"]
-        if config.num_layers > transformer.num_layers:
-            raise ValueError(
-                f"{path} has {config.num_layers} blocks, wanted at most those of the transformer, "
-                f"{transformer.num_layers}"
-            )
-    else:
-        names.insert(0, "num_layers")  # one for each of the transformer's blocks
-    for name in names:
-        got, wanted = getattr(config, name), getattr(transformer, name)
-        if got != wanted:
-            raise ValueError(f"{path}: its {name} is {got}, wanted the transformer's, {wanted}")
-    _extra_channels(config.condition_channels, config.in_channels, path)
+    """`require_fit`, and no blocks of a file that would never act."""
+    require_fit(config, transformer, str(path))
+    if config.num_layers > transformer.num_layers:
+        raise ValueError(
+            f"{path} has {config.num_layers} blocks, wanted at most those of the transformer, "
+            f"{transformer.num_layers}"
+        )
 
 
 def _extra_channels(condition: int, own: int, path: Path) -> int:
     """The number of a control picture's channels that are a mask's: 0, or 4 in an inpainting net."""
-    if (extra := condition - own) not in (0, PATCH**2):
+    if (extra := condition - own) not in (0, MASKED):
         raise ValueError(
             f"{path}: a control picture's token has {condition} channels, wanted {own}, or with a mask "
-            f"{own + PATCH**2}"
+            f"{own + MASKED}"
         )
     return extra

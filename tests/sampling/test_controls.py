@@ -598,10 +598,19 @@ def test_an_inpainting_net_needs_its_mask(inpainting, net):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"joint_attention_dim": 8}, r"of control 0 has joint_attention_dim 8, wanted \d+, the transf"),
-        ({"num_attention_heads": 1}, r"of control 0 has width \d+, wanted \d+, the transformer's"),
-        ({"in_channels": 32, "out_channels": 8}, "the net of control 0 has in_channels 32, wanted 64"),
-        ({"extra_condition_channels": 8}, "has 8 extra_condition_channels, wanted 0, or 4 for a mask"),
+        (
+            {"joint_attention_dim": 8},
+            r"of control 0: its joint_attention_dim is 8, wanted the transformer's, \d+",
+        ),
+        (
+            {"num_attention_heads": 1},
+            r"of control 0: its num_attention_heads is 1, wanted the transformer's, \d+",
+        ),
+        (
+            {"in_channels": 32, "out_channels": 8},
+            "the net of control 0: its in_channels is 32, wanted the transformer's, 64",
+        ),
+        ({"extra_condition_channels": 8}, "token has 72 channels, wanted 64, or with a mask 68"),
     ],
 )
 def test_a_net_that_does_not_fit_is_refused(edit, net, changes, message):
