@@ -7,6 +7,7 @@ result = pipe.edit(picture, "make the circle red")
 result.images[0].save("out.png")
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qwenedit.cli.process import ended_by_interrupts
@@ -38,10 +39,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Import `ablate` lazily: it imports the report and the embedded model's scenes."""
-    if name == "ablate":
-        from qwenedit.ablation.sweep import ablate
+_LAZY = {"ablate": "qwenedit.ablation.sweep"}  # imported when first used: they import much
 
-        return ablate
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
