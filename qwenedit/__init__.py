@@ -39,10 +39,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-_LAZY = {"ablate": "qwenedit.ablation.sweep"}  # imported when first used: they import much
+_LAZY = {"ablate": "qwenedit.ablation.sweep"}
 
 
 def __getattr__(name: str) -> Any:
+    """Import lazily what imports much itself: `ablate`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
