@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "qwenedit"
 GROUND = (
     "version", "taps", "switches", "switch_groups", "dialects", "annotated", "latents", "foreign", "files",
-    "family", "checks",
+    "family", "checks", "shards",
 )  # fmt: skip
 TIED = (
     "call",

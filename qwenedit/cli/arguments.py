@@ -17,8 +17,8 @@ from qwenedit.switches import switch_lines
 
 __all__ = [
     "Once", "Switch", "batch", "checkpoint_options", "controlnet_option", "count", "device_options",
-    "model_options", "path", "picture_options", "quiet_option", "run_options", "seed", "side", "steps",
-    "whole",
+    "model_options", "path", "picture_options", "quiet_option", "run_options", "seed", "shard_options",
+    "side", "steps", "whole", "workers",
 ]  # fmt: skip
 
 
@@ -158,6 +158,14 @@ def device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> N
         add("--dtype", metavar="T", help=f"float32, bfloat16 or float16 (default: {default})")
 
 
+def shard_options(command: argparse.ArgumentParser) -> None:
+    """Of commands whose edits several processes may share."""
+    help = "make part I of N only, I from 0 to N - 1; a run without --shard then ties the parts together"
+    command.add_argument("--shard", metavar="I/N", help=help)
+    help = "processes on this machine, one for each GPU, or on the CPU with its threads shared out"
+    command.add_argument("--workers", type=workers, default=1, metavar="N", help=help)
+
+
 def quiet_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -216,6 +224,10 @@ def steps(text: str) -> int:
 
 def batch(text: str) -> int:
     return count(text, 1000)  # all run in one batch
+
+
+def workers(text: str) -> int:
+    return count(text, 256)  # processes with a model each
 
 
 def side(text: str) -> int:

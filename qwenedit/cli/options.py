@@ -26,6 +26,7 @@ from qwenedit.cli.arguments import (
     picture_options,
     quiet_option,
     run_options,
+    shard_options,
     side,
     whole,
 )
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interrupts, warnings.catch_warnings():
             options = _parser().parse_args(arguments)
+            options.words = list(sys.argv[1:] if arguments is None else arguments)  # for its workers
             warnings.showwarning = _warn
             return options.run(options) or 0  # `parity` returns its own status
     except (Exception, KeyboardInterrupt) as error:
@@ -184,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=path, metavar="FOLDER", help="for the results (default: SPEC, here)"
     )
     ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
+    shard_options(ablate)
     device_options(ablate)
     quiet_option(ablate)
     return parser
