@@ -26,7 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file",
+    "require_folder", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -251,6 +252,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_folder(path: Path) -> None:
+    """Check that a folder can be written into, or made.
+
+    Raises:
+        ValueError: there is something else at its place, or above it, or it is read-only.
+    """
+    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write into {shown(path)}: {shown(existing)} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {shown(path)}: {error}") from error
 
 
 def is_leftover(path: Path) -> bool:

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from qwenedit.ablation.spec import NONE, Spec, read_spec, with_sampler
 from qwenedit.ablation.tables import write_csv, write_picture_tex, write_summary_csv, write_summary_tex
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import append_line, is_leftover, replacing_file, write_lines
+from qwenedit.files import append_line, is_leftover, replacing_file, require_folder, write_lines
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
 from qwenedit.instruments.determinism import deterministic
@@ -405,20 +404,13 @@ def _record(spec: Spec, run: Run, made_with: Record) -> Record:
 
 
 def _require_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"cannot write into {shown(folder)}: {shown(existing)} is no folder")
+    require_folder(folder)
     for name in (f"{RESULTS}.jsonl", *WRITTEN):
         if (folder / name).is_dir():
             raise ValueError(f"cannot write {folder / name}: it is a folder")
     for name in (PICTURES, FIGURES):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise ValueError(f"cannot write into {folder / name}: it is no folder")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {shown(folder)}: {error}") from error
 
 
 def _require_meant(edits: int, yes: bool) -> None:
