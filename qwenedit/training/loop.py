@@ -349,15 +349,16 @@ class Run:
 
     def _resume(self) -> None:
         """Go on from the state in the folder, without what the log says of later steps: they come again."""
-        file = self.folder / "state.pt"
+        file, last = self.folder / "state.pt", -1
         if file.is_file():
             state = _read(file)
             self.weights.restore(state)
             self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
+            last = self.step
         log = self.folder / "log.jsonl"
         lines = read_lines(log, lambda line: {"step": int(line["step"]), **line}, "line of a log")
-        if any(line["step"] > self.step for line in lines):
-            write_lines(log, [line for line in lines if line["step"] <= self.step])
+        if any(line["step"] > last for line in lines):
+            write_lines(log, [line for line in lines if line["step"] <= last])
 
     def _require_finite(self, parts: Mapping[str, float]) -> None:
         if not all(map(math.isfinite, parts.values())):
