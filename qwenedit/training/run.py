@@ -246,10 +246,7 @@ class _Training:
             self._validate(run)
         for step, generator in run:
             for batch, share in batches_of_step(plan, self.cache, self.rows, step, generator):
-                loss = flow_matching_loss(
-                    self.pipe, batch, plan.convention, detach_references=plan.detach_references
-                )
-                run.add(loss, share)
+                run.add(flow_matching_loss(self.pipe, batch, plan.convention), share)
             run.update()
             if plan.validation is not None and run.due(plan.validation.every):
                 self._validate(run)
@@ -290,7 +287,11 @@ class _Training:
         whole = self.pipe
         if whole.vision_language is None:
             whole = load(
-                self.plan.model, device="cpu", dtype=self.plan.dtype, residency="stage", progress=False
+                self.plan.model,
+                device=self.pipe.device,
+                dtype=self.plan.dtype,
+                residency="stage",
+                progress=False,
             )
             whole.mmdit = self.pipe.mmdit
         whole.save_pretrained(file)

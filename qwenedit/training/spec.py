@@ -17,7 +17,6 @@
     dtype = "bfloat16"                    # of the arithmetic: or "float32"; left out: as for `load`
     checkpointing = false                 # memory for time
     caption_dropout = 0.0                 # share of captions that are replaced by " "
-    detach_references = true              # false: gradients reach the reference latents
     convention = "qwenedit"               # a trainer's choices, which these replace one by one:
     posterior = "mode"                    # or "sample"
     weighting = "none"
@@ -68,7 +67,7 @@ from qwenedit.training.conventions import (
     Weighting,
     convention,
 )  # fmt: skip
-from qwenedit.training.loop import SCHEDULES, Options
+from qwenedit.training.loop import MOST_SEED, SCHEDULES, Options
 from qwenedit.training.noise_levels import NOISE_LEVELS
 from qwenedit.weights.lora_saving import LAYOUTS
 
@@ -131,7 +130,6 @@ class Spec:
     dtype: str | None
     checkpointing: bool
     caption_dropout: float
-    detach_references: bool
     convention: Convention
     lora: Lora | None
     validation: Validation | None
@@ -204,10 +202,9 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
         "dtype": take("dtype", None, _one_of(DTYPES)),
         "checkpointing": take("checkpointing", False, _flag),
         "caption_dropout": take("caption_dropout", 0.0, _share),
-        "detach_references": take("detach_references", True, _flag),
     }
     loop: dict[str, Any] = {
-        "seed": take("seed", 0, _from_zero),
+        "seed": take("seed", 0, _seed),
         "warmup": take("warmup", 0, _from_zero),
         "schedule": take("schedule", "constant", _one_of(SCHEDULES)),
         "clip": take("clip", 1.0, _not_negative) or None,
@@ -303,7 +300,7 @@ def _validation(table: _Table | None) -> Validation | None:
         true_cfg_scale=table("true_cfg_scale", 4.0, real_number),
         negative_prompt=table("negative_prompt", " ", _text),
         sigmas=tuple(table("sigmas", [0.1, 0.3, 0.5, 0.7, 0.9], _sigmas)),
-        seed=table("seed", 0, _from_zero),
+        seed=table("seed", 0, _seed),
     )
     table.end()
     if not validation.rows and not edits:
@@ -353,6 +350,10 @@ def _one_of(known: Sequence[str]) -> Callable[[str, Any], str]:
 
 def _from_zero(name: str, value: Any) -> int:
     return whole_number(name, value, least=0)
+
+
+def _seed(name: str, value: Any) -> int:
+    return whole_number(name, value, least=0, most=MOST_SEED)
 
 
 def _positive(name: str, value: Any) -> float:

@@ -248,7 +248,7 @@ def test_dropped_captions_and_sampled_latents(tmp_path, edit):
 
 
 def test_masks_act(tmp_path, edit):
-    """What is black has no gradient: noise there changes no gradient of the loss by the velocity there."""
+    """The loss is the mean over the tokens under white."""
     one = pictures(1)[0]
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 64, 16))

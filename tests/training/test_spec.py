@@ -113,6 +113,7 @@ def test_what_has_no_default(name):
         ({"data": 3}, "data is 3"),
         ({"betas": [0.9]}, r"betas are \[0\.9\], wanted two numbers"),
         ({"warmup": -1}, "warmup is -1"),
+        ({"seed": 2**40}, "seed is 1099511627776, wanted at most 4294967295"),
     ],
 )  # fmt: skip
 def test_bad_values(changed, message):
