@@ -26,7 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "only_process", "read_header", "read_lines", "read_tensors",
+    "replacing_file", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -251,6 +252,41 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_process(folder: Path, what: str, *parts: str) -> Iterator[None]:
+    """Make a folder, and keep other processes out of it, on systems with `fcntl`; `what` is done there.
+
+    What a killed process left half-written there, or in the folders `parts` of it, is removed. The lock ends
+    with the process.
+
+    Raises:
+        ValueError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{shown(folder)} cannot be made: {error.strerror or error}") from error
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"another {what} runs in {shown(folder)}: wait for it, or take another folder"
+        ) from None
+    else:
+        for part in filter(Path.is_dir, (folder, *(folder / name for name in parts))):
+            for path in filter(is_leftover, part.iterdir()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        os.close(held)
 
 
 def is_leftover(path: Path) -> bool:

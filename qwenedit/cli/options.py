@@ -1,4 +1,4 @@
-"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate`.
+"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate | train`.
 
 Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
 stderr and no traceback (`--debug` shows it). Each picture is written whole or not at all.
@@ -30,12 +30,14 @@ from qwenedit.cli.arguments import (
     whole,
 )
 from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
+from qwenedit.cli.train import train
 from qwenedit.foreign import shown
 from qwenedit.version import __version__
 
 __all__ = ["main"]
 
 EXAMPLE = Path(__file__).parents[1] / "ablation" / "example.toml"
+TRAINING = Path(__file__).parents[1] / "training" / "example.toml"
 _LINE = 3000  # characters of a message, which may list names
 _LEFT = "no file is half written"  # by a command that was interrupted
 
@@ -186,4 +188,15 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
     device_options(ablate)
     quiet_option(ablate)
+
+    trained = command(
+        train,
+        "train a LoRA or all weights on pairs of pictures",
+        "the last saved state is kept: run it again to go on",
+    )
+    trained.formatter_class = argparse.RawDescriptionHelpFormatter
+    trained.epilog = f"an example, in {TRAINING}:\n\n{TRAINING.read_text(encoding='utf-8')}"
+    trained.add_argument("spec", type=path, metavar="SPEC.toml", help="what to train: the example is below")
+    device_options(trained, dtype=False)
+    quiet_option(trained)
     return parser
