@@ -161,6 +161,14 @@ def swept() -> None:
     assert not qwenedit.ablate("spec.toml", "sweep", device="cpu", progress=False).failed
 
 
+def listed() -> None:
+    lines = [
+        {"image": picture, "prompt": "make the circle red", "steps": 1},
+        {"prompt": "a circle", "steps": 1},
+    ]
+    assert not qwenedit.batch(lines, "batch", pipe=pipe, progress=False).failed
+
+
 NAMES: dict[str, Callable[[], object]] = {
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
@@ -178,6 +186,7 @@ NAMES: dict[str, Callable[[], object]] = {
     "ablate": swept,
     "add": lambda: tapped(qwenedit.add(torch.ones(128), 0.1, tokens="target")),
     "attention_map": lambda: qwenedit.attention_map(torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)),
+    "batch": listed,
     "convention": trained,
     "deterministic": repeated,
     "flow_matching_loss": loss,
@@ -209,6 +218,8 @@ COMMANDS: dict[str, tuple[list[object], str]] = {
     "parity": (["--quiet"], "found diffusers none"),
     "ablate": (["spec.toml", "--quiet", "--device", "cpu"], ""),
     "train": (["train.toml", "--quiet", "--device", "cpu"], ""),
+    "batch": (["edits.jsonl", "-o", "batch", *QUICK], ""),
+    "completion": (["bash"], ""),
 }
 
 
@@ -240,6 +251,7 @@ def run() -> None:
     warnings.simplefilter("error")  # a warning about a missing library, too
     Path("spec.toml").write_text(SPEC)
     pairs()
+    Path("edits.jsonl").write_text('{"prompt": "a red circle"}\n')
     for name, step in NAMES.items():
         print(f"qwenedit.{name}", flush=True)
         with tempfile.TemporaryDirectory(dir=".") as folder:

@@ -22,6 +22,7 @@ from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
+from qwenedit.cli.workers import require_alone, work
 from qwenedit.family import PRESETS, preset_of
 from qwenedit.foreign import shown
 from qwenedit.inputs.controls import controls_of
@@ -208,23 +209,28 @@ def parity(options: argparse.Namespace) -> int:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    from qwenedit.ablation.sweep import ablate
+    from qwenedit.ablation.results import RESULTS
+    from qwenedit.ablation.sweep import ablate, edits_left
 
+    require_alone(options)
     folder = options.output or Path(options.spec.stem)
-    chosen = _chosen(options, "device", "dtype", "yes")
-    sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
-    say(folder / "report.html")
+    chosen = {**_chosen(options, "device", "dtype", "yes"), "progress": not options.quiet}
+    if options.workers > 1:
+        work(options, edits_left(options.spec, folder, **chosen), folder, RESULTS)
+    sweep = ablate(options.spec, folder, shard=options.shard, **chosen)
+    say(folder / "report.html" if options.shard is None else folder)
+    see = "see the report" if options.shard is None else f"see the records in {folder}"
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{shown(sweep.failed[0]['error'])}: see the report"
+            f"{shown(sweep.failed[0]['error'])}: {see}"
         )
     if sweep.failed_metrics:
         name, error = sweep.failed_metrics[0]
         count = sum(one == name for one, _ in sweep.failed_metrics)
         raise ValueError(
             f"the metric {name} failed for {count} of {len(sweep.records)} edits, the first with "
-            f"{shown(error)}: see the report"
+            f"{shown(error)}: {see}"
         )
 
 

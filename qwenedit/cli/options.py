@@ -1,7 +1,9 @@
-"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate | train`.
+"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate |
+batch | train | completion`.
 
-Exit status 0 on success; 1 where `parity` finds a difference; 2 on bad usage or bad input, with one line on
-stderr and no traceback (`--debug` shows it). Each picture is written whole or not at all.
+Exit status 0 on success; 1 where `parity` finds a difference, or an edit of a `batch` fails; 2 on bad usage
+or bad input, with one line on stderr and no traceback (`--debug` shows it). Each picture is written whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qwenedit.cli import batch as batches
 from qwenedit.cli import commands
 from qwenedit.cli.arguments import (
     Once,
     batch,
     checkpoint_options,
+    common_options,
     controlnet_option,
     device_options,
     model_options,
@@ -26,9 +30,12 @@ from qwenedit.cli.arguments import (
     picture_options,
     quiet_option,
     run_options,
+    shard_options,
     side,
     whole,
 )
+from qwenedit.cli.batch import LANGUAGES, LAYOUTS
+from qwenedit.cli.completion import SHELLS, completion
 from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.cli.train import train
 from qwenedit.foreign import shown
@@ -65,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interrupts, warnings.catch_warnings():
             options = _parser().parse_args(arguments)
+            options.words = list(sys.argv[1:] if arguments is None else arguments)  # for its workers
             warnings.showwarning = _warn
             return options.run(options) or 0  # `parity` returns its own status
     except (Exception, KeyboardInterrupt) as error:
@@ -186,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=path, metavar="FOLDER", help="for the results (default: SPEC, here)"
     )
     ablate.add_argument("--yes", action="store_true", help="also run more than 200 edits")
+    shard_options(ablate)
     device_options(ablate)
     quiet_option(ablate)
 
@@ -199,4 +208,26 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("spec", type=path, metavar="SPEC.toml", help="what to train: the example is below")
     device_options(trained, dtype=False)
     quiet_option(trained)
+
+    many = command(
+        batches.batch,
+        "make any list of edits, or those of a public benchmark",
+        "edits that are done are kept: run it again to go on",
+    )
+    many.description = "Options about the edit are for lines of the list that do not say it themselves."
+    add = many.add_argument
+    add("edits", type=path, metavar="EDITS", help="a JSON Lines file; with --layout the benchmark's folder")
+    add("--layout", choices=LAYOUTS, help="of a public benchmark, for whose scorer results are named")
+    help = "make the edits in this language only (default: those that the benchmark's authors make)"
+    add("--language", choices=LANGUAGES, help=help)
+    run_options(many, "FOLDER", "for the results; it may have some already")
+    common_options(many)
+    shard_options(many)
+
+    script = command(completion, "a script that completes this command line in a shell")
+    script.description = (
+        "For bash: qwenedit completion bash > ~/.local/share/bash-completion/completions/qwenedit"
+    )
+    script.add_argument("shell", choices=SHELLS, help="whose language the script is in")
+    script.set_defaults(commands=subparsers.choices)
     return parser
