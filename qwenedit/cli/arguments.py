@@ -22,10 +22,10 @@ __all__ = [
 ]  # fmt: skip
 
 
-def run_options(command: argparse.ArgumentParser) -> None:
-    """Of every command that samples."""
+def run_options(command: argparse.ArgumentParser, output: str = "OUT.png", what: str = "picture") -> None:
+    """Of every command that samples; `output` is the file of what it makes."""
     add = command.add_argument
-    add("-o", "--output", type=path, required=True, metavar="OUT.png", help="where the picture goes")
+    add("-o", "--output", type=path, required=True, metavar=output, help=f"where the {what} goes")
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
