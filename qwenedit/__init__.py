@@ -36,7 +36,8 @@ __all__ = [
     "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
     "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "convention",
     "deterministic", "explore", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents",
-    "project_out", "scale_by", "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "project_out", "scale_by", "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops",
+    "zero",
 ]  # fmt: skip
 
 

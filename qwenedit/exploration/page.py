@@ -99,10 +99,10 @@ def _file(picture: Image.Image, side: int) -> tuple[str, bytes]:
 
 def _run(run: Looked, uris: dict[int, str]) -> dict[str, Any]:
     plan = run.plan
-    shown, (_, rows, columns) = [run.result, *run.references], run.grid
+    shown, (_, rows, columns), steps = [run.result, *run.references], run.grid, run.predictions
     return {
-        "facts": [*run.facts.items(), ("size", f"{columns} × {rows} patches"), ("steps", f"{run.predictions}")],
-        "predictions": run.predictions,
+        "facts": [*run.facts.items(), ("size", f"{columns} × {rows} patches"), ("steps", f"{steps}")],
+        "predictions": steps,
         "grid": run.grid[1:],
         "pictures": [
             {**_cells(cells), "picture": uris[id(picture)]}

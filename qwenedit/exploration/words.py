@@ -17,8 +17,8 @@ MOST_WORDS = 160  # cells of a text; the tokens of a longer one are joined
 class Word:
     """A cell of the text: tokens in a row, `start` to `stop` of the transformer's text stream.
 
-    `picture` is the number, from 1, of the picture that these tokens are, as the text encoder sees it; None for
-    text.
+    `picture` is the number, from 1, of the picture that these tokens are, as the text encoder sees it; None
+    for text.
     """
 
     text: str
