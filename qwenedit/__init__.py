@@ -45,7 +45,7 @@ _LAZY = {"ablate": "qwenedit.ablation.sweep", "explore": "qwenedit.exploration.e
 
 
 def __getattr__(name: str) -> Any:
-    """Import lazily what imports much itself."""
+    """Import lazily what imports much itself: `ablate`, `explore`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

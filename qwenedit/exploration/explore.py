@@ -92,7 +92,8 @@ def explore(
     requests = _requests(pipe, picture, prompt, edit_arguments, second)
     for request in requests:
         _check(pipe, request)
-    looked = [_looked(pipe, request, MAPS // len(requests)) for request in requests]
+    inside = [_context(pipe, request) for request in requests]
+    looked = [_looked(pipe, *one, MAPS // len(requests)) for one in zip(requests, inside, strict=True)]
     with replacing_file(page) as temporary:
         write_page(looked, temporary)
     return Result([one.result for one in looked])
@@ -183,10 +184,16 @@ def _check(pipe: QwenImageEdit, request: Request) -> None:
             pass
 
 
-def _looked(pipe: QwenImageEdit, request: Request, budget: int) -> Looked:
-    """A request, run inside of its intervention."""
-    context = nullcontext() if request.intervention is None else intervened(pipe, request.intervention)
-    with context:
+def _context(pipe: QwenImageEdit, request: Request) -> AbstractContextManager[Any]:
+    """What the intervention returns, or nothing."""
+    return nullcontext() if request.intervention is None else intervened(pipe, request.intervention)
+
+
+def _looked(
+    pipe: QwenImageEdit, request: Request, inside: AbstractContextManager[Any], budget: int
+) -> Looked:
+    """What was seen of a request, run inside of its intervention."""
+    with inside:
         watched = Watched.of(pipe, budget=budget)
         facts = _facts(pipe, request)
         made = request.run(watched)

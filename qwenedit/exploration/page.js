@@ -411,7 +411,7 @@ function drawRatio(at) {
   at.ratio.setAttribute("aria-label", `norm ratios: ${text}`);
   const bar = make("span", {class: "scale"});
   bar.style.background = `linear-gradient(to right, ${HEAT.map(c => `rgb(${c})`).join(", ")})`;
-  at.ratioCaption.replaceChildren(text, bar, `${number(low)} to ${number(high)}, over all steps`);
+  at.ratioCaption.replaceChildren(text, bar, `colours: ${number(low)} to ${number(high)}, over all steps`);
 }
 
 function draw() {

@@ -36,14 +36,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwenedit.exploration.plan import Cells
+from qwenedit.exploration.plan import SIDE, Cells
 from qwenedit.exploration.watching import WRITES, Looked
 
 __all__ = ["MOST", "write_page"]
 
 MOST = 20_000_000  # bytes of the page
 PICTURES = 5_000_000  # bytes of all pictures, before base64
-SIDES = (384, 256, 192, 128, 96, 64)  # pixels along the longer side of a picture: the first that fits
+SIDES = (SIDE, 256, 192, 128, 96, 64)  # pixels along the longer side of a picture: the first that fits
 LOSSLESS = 128  # pixels: pictures up to here are PNG, larger ones JPEG
 RATIO = 64  # cells along a side of the map of norm ratios, at most
 

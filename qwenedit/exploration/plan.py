@@ -17,10 +17,11 @@ from torch import Tensor
 from qwenedit.exploration.words import Word
 from qwenedit.latents import Grid, Layout
 
-__all__ = ["MAPS", "SHOWN", "Cells", "Plan", "evenly", "plan_of"]
+__all__ = ["MAPS", "SHOWN", "SIDE", "Cells", "Plan", "evenly", "plan_of"]
 
 MAPS = 9_000_000  # bytes of all attention maps, before base64
 SHOWN = 20  # steps whose pictures are shown, at most
+SIDE = 384  # pixels along the longer side of a picture, at most
 STEPS, BLOCKS = 6, 8  # steps and blocks that have maps in any case, before heads or patches are kept apart
 
 

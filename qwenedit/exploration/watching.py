@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
-from qwenedit.exploration.plan import MAPS, SHOWN, Plan, evenly, plan_of
+from qwenedit.exploration.plan import MAPS, SHOWN, SIDE, Plan, evenly, plan_of
 from qwenedit.exploration.words import Word, words_of
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.processor import Processor, ProcessorOutput
@@ -59,7 +59,7 @@ class Looked:
         predictions: how many steps there were.
         plan: what is kept of them.
         words: for each branch, the cells of its text.
-        references: as the VAE decodes them.
+        references: as the VAE decodes them. All pictures have at most `SIDE` pixels a side, but `result`.
         result: the picture that was made.
         steps: those that are shown.
         writes: for each branch, step and block the root mean square of each of `WRITES`.
@@ -119,6 +119,7 @@ class Watched(QwenImageEdit):
 
     def _picture(self, latents: Tensor, grid: Grid) -> Image.Image:
         (picture,) = to_pil(self.decode(latents.to(self.device, self.dtype), grid).cpu())
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         return picture
 
     def _encode(self, *args: Any, **options: Any) -> Conditioning:
