@@ -43,7 +43,6 @@ def test_two_runs_beside_each_other(capsys):
 
 
 def test_the_run_is_that_of_edit(monkeypatch):
-    """The same picture, with a mask, and a size."""
     start = ["--mask", "mask.png", "--strength", "0.6", "--seed", "1"]
     words = ["in.png", "make the circle red", *start, *QUICK]
     made = []
@@ -62,9 +61,7 @@ def test_the_run_is_that_of_edit(monkeypatch):
 
 
 def test_from_text_alone():
-    assert (
-        main(["explore", "a red circle", "-o", "edit.html", "--height", "48", "--width", "64", *QUICK]) == 0
-    )
+    assert run("explore", "a red circle", "-o", "edit.html", "--height", "48", "--width", "64", *QUICK) == 0
     assert facts()[0]["size"] == "4 × 3 patches"
 
 
