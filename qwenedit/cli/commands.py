@@ -75,6 +75,12 @@ def _masks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
     """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
+    folder, settings = _checked(options, call)
+    return _load(options, folder, controlnet=options.controlnet), settings
+
+
+def _checked(options: argparse.Namespace, call: Call) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's folder, and the other arguments of a call with its weights, after all checks."""
     switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
@@ -95,9 +101,8 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
     require_controls(switches, bool(controls))
     _check_controls(options, folder, controls, len(sigmas) - 1, row.geometry.size)
-    pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
-    return pipe, {
+    return folder, {
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
         "switches": switches, "sampler": options.sampler,
     }  # fmt: skip

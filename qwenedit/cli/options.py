@@ -1,5 +1,5 @@
-"""The command line: `qwenedit edit | generate | decompose | info | verify | plan | parity | ablate |
-batch | train | completion`.
+"""The command line: `qwenedit edit | generate | decompose | explore | info | verify | plan | parity |
+ablate | batch | train | completion`.
 
 Exit status 0 on success; 1 where `parity` finds a difference, or an edit of a `batch` fails; 2 on bad usage
 or bad input, with one line on stderr and no traceback (`--debug` shows it). Each picture is written whole
@@ -20,6 +20,7 @@ from qwenedit.cli import batch as batches
 from qwenedit.cli import commands
 from qwenedit.cli.arguments import (
     Once,
+    Switch,
     batch,
     checkpoint_options,
     common_options,
@@ -30,12 +31,14 @@ from qwenedit.cli.arguments import (
     picture_options,
     quiet_option,
     run_options,
+    seed,
     shard_options,
     side,
     whole,
 )
 from qwenedit.cli.batch import LANGUAGES, LAYOUTS
 from qwenedit.cli.completion import SHELLS, completion
+from qwenedit.cli.explore import explore
 from qwenedit.cli.process import INTERRUPTED, Interrupts, open_streams, say
 from qwenedit.cli.train import train
 from qwenedit.foreign import shown
@@ -132,6 +135,23 @@ def _parser() -> argparse.ArgumentParser:
     run_options(decompose)
     add("--layers", type=batch, metavar="N", help="how many (default: 4): OUT-1.png, OUT-2.png, ...")
     add("--resolution", type=side, metavar="R", help="640 (default) or 1024: layers of R x R in area")
+
+    look = command(explore, "look inside an edit: a page for a browser, of one run or two beside each other")
+    add = look.add_argument
+    what = "the picture(s) to edit; none to make one from the prompt alone"
+    add("pictures", nargs="*", type=path, metavar="PICTURE", help=what)
+    add("prompt", metavar="PROMPT", help="what to change, or to show")
+    run_options(look, "OUT.html", "where the page goes")
+    picture_options(look)
+    add("--second-seed", type=seed, metavar="N", help="another run beside it, from another seed")
+    add("--second-prompt", metavar="T", help="another run with another prompt")
+    add(
+        "--second-switch",
+        action=Switch,
+        default={},
+        metavar="NAME=VALUE",
+        help="another run with a switch, added to those of --switch; repeatable",
+    )
 
     checkpoint_options(command(commands.info, "what a checkpoint holds, or what would be downloaded"))
     checkpoint_options(
