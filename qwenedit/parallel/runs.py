@@ -52,11 +52,7 @@ def agree(processes: Processes | None, call: Any, run: Any, networks: Sequence[n
     """
     if processes is None:
         return
-    if processes.spec.cfg > 1 and run.guidance is None:
-        raise ValueError(
-            f"parallel '{processes.spec}' runs the two branches of guidance at the same time, but this run "
-            "has none: wanted a true_cfg_scale above 1 and a negative prompt, or parallel without cfg"
-        )
+    processes.spec.require_guidance(run.guidance is not None)
     networks = list(dict.fromkeys(networks))
     for network in networks:  # ControlNets may be put in at any time
         share_tokens(network, processes)
