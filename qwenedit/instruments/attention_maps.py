@@ -160,6 +160,7 @@ class AttentionMaps(Records):
         self._detach = detach
         self._parts: dict[str, Tensor] = {}  # of the attention that is running
         self._key_mask: Tensor | None = None  # likewise
+        self._elsewhere = False  # another process runs the wanted branch
 
     @contextmanager
     def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
@@ -175,7 +176,7 @@ class AttentionMaps(Records):
             for hook in hooks:
                 hook.remove()
             self._parts.clear()
-        if not self._records:
+        if not self._records and not self._elsewhere:
             raise RuntimeError(
                 "no attention map was collected: no step or branch that ran is among those wanted"
             )
@@ -185,6 +186,7 @@ class AttentionMaps(Records):
 
     def _collect(self, x: Tensor, site: Site) -> None:
         if not self._wanted(site):
+            self._elsewhere |= self._wanted.branch == site.labels.get("elsewhere", "")
             return
         self._parts[site.name] = x
         if site.name != _PARTS[-1]:
