@@ -17,6 +17,8 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
 from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.parallel.processes import Processes
+from qwenedit.parallel.ulysses import share_tokens
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -43,10 +45,12 @@ def assemble(
     text_encoder: bool,
     controlnets: Sequence[Source],
     progress: bool,
+    processes: Processes | None = None,
 ) -> Kind:
     """Check and load the components of a checkpoint and its ControlNets, as a system of this kind.
 
-    `source` None is the embedded model; `files` is as for `compare_networks`.
+    `source` None is the embedded model; `files` is as for `compare_networks`. Of several `processes` each
+    calls this.
 
     Raises:
         ValueError: no such checkpoint, one of another family, or files that do not fit.
@@ -63,6 +67,9 @@ def assemble(
 
     compared = compare_networks(folder, names, files)
     config: MMDiTConfig = network_config(folder, "transformer")
+    if processes is not None:
+        processes.spec.require_heads(config.num_attention_heads)
+        progress = progress and processes.rank == 0
     added = compare_controlnets(controlnets, config, variant, progress=progress)
     if modes.residency == "auto":
         found = {one.report.component: one.found for one in compared}
@@ -81,8 +88,11 @@ def assemble(
         variant=variant,
         areas=areas,
         folder=folder,
+        processes=processes,
     )
     system.progress = progress
+    if processes is not None:
+        share_tokens(system.mmdit, processes)
     add_controlnets(system, added)
     return system
 

@@ -32,6 +32,8 @@ from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
+from qwenedit.parallel.processes import meet
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
@@ -323,6 +325,7 @@ class QwenImageEdit(Loras, Parts):
             )
         )  # fmt: skip
 
+    @in_one_run
     def _run(self, call: Call) -> Result[Any]:
         """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)
@@ -358,6 +361,7 @@ def load(
     residency: str = "auto",
     modulation: str = "live",
     storage: str | None = None,
+    parallel: str | None = None,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -388,10 +392,12 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
+        parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4": by branch of
+            guidance, and by tokens. All make the same calls and get the same results (docs/scale.md).
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that do not stay in memory.
+            `compile`, no C++ compiler, or weights that do not stay in memory; another number of processes.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
@@ -399,9 +405,11 @@ def load(
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
+    processes, device = meet(parallel, device, compile=compile)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
+        processes=processes,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

@@ -23,13 +23,14 @@ from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
 from qwenedit.cli.workers import require_alone, work
-from qwenedit.family import PRESETS, preset_of
+from qwenedit.family import PRESETS, Sampling, preset_of
 from qwenedit.foreign import shown
 from qwenedit.inputs.controls import controls_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
+from qwenedit.parallel.spec import checked_spec, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -53,7 +54,7 @@ def edit(options: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in options.pictures]
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(image=pictures, **masks))
-    _save(pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
+    _save(pipe, pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -61,7 +62,7 @@ def generate(options: argparse.Namespace) -> None:
     image = None if options.image is None else open_picture(options.image)
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(source=image, **masks))
-    _save(pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
+    _save(pipe, pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
 
 
 def _masks(options: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _checked(options: argparse.Namespace, call: Call) -> tuple[Path, dict[str, A
     (row,) = rows = _silent(lambda: rows_of(*prompts, call.image, variant, areas, **size, starts=call.starts))
     call = dataclasses.replace(call, switches=switches)
     sources = _silent(lambda: sources_for(call, rows, variant, areas))
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
     strength = 1.0 if sources is None else sources.strength
     scheduler, tokens = load_scheduler(folder), math.prod(row.geometry.grid)
@@ -106,6 +107,12 @@ def _checked(options: argparse.Namespace, call: Call) -> tuple[Path, dict[str, A
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
         "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
+
+
+def _check_guidance(options: argparse.Namespace, run: Sampling) -> None:
+    guidance = _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    if (spec := spec_of(options.parallel)) is not None:
+        spec.require_guidance(guidance is not None)
 
 
 def _controls(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def decompose(options: argparse.Namespace) -> None:
     check_alpha(options.output)
     picture = open_picture(options.picture)
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     folder = _folder(options)
     variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
     areas = read_areas(folder, variant)
@@ -160,12 +167,15 @@ def decompose(options: argparse.Namespace) -> None:
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
     generator, sampler = _generator(options), options.sampler
     settings = {**vars(run), **vars(layering), "generator": generator, "sampler": sampler}
-    _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
+    pipe = _load(options, folder)
+    _save(pipe, pipe.decompose(picture, options.prompt, **settings).images, outputs)
 
 
-def _save(images: Iterable[Any], outputs: list[Path]) -> None:
-    save_pictures(images, outputs)
-    say(*outputs)
+def _save(pipe: QwenImageEdit, images: Iterable[Any], outputs: list[Path]) -> None:
+    """Write the pictures; of several processes the first does."""
+    if pipe.processes is None or pipe.processes.rank == 0:
+        save_pictures(images, outputs)
+        say(*outputs)
 
 
 def info(options: argparse.Namespace) -> None:
@@ -252,6 +262,7 @@ def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
     dtype_of(options.dtype, device_of(options.device))
     modes_of(**_modes(options))
+    checked_spec(options.parallel, compile=options.compile)
     if options.compile:
         require_compiler()
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
@@ -264,7 +275,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
         folder,
         progress=not options.quiet,
         text_encoder=options.text_encoder or True,
-        **_chosen(options, "device", "dtype", "mmdit", "vae"),
+        **_chosen(options, "device", "dtype", "mmdit", "vae", "parallel"),
         **_modes(options),
         **others,
     )
@@ -272,7 +283,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, name)
     pipe.set_adapters(names, [scale for _, scale in loras])
-    if options.model is None:
+    if options.model is None and (pipe.processes is None or pipe.processes.rank == 0):
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
 
