@@ -79,7 +79,7 @@ class JointAttention(Tapped):
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
         width = heads * head_dim
-        self.heads = heads
+        self.head_dim = head_dim
         self.img_q = nn.Linear(width, width)
         self.img_k = nn.Linear(width, width)
         self.img_v = nn.Linear(width, width)
@@ -141,7 +141,7 @@ class JointAttention(Tapped):
         return self.split_heads(torch.cat([txt, img], dim=1))  # B J H K
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
+        return x.unflatten(-1, (-1, self.head_dim))  # B S D -> B S H K
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """The same attention with its maps as tensors; softmax in at least float32."""

@@ -1,0 +1,103 @@
+"""Split the weights of networks over the processes of a run, on the meta device, before they are read.
+
+    split_weights   each process keeps a part of every weight; a block's are gathered while it runs
+    split_heads     each process keeps some heads and a part of the MLP, and computes with them alone
+
+`weights.loading` then reads each process's own part. The modules stay the same, and so do their forwards:
+torch adds hooks to them, which are noted as transparent (`taps.modified`), so that what is computed once a
+run or once a step stays so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from qwenedit.memory.residency import BLOCK_LISTS, Modes
+from qwenedit.networks.mmdit import Block, MMDiT
+from qwenedit.weights.report import Compared
+
+__all__ = ["SPLIT", "require_splittable", "split_heads", "split_weights"]
+
+SPLIT = ("transformer", "text_encoder")  # the networks whose weights `split_weights` splits
+
+
+def require_splittable(compared: Iterable[Compared], modes: Modes, how: str) -> None:
+    """Require weights that stay in memory and can be read in parts; `how` they are to be split, in words.
+
+    Raises:
+        ValueError: a residency other than "resident", another modulation or storage; fp8 or GGUF weights.
+    """
+    if modes not in (Modes(), Modes("auto")):
+        raise ValueError(
+            f"{how} keeps a part of the weights in each process's memory, which {modes} does not: wanted "
+            "residency='resident', modulation='live' and storage=None, or cfg=2 alone"
+        )
+    for one in compared:
+        strange = next((stored for stored in one.found.values() if not stored.plain), None)
+        if strange is not None:
+            raise ValueError(
+                f"{how} reads parts of weights, but {strange.key} of {strange.path} is {strange.dtype}: "
+                "wanted a file in bfloat16, float16 or float32, as the checkpoint has, or no splitting"
+            )
+
+
+def split_weights(network: nn.Module, component: str, mesh: DeviceMesh) -> None:
+    """Split every weight of the blocks by its first dimension over the processes of a mesh with one axis.
+
+    A block's weights are gathered when it is called, and dropped after it. The adaLN layers of a transformer
+    block are gathered apart, so only once a step. The rest of the transformer is gathered in the first
+    forward, and stays; that of the text encoder is not split.
+
+    Source: `torch.distributed.fsdp.fully_shard`; the arithmetic is that of one process.
+    """
+    for path in BLOCK_LISTS[component]:
+        for block in network.get_submodule(path).children():
+            apart = [block.img_mod, block.txt_mod] if isinstance(block, Block) else []
+            for module in (*apart, block):
+                _shard(module, mesh, drop=True)
+    if component == "transformer":
+        _shard(network, mesh, drop=False)
+    _note_hooks(network)
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, *, drop: bool) -> None:
+    own = type(module).__module__
+    fully_shard(module, mesh=mesh, reshard_after_forward=drop)
+    type(module).__module__ = own  # of the class that torch derives; `taps.modified` looks at it
+
+
+def split_heads(mmdit: MMDiT, mesh: DeviceMesh) -> None:
+    """Split heads, MLPs and adaLN layers of the blocks over the processes of a mesh with one axis.
+
+    The streams are whole in every process. Attention and MLP sum their outputs over the processes, so last
+    digits differ from those of one process. adaLN vectors are computed in parts and gathered. What is in no
+    block is not split.
+
+    Source: Megatron-LM (arXiv 1909.08053), with `torch.distributed.tensor.parallel`.
+    """
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    plan: dict[str, ParallelStyle] = {}
+    for stream in ("img", "txt"):
+        plan |= {f"attn.{stream}_{layer}": columns for layer in "qkv"} | {f"attn.{stream}_out": rows}
+        plan |= {f"{stream}_mlp.up": columns, f"{stream}_mlp.down": rows}
+        plan[f"{stream}_mod.linear"] = ColwiseParallel(output_layouts=Replicate())
+    for block in mmdit.blocks:
+        parallelize_module(block, mesh, plan)
+    _note_hooks(mmdit)
+
+
+def _note_hooks(network: nn.Module) -> None:
+    for module in network.modules():
+        if hooks := {*module._forward_hooks, *module._forward_pre_hooks}:
+            module.__dict__["_transparent_hooks"] = frozenset(hooks)
