@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_split", "own_part", "part_bytes", "placed_like", "whole", "write_whole"]
+__all__ = ["is_split", "own_part", "part_bytes", "placed_like", "put_back", "whole", "write_whole"]
 
 
 def is_split(module: nn.Module) -> bool:
@@ -51,6 +51,13 @@ def placed_like(value: Tensor, weight: Tensor) -> nn.Parameter:
             run_check=False, shape=weight.shape, stride=weight.stride(),
         )  # fmt: skip
     return nn.Parameter(value, requires_grad=False)
+
+
+def put_back(network: nn.Module) -> None:
+    """Drop the weights that `fully_shard` has gathered and kept, so that the parts can be written to."""
+    reshard: Any = getattr(network, "reshard", None)
+    if reshard is not None:
+        reshard()
 
 
 def whole(weight: Tensor) -> Tensor:
