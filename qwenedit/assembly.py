@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -26,6 +26,9 @@ from qwenedit.weights.controlnets import Source, compare_controlnet, resolve_con
 from qwenedit.weights.loading import compare_networks, read_networks, require_fitting
 from qwenedit.weights.report import Compared
 
+if TYPE_CHECKING:
+    from qwenedit.parallel.processes import Processes
+
 __all__ = ["add_controlnets", "assemble", "compare_controlnets", "modes_of", "other_files"]
 
 Kind = TypeVar("Kind", bound=System)
@@ -43,10 +46,12 @@ def assemble(
     text_encoder: bool,
     controlnets: Sequence[Source],
     progress: bool,
+    processes: Processes | None = None,
 ) -> Kind:
     """Check and load the components of a checkpoint and its ControlNets, as a system of this kind.
 
-    `source` None is the embedded model; `files` is as for `compare_networks`.
+    `source` None is the embedded model; `files` is as for `compare_networks`. Of several `processes` each
+    calls this.
 
     Raises:
         ValueError: no such checkpoint, one of another family, or files that do not fit.
@@ -63,6 +68,8 @@ def assemble(
 
     compared = compare_networks(folder, names, files)
     config: MMDiTConfig = network_config(folder, "transformer")
+    if processes is not None:
+        processes.spec.require_heads(config.num_attention_heads)
     added = compare_controlnets(controlnets, config, variant, progress=progress)
     if modes.residency == "auto":
         found = {one.report.component: one.found for one in compared}
@@ -81,6 +88,7 @@ def assemble(
         variant=variant,
         areas=areas,
         folder=folder,
+        processes=processes,
     )
     system.progress = progress
     add_controlnets(system, added)

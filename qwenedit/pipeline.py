@@ -32,6 +32,7 @@ from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
+from qwenedit.parallel.spec import ParallelSpec, checked_spec
 from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
@@ -358,6 +359,7 @@ def load(
     residency: str = "auto",
     modulation: str = "live",
     storage: str | None = None,
+    parallel: str | ParallelSpec | None = None,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -388,20 +390,33 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
+        parallel: how several processes share each run, like "cfg=2,ulysses=4" (docs/scale.md): each of them,
+            as torchrun starts them, makes the same calls and gets the same results. cfg=2 runs the two
+            branches of guidance at the same time; ulysses=N shares out the tokens, and in attention the
+            heads, of which there must be a multiple of N.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that do not stay in memory.
+            `compile`, no C++ compiler, or weights that do not stay in memory; with `parallel`, another number
+            of processes.
     """
-    device = device_of(device)
+    spec, device = checked_spec(parallel, compile=compile), device_of(device)
     dtype = dtype_of(dtype, device)
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
+    processes = None
+    if spec is not None:
+        from qwenedit.parallel.processes import device_here, join  # not in every torch
+
+        device = device_here(device)
+        processes = join(spec, device)
+        progress = progress and processes.rank == 0
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
+        processes=processes,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

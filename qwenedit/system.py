@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -43,6 +43,9 @@ from qwenedit.sampling.switched import (
 )
 from qwenedit.switches import Switches, VAEPath
 from qwenedit.taps import require_finite
+
+if TYPE_CHECKING:  # torch.distributed is not part of every torch
+    from qwenedit.parallel.processes import Processes
 
 __all__ = ["Result", "Run", "Start", "System", "as_array"]
 
@@ -143,6 +146,7 @@ class System:
         check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
             and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
         folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
+        processes: those that share each run (`load(parallel=...)`); None for this one alone.
     """
 
     vision_language: VisionLanguage | None
@@ -159,6 +163,7 @@ class System:
     sampler: str | Sampler | None = None
     check_finite: bool = True
     folder: Path | None = None
+    processes: Processes | None = None
 
     def __repr__(self) -> str:
         """The kind of system, and a line for each network: its weights, and how many blocks it has."""

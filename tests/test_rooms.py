@@ -31,7 +31,8 @@ TIED = (
 )
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up
-    GROUND, "networks", "inputs", "weights", "memory", "parallel", "encoding", "sampling", TIED,
+    GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling",
+    "parallel", TIED,
     "instruments", "training", "mini", "ablation", "parity", "cli", DOORS,
 )  # fmt: skip
 FILES = {

@@ -29,6 +29,7 @@ from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
+from qwenedit.parallel.spec import checked_spec
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -52,7 +53,7 @@ def edit(options: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in options.pictures]
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(image=pictures, **masks))
-    _save(pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
+    _save(pipe, pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ def generate(options: argparse.Namespace) -> None:
     image = None if options.image is None else open_picture(options.image)
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(source=image, **masks))
-    _save(pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
+    _save(pipe, pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
 
 
 def _masks(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,12 +155,15 @@ def decompose(options: argparse.Namespace) -> None:
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
     generator, sampler = _generator(options), options.sampler
     settings = {**vars(run), **vars(layering), "generator": generator, "sampler": sampler}
-    _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
+    pipe = _load(options, folder)
+    _save(pipe, pipe.decompose(picture, options.prompt, **settings).images, outputs)
 
 
-def _save(images: Iterable[Any], outputs: list[Path]) -> None:
-    save_pictures(images, outputs)
-    say(*outputs)
+def _save(pipe: QwenImageEdit, images: Iterable[Any], outputs: list[Path]) -> None:
+    """Write the pictures; of several processes the first does."""
+    if pipe.processes is None or pipe.processes.rank == 0:
+        save_pictures(images, outputs)
+        say(*outputs)
 
 
 def info(options: argparse.Namespace) -> None:
@@ -241,6 +245,7 @@ def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
     dtype_of(options.dtype, device_of(options.device))
     modes_of(**_modes(options))
+    checked_spec(options.parallel, compile=options.compile)
     if options.compile:
         require_compiler()
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
@@ -253,7 +258,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
         folder,
         progress=not options.quiet,
         text_encoder=options.text_encoder or True,
-        **_chosen(options, "device", "dtype", "mmdit", "vae"),
+        **_chosen(options, "device", "dtype", "mmdit", "vae", "parallel"),
         **_modes(options),
         **others,
     )
@@ -261,7 +266,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, name)
     pipe.set_adapters(names, [scale for _, scale in loras])
-    if options.model is None:
+    if options.model is None and (pipe.processes is None or pipe.processes.rank == 0):
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
 

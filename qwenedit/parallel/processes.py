@@ -1,0 +1,231 @@
+"""The processes that share a run: who this one is, its groups, agreement before a run, and failures.
+
+Processes are started by torchrun, or by whatever sets its variables: RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT. What they tell each other outside of tensors goes through torch's store, which waits
+in short turns, so that it can say who is missing, and why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store
+
+from qwenedit.foreign import shown
+from qwenedit.parallel.spec import AXES, ParallelSpec
+
+__all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "device_here", "join", "leave"]
+
+PATIENCE = 600.0  # seconds that a process waits for another, which may be loading weights
+TURN = 0.02  # seconds between two looks into the store
+
+
+class ProcessesDiffer(ValueError):
+    """The processes were not given the same run. Each of them raises this, with the same message."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process failed, ended or did not come."""
+
+
+def device_here(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs of a machine, the one with the process's own number."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def join(spec: ParallelSpec, device: torch.device) -> Processes:
+    """Meet the other processes, in groups along the axes of the spec.
+
+    Their number is the spec's (`checked_spec`). A process group that the caller has started is used as it is.
+
+    Raises:
+        ProcessLost: another process did not come.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+        except (dist.DistError, ValueError) as error:
+            missing = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
+            raise ProcessLost(
+                f"process {os.environ.get('RANK', '?')} of {spec.processes} did not meet the others at "
+                f"{shown(missing)}: {shown(str(error), 300)}"
+            ) from error
+        atexit.register(leave)
+    return Processes(spec, device)
+
+
+def leave() -> None:
+    """End this process's part in the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Processes:
+    """The processes of a run, as this one sees them.
+
+    Attributes:
+        spec: how many there are along each axis.
+        rank, count: this process's number, from 0, and how many there are.
+        mesh: the processes as torch's `DeviceMesh`, with the axes' names.
+    """
+
+    def __init__(self, spec: ParallelSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        numbers = torch.arange(self.count).reshape(spec.sizes)
+        self.mesh = DeviceMesh.from_group(
+            [_own_group(numbers, axis) for axis in range(len(AXES))], device.type, numbers,
+            mesh_dim_names=AXES,
+        )  # fmt: skip
+        self._agreed = 0  # how many runs all processes have agreed on
+        self._running = False
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
+        return self
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes that differ from this one along an axis alone, itself included."""
+        return self.mesh.get_group(axis)
+
+    def place(self, axis: str) -> int:
+        """This process's number along an axis."""
+        return self.mesh.get_local_rank(axis)
+
+    def agree(self, about: Mapping[str, Any]) -> Any:
+        """Wait for all processes before a run, and require that they are about to do the same.
+
+        Args:
+            about: what must be equal, as JSON, by the name that a message gives it.
+
+        Raises:
+            ProcessesDiffer: it is not equal; the message names the process and the first such name.
+            ProcessLost: a process failed before, or did not come.
+        """
+        self._agreed += 1
+        mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in about.items()}
+        self._tell("run", json.dumps(mine))
+        told = [json.loads(self._hear("run", other)) for other in range(self.count)]
+        for name in dict.fromkeys(name for one in told for name in one):
+            values = [one.get(name, "nothing") for one in told]
+            for other, value in enumerate(values):
+                if value != values[0]:
+                    raise ProcessesDiffer(
+                        f"the processes differ in {name}: process {other} has {shown(value, 300)}, process 0 "
+                        f"{shown(values[0], 300)}; all of them need the same call"
+                    )
+
+    @contextmanager
+    def told_of_failures(self) -> Iterator[None]:
+        """Around what comes before the agreement: if it fails here, the others do not wait."""
+        before = self._agreed
+        try:
+            yield
+        except BaseException as error:
+            if self._agreed == before:
+                self._agreed += 1
+                self._tell("failed", _in_a_line(error))
+            raise
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around what exchanges tensors: if it fails here, the others end with an error, and do not wait.
+
+        The groups cannot be used afterwards: what is on its way in them belongs to the run that failed.
+        """
+        try:
+            yield
+        except (GeneratorExit, ProcessLost):
+            raise
+        except BaseException as error:
+            with suppress(RuntimeError):  # the store may be gone with the process that held it
+                _get_default_store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
+            if self.device.type == "cpu":  # closes the connections, which the others notice
+                leave()
+            raise
+
+    @contextmanager
+    def waiting(self, axis: str, what: str) -> Iterator[None]:
+        """Around an exchange along an axis; an error of it says who waited for whom.
+
+        Raises:
+            ProcessLost: the exchange failed.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            others = [n for n in dist.get_process_group_ranks(self.group(axis)) if n != self.rank]
+            raise ProcessLost(
+                f"process {self.rank} waited for process {', '.join(map(str, others))} to exchange {what}: "
+                f"{self._why(others) or shown(str(error), 300)}"
+            ) from error
+
+    def _why(self, others: list[int]) -> str:
+        """What the processes said when they failed, which they may say after the connection breaks."""
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            for other in others:
+                if (failed := self._failure(other)) is not None:
+                    return f"process {other} failed with {failed}"
+            time.sleep(TURN)
+        return ""
+
+    def _key(self, kind: str, process: int) -> str:
+        return f"qwenedit/{kind}/{self._agreed}/{process}"
+
+    def _tell(self, kind: str, text: str) -> None:
+        _get_default_store().set(self._key(kind, self.rank), text)
+
+    def _hear(self, kind: str, process: int) -> str:
+        store, key, until = _get_default_store(), self._key(kind, process), time.monotonic() + PATIENCE
+        while not store.check([key]):
+            if (failed := self._failure(process)) is not None:
+                raise ProcessLost(f"process {process} failed before the run: {failed}")
+            if time.monotonic() > until:
+                raise ProcessLost(
+                    f"process {self.rank} waited {PATIENCE:g} s for process {process} to begin the same run: "
+                    "it has ended, or does something else"
+                )
+            time.sleep(TURN)
+        return store.get(key).decode()
+
+    def _failure(self, process: int) -> str | None:
+        """What a process said when it failed: before this run, or in any run, which is for good."""
+        with suppress(RuntimeError):
+            store = _get_default_store()
+            for key in (self._key("failed", process), f"qwenedit/lost/{process}"):
+                if store.check([key]):
+                    return store.get(key).decode()
+        return None
+
+
+def _own_group(numbers: torch.Tensor, axis: int) -> dist.ProcessGroup:
+    """This process's group along an axis. Every process makes every group, in the same order."""
+    own = None
+    rows = numbers.movedim(axis, -1).reshape(-1, numbers.shape[axis])
+    for row in rows.tolist():
+        group = dist.new_group(row, timeout=timedelta(seconds=PATIENCE), group_desc=f"qwenedit {AXES[axis]}")
+        if dist.get_rank() in row:
+            own = group
+    assert own is not None and math.prod(rows.shape) == numbers.numel()
+    return own
+
+
+def _in_a_line(error: BaseException) -> str:
+    return shown(" ".join(f"{type(error).__name__}: {error}".split()), 500)
