@@ -360,6 +360,7 @@ def load(
     modulation: str = "live",
     storage: str | None = None,
     parallel: str | ParallelSpec | None = None,
+    split_weights: bool = False,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -393,16 +394,21 @@ def load(
         parallel: how several processes share each run, like "cfg=2,ulysses=4" (docs/scale.md): each of them,
             as torchrun starts them, makes the same calls and gets the same results. cfg=2 runs the two
             branches of guidance at the same time; ulysses=N shares out the tokens, and in attention the
-            heads, of which there must be a multiple of N.
+            heads, of which there must be a multiple of N; tensor=N shares out the transformer's heads and
+            MLPs, weights and all, and changes last digits.
+        split_weights: each of these processes keeps its part of the transformer's and the text encoder's
+            weights, and gathers a block's while it runs. Results are bitwise equal. With this, and with
+            tensor, each process reads only its own part from the files.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
             `compile`, no C++ compiler, or weights that do not stay in memory; with `parallel`, another number
             of processes.
     """
-    spec, device = checked_spec(parallel, compile=compile), device_of(device)
+    device = device_of(device)
     dtype = dtype_of(dtype, device)
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
+    spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
@@ -416,7 +422,7 @@ def load(
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
-        processes=processes,
+        processes=processes, split_weights=split_weights,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

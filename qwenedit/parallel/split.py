@@ -10,10 +10,11 @@ run or once a step stays so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
@@ -23,33 +24,42 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from qwenedit.memory.residency import BLOCK_LISTS, Modes
+from qwenedit.foreign import shown
+from qwenedit.memory.residency import BLOCK_LISTS
 from qwenedit.networks.mmdit import Block, MMDiT
+from qwenedit.parallel.processes import Processes
 from qwenedit.weights.report import Compared
 
-__all__ = ["SPLIT", "require_splittable", "split_heads", "split_weights"]
+__all__ = ["SPLIT", "split", "split_heads", "split_weights"]
 
 SPLIT = ("transformer", "text_encoder")  # the networks whose weights `split_weights` splits
 
 
-def require_splittable(compared: Iterable[Compared], modes: Modes, how: str) -> None:
-    """Require weights that stay in memory and can be read in parts; `how` they are to be split, in words.
+def split(compared: Sequence[Compared], processes: Processes, *, weights: bool) -> None:
+    """Split networks that are to be read: with `weights` by `split_weights`, else by `split_heads`.
 
     Raises:
-        ValueError: a residency other than "resident", another modulation or storage; fp8 or GGUF weights.
+        ValueError: fp8 or GGUF weights, of which no parts can be read.
     """
-    if modes not in (Modes(), Modes("auto")):
-        raise ValueError(
-            f"{how} keeps a part of the weights in each process's memory, which {modes} does not: wanted "
-            "residency='resident', modulation='live' and storage=None, or cfg=2 alone"
-        )
-    for one in compared:
-        strange = next((stored for stored in one.found.values() if not stored.plain), None)
+    names = SPLIT if weights else SPLIT[:1]
+    # With `weights` over all processes, whatever their axes: each holds the same share.
+    mesh = (
+        init_device_mesh(processes.device.type, (processes.count,)) if weights else processes.mesh["tensor"]
+    )
+    for module, found, report in compared:
+        if report.component not in names:
+            continue
+        strange = next((stored for stored in found.values() if not stored.plain), None)
         if strange is not None:
             raise ValueError(
-                f"{how} reads parts of weights, but {strange.key} of {strange.path} is {strange.dtype}: "
-                "wanted a file in bfloat16, float16 or float32, as the checkpoint has, or no splitting"
+                f"split weights are read in parts, but {shown(strange.key)} of {strange.path} is stored as "
+                f"{strange.dtype}: wanted bfloat16, float16 or float32, or parallel without tensor and "
+                "split_weights"
             )
+        if weights:
+            split_weights(module, report.component, mesh)
+        else:
+            split_heads(cast(MMDiT, module), mesh)
 
 
 def split_weights(network: nn.Module, component: str, mesh: DeviceMesh) -> None:
