@@ -79,7 +79,7 @@ class JointAttention(Tapped):
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
         width = heads * head_dim
-        self.head_dim = head_dim
+        self.heads, self.head_dim = heads, head_dim
         self.img_q = nn.Linear(width, width)
         self.img_k = nn.Linear(width, width)
         self.img_v = nn.Linear(width, width)
