@@ -26,13 +26,12 @@ from torch.distributed.tensor.parallel import (
 
 from qwenedit.foreign import shown
 from qwenedit.memory.residency import BLOCK_LISTS
+from qwenedit.memory.sharing import SPLIT_LAYERS, SPLIT_NETWORKS
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.parallel.processes import Processes
 from qwenedit.weights.report import Compared
 
-__all__ = ["SPLIT", "split", "split_heads", "split_weights"]
-
-SPLIT = ("transformer", "text_encoder")  # the networks whose weights `split_weights` splits
+__all__ = ["split", "split_heads", "split_weights"]
 
 
 def split(compared: Sequence[Compared], processes: Processes, *, weights: bool) -> None:
@@ -41,7 +40,7 @@ def split(compared: Sequence[Compared], processes: Processes, *, weights: bool) 
     Raises:
         ValueError: fp8 or GGUF weights, of which no parts can be read.
     """
-    names = SPLIT if weights else SPLIT[:1]
+    names = SPLIT_NETWORKS if weights else ("transformer",)
     # With `weights` over all processes, whatever their axes: each holds the same share.
     mesh = (
         init_device_mesh(processes.device.type, (processes.count,)) if weights else processes.mesh["tensor"]
@@ -96,12 +95,11 @@ def split_heads(mmdit: MMDiT, mesh: DeviceMesh) -> None:
 
     Source: Megatron-LM (arXiv 1909.08053), with `torch.distributed.tensor.parallel`.
     """
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    plan: dict[str, ParallelStyle] = {}
-    for stream in ("img", "txt"):
-        plan |= {f"attn.{stream}_{layer}": columns for layer in "qkv"} | {f"attn.{stream}_out": rows}
-        plan |= {f"{stream}_mlp.up": columns, f"{stream}_mlp.down": rows}
-        plan[f"{stream}_mod.linear"] = ColwiseParallel(output_layouts=Replicate())
+    plan: dict[str, ParallelStyle] = {
+        layer: ColwiseParallel() if dim == 0 else RowwiseParallel() for layer, dim in SPLIT_LAYERS.items()
+    }
+    for modulation in ("img_mod.linear", "txt_mod.linear"):
+        plan[modulation] = ColwiseParallel(output_layouts=Replicate())
     for block in mmdit.blocks:
         parallelize_module(block, mesh, plan)
     _note_hooks(mmdit)
