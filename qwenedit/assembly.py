@@ -97,6 +97,10 @@ def assemble(
         processes=processes,
     )
     system.progress = progress
+    if processes is not None:
+        from qwenedit.parallel.ulysses import share_tokens
+
+        share_tokens(system.mmdit, processes)
     add_controlnets(system, added)
     return system
 

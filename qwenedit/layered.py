@@ -29,7 +29,7 @@ from qwenedit.latents import Grid
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Guidance, Seen, Switches
-from qwenedit.system import Result, System, as_array
+from qwenedit.system import Result, System, as_array, in_one_run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,6 +83,7 @@ class Layers(System):
 
     @hinting
     @torch.no_grad()
+    @in_one_run
     def decompose(
         self,
         image: Image.Image | Sequence[Image.Image],

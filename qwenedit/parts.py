@@ -25,7 +25,7 @@ from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.sampling.switched import require_encoded, require_pictures
 from qwenedit.switches import Switches, switches_of
-from qwenedit.system import Result, Run
+from qwenedit.system import Result, Run, in_one_run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,6 +63,7 @@ class Parts(ReferenceScripts):
         return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
     @hinting
+    @in_one_run
     def steps(
         self,
         conditioning: Conditioning,
@@ -99,7 +100,12 @@ class Parts(ReferenceScripts):
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
-        return self._steps(conditioning, self._run_under(conditioning, call))
+        steps = self._steps(conditioning, self._run_under(conditioning, call))
+        if self.processes is None:
+            return steps
+        from qwenedit.parallel.runs import guarded
+
+        return guarded(self.processes, steps)
 
     @overload
     def sample(
@@ -126,6 +132,7 @@ class Parts(ReferenceScripts):
 
     @hinting
     @torch.no_grad()
+    @in_one_run
     def sample(
         self,
         conditioning: Conditioning,

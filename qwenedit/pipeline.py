@@ -41,7 +41,7 @@ from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
-from qwenedit.system import Result
+from qwenedit.system import Result, in_one_run
 from qwenedit.weights.checkpoints import find_local
 from qwenedit.weights.controlnets import Source, sources_of
 
@@ -324,6 +324,7 @@ class QwenImageEdit(Loras, Parts):
             )
         )  # fmt: skip
 
+    @in_one_run
     def _run(self, call: Call) -> Result[Any]:
         """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)

@@ -45,7 +45,7 @@ from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.switches import Seen, Switches, switches_of
-from qwenedit.system import Result, Run
+from qwenedit.system import Result, Run, in_one_run
 from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from
@@ -88,6 +88,7 @@ class ReferenceScripts(Layers):
     def __call__(self, *positional: Any, **options: Any) -> Result[Any]: ...
 
     @torch.no_grad()
+    @in_one_run
     def __call__(self, *positional: Any, **options: Any) -> Result[Any] | tuple[Any]:
         """Edit, generate without an image, or decompose with a Layered checkpoint, as in the reference.
 

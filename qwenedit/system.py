@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,6 +32,7 @@ from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
+from qwenedit.sampling.predictor import Branches, one_after_the_other
 from qwenedit.sampling.preserve import noised, preserving
 from qwenedit.sampling.sampler import Predict, Preserve, Step, checked
 from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
@@ -47,10 +50,11 @@ from qwenedit.taps import require_finite
 if TYPE_CHECKING:  # torch.distributed is not part of every torch
     from qwenedit.parallel.processes import Processes
 
-__all__ = ["Result", "Run", "Start", "System", "as_array"]
+__all__ = ["Result", "Run", "Start", "System", "as_array", "in_one_run"]
 
 Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,6 +124,17 @@ class Start:
     preserve: Preserve | None = None
     source: Tensor | None = None
     controls: tuple[RunControl, ...] = ()
+
+
+def in_one_run(method: Method) -> Method:
+    """The method, which begins a run: of processes that share it, one that fails does not keep the others."""
+
+    @functools.wraps(method)
+    def run(self: System, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.processes is None else self.processes.in_one_run():
+            return method(self, *args, **kwargs)
+
+    return cast("Method", run)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -255,10 +270,16 @@ class System:
         for k, control in enumerate(controls):
             if (own := next(control.net.parameters()).dtype) != self.dtype:
                 raise ValueError(f"the net of control {k} is {own}, wanted {self.dtype}, as the transformer")
-        return Run(
+        run = Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
+        if self.processes is not None:
+            from qwenedit.parallel.runs import agree_on_run
+
+            nets = dict.fromkeys(control.net for control in controls)
+            agree_on_run(self.processes, call, run, [self.mmdit, *nets])
+        return run
 
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
@@ -314,10 +335,18 @@ class System:
         return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
 
     def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
+        branches: Branches = one_after_the_other
+        conditioning = conditioning.to(self.device, self.dtype)
+        if self.processes is not None:
+            from qwenedit.parallel.branches import branches_of
+            from qwenedit.parallel.runs import conditioning_of_first
+
+            conditioning = conditioning_of_first(self.processes, conditioning)
+            branches = branches_of(self.processes)
         return switched_predictor(
-            self.mmdit, conditioning.to(self.device, self.dtype), run.switches,
-            guided=run.guidance is not None, micro_batch=self.micro_batch, sigmas=run.sigmas[:-1],
-            controls=start.controls,
+            self.mmdit, conditioning, run.switches, guided=run.guidance is not None,
+            micro_batch=self.micro_batch, sigmas=run.sigmas[:-1], controls=start.controls,
+            branches=branches,
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -95,7 +96,6 @@ class Processes:
             mesh_dim_names=AXES,
         )  # fmt: skip
         self._agreed = 0  # how many runs all processes have agreed on
-        self._running = False
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
         return self
@@ -108,61 +108,96 @@ class Processes:
         """This process's number along an axis."""
         return self.mesh.get_local_rank(axis)
 
-    def agree(self, about: Mapping[str, Any]) -> Any:
+    def agree(self, about: Mapping[str, Any], *, draws: bool) -> None:
         """Wait for all processes before a run, and require that they are about to do the same.
 
         Args:
             about: what must be equal, as JSON, by the name that a message gives it.
+            draws: the run draws from torch's own generators: all processes then go on from process 0's state.
 
         Raises:
             ProcessesDiffer: it is not equal; the message names the process and the first such name.
             ProcessLost: a process failed before, or did not come.
         """
+        if not dist.is_initialized():
+            raise ProcessLost(f"process {self.rank} left the others when a run failed: start again")
         self._agreed += 1
-        mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in about.items()}
-        self._tell("run", json.dumps(mine))
+        mine = {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
+        self._tell("run", json.dumps({"about": mine, "state": self._state() if draws else None}))
         told = [json.loads(self._hear("run", other)) for other in range(self.count)]
-        for name in dict.fromkeys(name for one in told for name in one):
-            values = [one.get(name, "nothing") for one in told]
+        for name in told[0]["about"]:
+            values = [one["about"].get(name, "nothing") for one in told]
             for other, value in enumerate(values):
                 if value != values[0]:
                     raise ProcessesDiffer(
                         f"the processes differ in {name}: process {other} has {shown(value, 300)}, process 0 "
                         f"{shown(values[0], 300)}; all of them need the same call"
                     )
+        if draws:
+            self._set_state(told[0]["state"])
 
-    @contextmanager
-    def told_of_failures(self) -> Iterator[None]:
-        """Around what comes before the agreement: if it fails here, the others do not wait."""
-        before = self._agreed
-        try:
-            yield
-        except BaseException as error:
-            if self._agreed == before:
-                self._agreed += 1
-                self._tell("failed", _in_a_line(error))
-            raise
+    def _state(self) -> list[list[int]]:
+        """The states of torch's own generators, of the CPU and of this process's GPU."""
+        states = [torch.get_rng_state()]
+        states += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [state.tolist() for state in states]
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around what exchanges tensors: if it fails here, the others end with an error, and do not wait.
+    def _set_state(self, states: list[list[int]]) -> None:
+        first, *others = (torch.tensor(state, dtype=torch.uint8) for state in states)
+        torch.set_rng_state(first)
+        for state in others:
+            torch.cuda.set_rng_state(state, self.device)
 
-        The groups cannot be used afterwards: what is on its way in them belongs to the run that failed.
+    def first(self, x: Tensor, what: str) -> Tensor:
+        """Process 0's values of a tensor that has one shape in all processes.
+
+        Raises:
+            ProcessLost: another process failed, or did not come.
         """
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        with self.waiting(None, what):
+            dist.broadcast(x.view(torch.uint8) if x.dtype != torch.bool else x, 0)
+        return x
+
+    @contextmanager
+    def in_one_run(self, *, agreed: bool = False) -> Iterator[None]:
+        """Around a run: if it fails here alone, the others end with an error, and do not wait.
+
+        Args:
+            agreed: the processes have agreed already.
+        """
+        before = self._agreed - agreed
         try:
             yield
-        except (GeneratorExit, ProcessLost):
+        except (GeneratorExit, ProcessLost, ProcessesDiffer):
             raise
         except BaseException as error:
             with suppress(RuntimeError):  # the store may be gone with the process that held it
-                _get_default_store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
-            if self.device.type == "cpu":  # closes the connections, which the others notice
-                leave()
+                if self._agreed == before:
+                    self._agreed += 1
+                    self._tell("failed", _in_a_line(error))
+                else:
+                    self._fail_in_a_run(error)
             raise
 
+    def _fail_in_a_run(self, error: BaseException) -> None:
+        """If all processes fail in the same run, their groups are in order. If this one is alone, they end:
+
+        what is on its way in them belongs to the run.
+        """
+        self._tell("stopped", _in_a_line(error))
+        keys, until = [self._key("stopped", other) for other in range(self.count)], time.monotonic() + 2
+        while not _get_default_store().check(keys):
+            if time.monotonic() > until:
+                _get_default_store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
+                if self.device.type == "cpu":  # closes the connections, which the others notice
+                    leave()
+                return
+            time.sleep(TURN)
+
     @contextmanager
-    def waiting(self, axis: str, what: str) -> Iterator[None]:
-        """Around an exchange along an axis; an error of it says who waited for whom.
+    def waiting(self, axis: str | None, what: str) -> Iterator[None]:
+        """Around an exchange along an axis, or of all; an error of it says who waited for whom.
 
         Raises:
             ProcessLost: the exchange failed.
@@ -170,7 +205,8 @@ class Processes:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            others = [n for n in dist.get_process_group_ranks(self.group(axis)) if n != self.rank]
+            together = dist.get_process_group_ranks(None if axis is None else self.group(axis))
+            others = [process for process in together if process != self.rank]
             raise ProcessLost(
                 f"process {self.rank} waited for process {', '.join(map(str, others))} to exchange {what}: "
                 f"{self._why(others) or shown(str(error), 300)}"

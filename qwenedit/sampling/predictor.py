@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +18,16 @@ from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, time
 from qwenedit.sampling.sampler import Predict
 from qwenedit.taps import observed, scope
 
-__all__ = ["predictor"]
+__all__ = ["Branches", "one_after_the_other", "predictor"]
+
+# a function of a branch's name, and whether the step is guided -> cond, uncond (None in an unguided step)
+Branches = Callable[[Callable[[str], Tensor], bool], "tuple[Tensor, Tensor | None]"]
+
+
+def one_after_the_other(branch: Callable[[str], Tensor], guided: bool) -> tuple[Tensor, Tensor | None]:
+    """A step's predictions, both by this process: the default `Branches`."""
+    cond = branch("cond")
+    return cond, branch("uncond") if guided else None
 
 
 def predictor(
@@ -30,6 +39,7 @@ def predictor(
     sigmas: Sequence[float] = (),
     controls: Sequence[RunControl] = (),
     each: bool = False,
+    branches: Branches = one_after_the_other,
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
@@ -44,6 +54,7 @@ def predictor(
             them at once.
         controls: what ControlNets add to the target's tokens, in the steps in which they act.
         each: run the ControlNets for each branch; by default the positive prompt's residuals serve both.
+        branches: how a step's branches are run.
 
     Rows whose reference pictures differ in size run in groups, so that each row is computed as it would be
     alone. If nothing observes the transformer (`taps.observed`), step-invariant tensors are cached between
@@ -85,9 +96,7 @@ def predictor(
             return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
         with _as_cached(mmdit, cache):
-            cond = branch("cond")
-            uncond = branch("uncond") if guided else None
-        return cond, uncond
+            return branches(branch, guided)
 
     return predict
 

@@ -63,3 +63,8 @@ def test_another_number_of_processes_is_refused_with_the_remedy():
 def test_compiled_blocks_exchange_nothing():
     with pytest.raises(ValueError, match="compile=True does not go with parallel 'ulysses=2'"):
         checked_spec("ulysses=2", compile=True)
+
+
+@pytest.mark.parametrize("mode", ["cfg", "ulysses"])
+def test_equal(outcomes, mode):
+    assert value(outcomes, mode) == 0

@@ -1,0 +1,54 @@
+"""cfg=2: half of the processes run the branch with the prompt, half the one with the negative prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwenedit.parallel.processes import Processes
+from qwenedit.sampling.predictor import Branches, one_after_the_other
+
+__all__ = ["SharedBranches", "branches_of"]
+
+BRANCHES = ("cond", "uncond")
+
+
+def branches_of(processes: Processes) -> Branches:
+    """How a step's branches are run by these processes."""
+    return SharedBranches(processes) if processes.spec.cfg > 1 else one_after_the_other
+
+
+class SharedBranches:
+    """A step's predictions, of which each process computes one (`sampling.predictor.Branches`).
+
+    Both then have both, and guidance and the sampler's rule run on each of them.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def __call__(self, branch: Callable[[str], Tensor], guided: bool) -> tuple[Tensor, Tensor | None]:
+        """In an unguided step all processes compute the one branch.
+
+        Raises:
+            ValueError: the prediction has a gradient, which would end here.
+            ProcessLost: another process failed, or did not come.
+        """
+        if not guided:
+            return branch("cond"), None
+        own = branch(BRANCHES[self._processes.place("cfg")]).contiguous()
+        if own.requires_grad:
+            raise ValueError(
+                "gradients do not cross processes: wrap the run in torch.no_grad(), or load without cfg=2"
+            )
+        both = [torch.empty_like(own) for _ in BRANCHES]
+        with self._processes.waiting("cfg", "predictions"):
+            dist.all_gather(
+                [x.view(torch.uint8) for x in both],
+                own.view(torch.uint8),
+                group=self._processes.group("cfg"),
+            )
+        return both[0], both[1]
