@@ -266,6 +266,8 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, name)
     pipe.set_adapters(names, [scale for _, scale in loras])
+    if pipe.processes is not None and pipe.processes.spec.tensor > 1:
+        pipe.fuse_lora()  # into the parts of the weights: beside them they do not fit
     if options.model is None and (pipe.processes is None or pipe.processes.rank == 0):
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe

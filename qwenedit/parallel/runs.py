@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.networks.low_rank import LowRankLinear
 from qwenedit.parallel.digest import about_run
 from qwenedit.parallel.processes import Processes
 from qwenedit.parallel.ulysses import share_tokens
@@ -22,13 +23,18 @@ def agree_on_run(processes: Processes, call: Any, run: Any, networks: Sequence[n
     """Require that all processes are about to do the same run. One without a generator draws the same noise.
 
     Raises:
-        ValueError: they are not; or cfg=2 without guidance.
+        ValueError: they are not; cfg=2 without guidance; or tensor with a LoRA that is not fused.
         ProcessLost: a process failed before, or did not come.
     """
     if processes.spec.cfg > 1 and run.guidance is None:
         raise ValueError(
             f"parallel '{processes.spec}' runs the two branches of guidance at the same time, but this run "
             "has none: wanted a true_cfg_scale above 1 and a negative prompt, or parallel without cfg"
+        )
+    if processes.spec.tensor > 1 and any(isinstance(x, LowRankLinear) for x in networks[0].modules()):
+        raise ValueError(
+            f"parallel '{processes.spec}' splits layers, and a LoRA is beside them: call fuse_lora or "
+            "unload_lora_weights first"
         )
     for network in networks:  # ControlNets may be put in at any time
         share_tokens(network, processes)
