@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
 from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.parallel.processes import Processes
+from qwenedit.parallel.ulysses import share_tokens
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -25,9 +27,6 @@ from qwenedit.weights.configs import network_config
 from qwenedit.weights.controlnets import Source, compare_controlnet, resolve_controlnet
 from qwenedit.weights.loading import compare_networks, read_networks, require_fitting
 from qwenedit.weights.report import Compared
-
-if TYPE_CHECKING:
-    from qwenedit.parallel.processes import Processes
 
 __all__ = ["add_controlnets", "assemble", "compare_controlnets", "modes_of", "other_files"]
 
@@ -71,6 +70,7 @@ def assemble(
     config: MMDiTConfig = network_config(folder, "transformer")
     if processes is not None:
         processes.spec.require_heads(config.num_attention_heads)
+        progress = progress and processes.rank == 0
     added = compare_controlnets(controlnets, config, variant, progress=progress)
     if processes is not None and (split_weights or processes.spec.tensor > 1):
         from qwenedit.parallel.split import split
@@ -98,8 +98,6 @@ def assemble(
     )
     system.progress = progress
     if processes is not None:
-        from qwenedit.parallel.ulysses import share_tokens
-
         share_tokens(system.mmdit, processes)
     add_controlnets(system, added)
     return system

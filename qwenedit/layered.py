@@ -26,10 +26,11 @@ from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Guidance, Seen, Switches
-from qwenedit.system import Result, System, as_array, in_one_run
+from qwenedit.system import Result, System, as_array
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,13 +19,14 @@ from qwenedit.checks import check_output_type, hinting
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
+from qwenedit.parallel.runs import guarded, in_one_run
 from qwenedit.reference_scripts import ReferenceScripts
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.sampling.switched import require_encoded, require_pictures
 from qwenedit.switches import Switches, switches_of
-from qwenedit.system import Result, Run, in_one_run
+from qwenedit.system import Result, Run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,10 +102,6 @@ class Parts(ReferenceScripts):
             control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
         steps = self._steps(conditioning, self._run_under(conditioning, call))
-        if self.processes is None:
-            return steps
-        from qwenedit.parallel.runs import guarded
-
         return guarded(self.processes, steps)
 
     @overload

@@ -32,7 +32,8 @@ from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.parallel.spec import ParallelSpec, checked_spec
+from qwenedit.parallel.processes import meet
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
@@ -41,7 +42,7 @@ from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.saving import save
 from qwenedit.switches import Switches, switches_of
-from qwenedit.system import Result, in_one_run
+from qwenedit.system import Result
 from qwenedit.weights.checkpoints import find_local
 from qwenedit.weights.controlnets import Source, sources_of
 
@@ -360,7 +361,7 @@ def load(
     residency: str = "auto",
     modulation: str = "live",
     storage: str | None = None,
-    parallel: str | ParallelSpec | None = None,
+    parallel: str | None = None,
     split_weights: bool = False,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
@@ -392,34 +393,24 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
-        parallel: how several processes share each run, like "cfg=2,ulysses=4" (docs/scale.md): each of them,
-            as torchrun starts them, makes the same calls and gets the same results. cfg=2 runs the two
-            branches of guidance at the same time; ulysses=N shares out the tokens, and in attention the
-            heads, of which there must be a multiple of N; tensor=N shares out the transformer's heads and
-            MLPs, weights and all, and changes last digits.
+        parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4": by branch of
+            guidance, by tokens, and with tensor=N by heads and weights, which changes last digits. All make
+            the same calls and get the same results (docs/scale.md).
         split_weights: each of these processes keeps its part of the transformer's and the text encoder's
             weights, and gathers a block's while it runs. Results are bitwise equal. With this, and with
             tensor, each process reads only its own part from the files.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that do not stay in memory; with `parallel`, another number
-            of processes.
+            `compile`, no C++ compiler, or weights that do not stay in memory; another number of processes.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
-    spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
-    processes = None
-    if spec is not None:
-        from qwenedit.parallel.processes import device_here, join  # not in every torch
-
-        device = device_here(device)
-        processes = join(spec, device)
-        progress = progress and processes.rank == 0
+    processes, device = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,

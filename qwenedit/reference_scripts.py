@@ -39,13 +39,14 @@ from qwenedit.memory.residency import present, read_when_needed
 from qwenedit.networks.low_rank import Change
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.reference_call import ReferenceCall, given_prompt
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.reference_scheduler import from_reference
 from qwenedit.sampling.sampler import Step
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.switches import Seen, Switches, switches_of
-from qwenedit.system import Result, Run, in_one_run
+from qwenedit.system import Result, Run
 from qwenedit.taps import cache_context
 from qwenedit.version import __version__
 from qwenedit.weights.configs import config_from

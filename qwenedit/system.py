@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,9 +28,10 @@ from qwenedit.memory.residency import home, move, present, while_present
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.parallel.processes import Processes
+from qwenedit.parallel.runs import agree, shared
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
-from qwenedit.sampling.predictor import Branches, one_after_the_other
 from qwenedit.sampling.preserve import noised, preserving
 from qwenedit.sampling.sampler import Predict, Preserve, Step, checked
 from qwenedit.sampling.samplers import Sampler, count_predictions, require_sampler, sampler_of
@@ -47,14 +46,10 @@ from qwenedit.sampling.switched import (
 from qwenedit.switches import Switches, VAEPath
 from qwenedit.taps import require_finite
 
-if TYPE_CHECKING:  # torch.distributed is not part of every torch
-    from qwenedit.parallel.processes import Processes
-
-__all__ = ["Result", "Run", "Start", "System", "as_array", "in_one_run"]
+__all__ = ["Result", "Run", "Start", "System", "as_array"]
 
 Own = TypeVar("Own", bound="System")
 Images = TypeVar("Images")
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,17 +119,6 @@ class Start:
     preserve: Preserve | None = None
     source: Tensor | None = None
     controls: tuple[RunControl, ...] = ()
-
-
-def in_one_run(method: Method) -> Method:
-    """The method, which begins a run: of processes that share it, one that fails does not keep the others."""
-
-    @functools.wraps(method)
-    def run(self: System, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self.processes is None else self.processes.in_one_run():
-            return method(self, *args, **kwargs)
-
-    return cast("Method", run)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -274,11 +258,7 @@ class System:
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
-        if self.processes is not None:
-            from qwenedit.parallel.runs import agree_on_run
-
-            nets = dict.fromkeys(control.net for control in controls)
-            agree_on_run(self.processes, call, run, [self.mmdit, *nets])
+        agree(self.processes, call, run, [self.mmdit, *(control.net for control in controls)])
         return run
 
     def begin(self, run: Run) -> Start:
@@ -335,18 +315,10 @@ class System:
         return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
 
     def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
-        branches: Branches = one_after_the_other
-        conditioning = conditioning.to(self.device, self.dtype)
-        if self.processes is not None:
-            from qwenedit.parallel.branches import branches_of
-            from qwenedit.parallel.runs import conditioning_of_first
-
-            conditioning = conditioning_of_first(self.processes, conditioning)
-            branches = branches_of(self.processes)
+        conditioning, branches = shared(self.processes, conditioning.to(self.device, self.dtype))
         return switched_predictor(
             self.mmdit, conditioning, run.switches, guided=run.guidance is not None,
-            micro_batch=self.micro_batch, sigmas=run.sigmas[:-1], controls=start.controls,
-            branches=branches,
+            micro_batch=self.micro_batch, sigmas=run.sigmas[:-1], controls=start.controls, branches=branches,
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:

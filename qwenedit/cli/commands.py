@@ -22,14 +22,14 @@ from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
-from qwenedit.family import PRESETS, preset_of
+from qwenedit.family import PRESETS, Sampling, preset_of
 from qwenedit.foreign import shown
 from qwenedit.inputs.controls import controls_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.parallel.spec import checked_spec
+from qwenedit.parallel.spec import checked_spec, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -86,7 +86,7 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     (row,) = rows = _silent(lambda: rows_of(*prompts, call.image, variant, areas, **size, starts=call.starts))
     call = dataclasses.replace(call, switches=switches)
     sources = _silent(lambda: sources_for(call, rows, variant, areas))
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
     strength = 1.0 if sources is None else sources.strength
     scheduler, tokens = load_scheduler(folder), math.prod(row.geometry.grid)
@@ -101,6 +101,12 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
         "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
+
+
+def _check_guidance(options: argparse.Namespace, run: Sampling) -> None:
+    guidance = _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    if (spec := spec_of(options.parallel)) is not None:
+        spec.require_guidance(guidance is not None)
 
 
 def _controls(options: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def decompose(options: argparse.Namespace) -> None:
     check_alpha(options.output)
     picture = open_picture(options.picture)
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     folder = _folder(options)
     variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
     areas = read_areas(folder, variant)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interrupts, warnings.catch_warnings():
             options = _parser().parse_args(arguments)
-            warnings.showwarning = _warn
+            warnings.showwarning = _warn if _process(options) == 0 else _ignore
             return options.run(options) or 0  # `parity` returns its own status
     except (Exception, KeyboardInterrupt) as error:
         if interrupts.came or isinstance(error, KeyboardInterrupt):
@@ -71,13 +72,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return INTERRUPTED
         if options is None or options.debug:
             raise
-        say(f"qwenedit: {_one_line(error)}", error=True)
+        number = _process(options)
+        if number == 0:
+            say(f"qwenedit: {_one_line(error)}", error=True)
+        elif not getattr(error, "is_everyones", False):  # process 0 says it
+            say(f"qwenedit: process {number}: {_one_line(error)}", error=True)
         return 2
+
+
+def _process(options: argparse.Namespace) -> int:
+    """The number of this process among those that share the run; 0 for one that is alone."""
+    number = os.environ.get("RANK", "0") if getattr(options, "parallel", None) else "0"
+    return int(number) if number.isdecimal() else 0
 
 
 def _warn(message: Warning | str, *_where: Any, **_source: Any) -> None:
     """A warning in one line, without its place in the code."""
     say(f"qwenedit: warning: {shown(' '.join(str(message).split()), _LINE)}", error=True)
+
+
+def _ignore(*_where: Any, **_source: Any) -> None:
+    """A warning that process 0 says, too."""
 
 
 def _one_line(error: BaseException) -> str:

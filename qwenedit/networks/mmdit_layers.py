@@ -99,10 +99,10 @@ class JointAttention(Tapped):
         key_mask: Tensor | None,
         wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        k = torch.cat([self.txt_k(txt), self.img_k(img)], dim=1)
-        v = torch.cat([self.txt_v(txt), self.img_v(img)], dim=1)
+        k = self.joint(self.txt_k(txt), self.img_k(img))
+        v = self.joint(self.txt_v(txt), self.img_v(img))
         if wanted is None:
-            q = torch.cat([self.txt_q(txt), self.img_q(img)], dim=1)
+            q = self.joint(self.txt_q(txt), self.img_q(img))
         else:
             # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
             q = self.img_q(img[:, :wanted].contiguous())
@@ -149,6 +149,9 @@ class JointAttention(Tapped):
         if self.tapped("scores", "probs"):
             return by_heads(self.explicit_attention, q, k, v, key_mask).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
+
+    def joint(self, txt: Tensor, img: Tensor) -> Tensor:
+        return torch.cat([txt, img], dim=1)  # B J D
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # B S D -> B S H K

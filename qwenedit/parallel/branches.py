@@ -9,20 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwenedit.parallel.processes import Processes
-from qwenedit.sampling.predictor import Branches, one_after_the_other
 
-__all__ = ["SharedBranches", "branches_of"]
+__all__ = ["SharedBranches"]
 
 BRANCHES = ("cond", "uncond")
 
 
-def branches_of(processes: Processes) -> Branches:
-    """How a step's branches are run by these processes."""
-    return SharedBranches(processes) if processes.spec.cfg > 1 else one_after_the_other
-
-
 class SharedBranches:
-    """A step's predictions, of which each process computes one (`sampling.predictor.Branches`).
+    """A step's predictions, of which each process computes one (`sampling.branches.Branches`).
 
     Both then have both, and guidance and the sampler's rule run on each of them.
     """

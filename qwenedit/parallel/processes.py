@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
 
 from qwenedit.foreign import shown
-from qwenedit.parallel.spec import AXES, ParallelSpec
+from qwenedit.memory.residency import Modes
+from qwenedit.parallel.spec import AXES, ParallelSpec, checked_spec
 
-__all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "device_here", "join", "leave"]
+__all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "join", "leave", "meet"]
 
 PATIENCE = 600.0  # seconds that a process waits for another, which may be loading weights
 TURN = 0.02  # seconds between two looks into the store
@@ -35,37 +35,52 @@ TURN = 0.02  # seconds between two looks into the store
 class ProcessesDiffer(ValueError):
     """The processes were not given the same run. Each of them raises this, with the same message."""
 
+    is_everyones = True  # one process need say it
 
-class ProcessLost(RuntimeError):
+
+class ProcessLost(ConnectionError):
     """Another process failed, ended or did not come."""
 
+    is_everyones = True
 
-def device_here(device: torch.device) -> torch.device:
-    """The device of this process: of several GPUs of a machine, the one with the process's own number."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+def meet(
+    parallel: str | None, device: torch.device, *, compile: bool, split_weights: bool, modes: Modes
+) -> tuple[Processes | None, torch.device]:
+    """Meet the other processes of a spec, like "cfg=2"; None without one. With this process's own device.
+
+    Of several GPUs of a machine, a process has the one with its own number. A process group that the caller
+    has started is used as it is.
+
+    Raises:
+        ValueError: as `checked_spec`.
+        ProcessLost: another process did not come.
+    """
+    spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
+    if spec is None:
+        return None, device
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return join(spec, device), device
 
 
 def join(spec: ParallelSpec, device: torch.device) -> Processes:
-    """Meet the other processes, in groups along the axes of the spec.
-
-    Their number is the spec's (`checked_spec`). A process group that the caller has started is used as it is.
+    """The processes that were started, in groups along the axes of the spec, whose number theirs is.
 
     Raises:
         ProcessLost: another process did not come.
     """
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
-        except (dist.DistError, ValueError) as error:
-            missing = os.environ.get("MASTER_ADDR", "MASTER_ADDR, which is not set")
+        except (RuntimeError, ValueError) as error:
             raise ProcessLost(
                 f"process {os.environ.get('RANK', '?')} of {spec.processes} did not meet the others at "
-                f"{shown(missing)}: {shown(str(error), 300)}"
+                f"{shown(os.environ.get('MASTER_ADDR', 'MASTER_ADDR, which is not set'))}: "
+                f"{shown(str(error), 300)}"
             ) from error
         atexit.register(leave)
     return Processes(spec, device)
@@ -86,6 +101,8 @@ class Processes:
         mesh: the processes as torch's `DeviceMesh`, with the axes' names.
     """
 
+    agreed = 0  # how many agreements this process has come to, in all of its pipelines
+
     def __init__(self, spec: ParallelSpec, device: torch.device) -> None:
         self.spec = spec
         self.device = device
@@ -95,7 +112,6 @@ class Processes:
             [_own_group(numbers, axis) for axis in range(len(AXES))], device.type, numbers,
             mesh_dim_names=AXES,
         )  # fmt: skip
-        self._agreed = 0  # how many runs all processes have agreed on
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
         return self
@@ -121,7 +137,7 @@ class Processes:
         """
         if not dist.is_initialized():
             raise ProcessLost(f"process {self.rank} left the others when a run failed: start again")
-        self._agreed += 1
+        Processes.agreed += 1
         mine = {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
         self._tell("run", json.dumps({"about": mine, "state": self._state() if draws else None}))
         told = [json.loads(self._hear("run", other)) for other in range(self.count)]
@@ -166,15 +182,15 @@ class Processes:
         Args:
             agreed: the processes have agreed already.
         """
-        before = self._agreed - agreed
+        before = self.agreed - agreed
         try:
             yield
         except (GeneratorExit, ProcessLost, ProcessesDiffer):
             raise
         except BaseException as error:
             with suppress(RuntimeError):  # the store may be gone with the process that held it
-                if self._agreed == before:
-                    self._agreed += 1
+                if self.agreed == before:
+                    Processes.agreed += 1
                     self._tell("failed", _in_a_line(error))
                 else:
                     self._fail_in_a_run(error)
@@ -187,9 +203,9 @@ class Processes:
         """
         self._tell("stopped", _in_a_line(error))
         keys, until = [self._key("stopped", other) for other in range(self.count)], time.monotonic() + 2
-        while not _get_default_store().check(keys):
+        while not _store().check(keys):
             if time.monotonic() > until:
-                _get_default_store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
+                _store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
                 if self.device.type == "cpu":  # closes the connections, which the others notice
                     leave()
                 return
@@ -223,13 +239,13 @@ class Processes:
         return ""
 
     def _key(self, kind: str, process: int) -> str:
-        return f"qwenedit/{kind}/{self._agreed}/{process}"
+        return f"qwenedit/{kind}/{self.agreed}/{process}"
 
     def _tell(self, kind: str, text: str) -> None:
-        _get_default_store().set(self._key(kind, self.rank), text)
+        _store().set(self._key(kind, self.rank), text)
 
     def _hear(self, kind: str, process: int) -> str:
-        store, key, until = _get_default_store(), self._key(kind, process), time.monotonic() + PATIENCE
+        store, key, until = _store(), self._key(kind, process), time.monotonic() + PATIENCE
         while not store.check([key]):
             if (failed := self._failure(process)) is not None:
                 raise ProcessLost(f"process {process} failed before the run: {failed}")
@@ -244,11 +260,17 @@ class Processes:
     def _failure(self, process: int) -> str | None:
         """What a process said when it failed: before this run, or in any run, which is for good."""
         with suppress(RuntimeError):
-            store = _get_default_store()
+            store = _store()
             for key in (self._key("failed", process), f"qwenedit/lost/{process}"):
                 if store.check([key]):
                     return store.get(key).decode()
         return None
+
+
+def _store() -> dist.Store:
+    from torch.distributed.distributed_c10d import _get_default_store  # not in every torch
+
+    return _get_default_store()
 
 
 def _own_group(numbers: torch.Tensor, axis: int) -> dist.ProcessGroup:

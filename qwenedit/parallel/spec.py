@@ -65,6 +65,18 @@ class ParallelSpec:
                 f"tensor={self.tensor} does not divide: wanted a product of the two that does"
             )
 
+    def require_guidance(self, guided: bool) -> None:
+        """Check that a run has the branches that cfg runs at the same time.
+
+        Raises:
+            ValueError: it has one.
+        """
+        if self.cfg > 1 and not guided:
+            raise ValueError(
+                f"parallel '{self}' runs guidance's two branches at the same time, but this run has none: "
+                "wanted a true_cfg_scale above 1 and a negative prompt, or parallel without cfg"
+            )
+
 
 def spec_of(parallel: Any) -> ParallelSpec | None:
     """The spec that a text describes, like "cfg=2,ulysses=4"; None for one process.

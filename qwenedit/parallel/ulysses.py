@@ -163,7 +163,8 @@ class UlyssesShards:
         return self.shares.gathered(img, 1, (TARGET,) if target_only else IMG, "the velocity")
 
     def own_target(self, x: Tensor) -> Tensor:
-        return x.split(self.shares.of(x.shape[1]), 1)[self.shares.place]
+        self.shares.counts = {TARGET: self.shares.of(x.shape[1])}
+        return self.shares.cut(x, 1, (TARGET,))[self.shares.place]
 
     def join(
         self, q: Tensor, k: Tensor, v: Tensor, *, target_only: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,22 +12,14 @@ from torch import Tensor
 from qwenedit.encoding.conditioning import Conditioning, Prompt, RowGroup
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import Control, MMDiT, RunCache
+from qwenedit.sampling.branches import Branches, one_after_the_other
 from qwenedit.sampling.compiling import eager_if_modified
 from qwenedit.sampling.controls import Controls, RunControl
 from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, timestep_of, without_modulation
 from qwenedit.sampling.sampler import Predict
 from qwenedit.taps import observed, scope
 
-__all__ = ["Branches", "one_after_the_other", "predictor"]
-
-# a function of a branch's name, and whether the step is guided -> cond, uncond (None in an unguided step)
-Branches = Callable[[Callable[[str], Tensor], bool], "tuple[Tensor, Tensor | None]"]
-
-
-def one_after_the_other(branch: Callable[[str], Tensor], guided: bool) -> tuple[Tensor, Tensor | None]:
-    """A step's predictions, both by this process: the default `Branches`."""
-    cond = branch("cond")
-    return cond, branch("uncond") if guided else None
+__all__ = ["predictor"]
 
 
 def predictor(

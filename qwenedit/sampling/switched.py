@@ -23,8 +23,9 @@ from qwenedit.inputs.masks import Sources
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import joint_key_mask
+from qwenedit.sampling.branches import Branches, one_after_the_other
 from qwenedit.sampling.controls import RunControl
-from qwenedit.sampling.predictor import Branches, one_after_the_other, predictor
+from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict, current_interval
 from qwenedit.sampling.scheduler import (
     CURVES,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,15 @@ def environment(count: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(count)]
 
 
-def run_cases(file: str, count: int) -> dict[str, list[Outcome]]:
-    """The outcomes of all cases of tests/parallel/FILE.py, by name, for each of `count` processes."""
+def run_cases(file: str, count: int, folders: Mapping[str, Path]) -> dict[str, list[Outcome]]:
+    """The outcomes of all cases of tests/parallel/FILE.py, by name, for each of `count` processes.
+
+    `folders` are checkpoints, which the cases find by their names.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.parallel.processes", file, folder]
-        started = [subprocess.Popen(command, env=one, cwd=ROOT) for one in environment(count)]
+        known = {"QWENEDIT_TEST_FOLDERS": json.dumps({name: str(one) for name, one in folders.items()})}
+        started = [subprocess.Popen(command, env=one | known, cwd=ROOT) for one in environment(count)]
         try:
             for process in started:
                 process.wait(LIMIT)
@@ -83,7 +88,7 @@ def main(file: str, folder: str) -> None:
     processes.PATIENCE = PATIENCE
     cases = importlib.import_module(f"tests.parallel.{file}")
     told = {}
-    for name, case in vars(cases).items():
+    for name, case in list(vars(cases).items()):
         if not name.startswith("case_"):
             continue
         outcome = Outcome()
