@@ -67,6 +67,11 @@ def run_options(
         metavar="AXIS=N,...",
         help="share the run out among the processes that torchrun started, like cfg=2,ulysses=4",
     )
+    add(
+        "--split-weights",
+        action="store_true",
+        help="each of these processes keeps its part of the weights (same picture, less memory)",
+    )
     device_options(command)
     quiet_option(command)
 

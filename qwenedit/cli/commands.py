@@ -261,8 +261,8 @@ def _switches(options: argparse.Namespace) -> Switches:
 def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
     dtype_of(options.dtype, device_of(options.device))
-    modes_of(**_modes(options))
-    checked_spec(options.parallel, compile=options.compile)
+    modes, split_weights = modes_of(**_modes(options)), options.split_weights
+    checked_spec(options.parallel, compile=options.compile, split_weights=split_weights, modes=modes)
     if options.compile:
         require_compiler()
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
@@ -275,7 +275,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
         folder,
         progress=not options.quiet,
         text_encoder=options.text_encoder or True,
-        **_chosen(options, "device", "dtype", "mmdit", "vae", "parallel"),
+        **_chosen(options, "device", "dtype", "mmdit", "vae", "parallel", "split_weights"),
         **_modes(options),
         **others,
     )
@@ -283,6 +283,8 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, name)
     pipe.set_adapters(names, [scale for _, scale in loras])
+    if pipe.processes is not None and pipe.processes.spec.tensor > 1:
+        pipe.fuse_lora()  # into the parts of the weights: beside them they do not fit
     if options.model is None and (pipe.processes is None or pipe.processes.rank == 0):
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
