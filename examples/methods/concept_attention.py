@@ -8,8 +8,9 @@ and no image or text token looks at them. The map of a concept is the mean over 
 
     softmax over the concepts of  o_img . o_c
 
-Source: ConceptAttention, arXiv 2502.04320, section 4, for FLUX: the last ten of 18 blocks. A concept's first
-token is the mean of its embeddings under the template without a picture; it has the text's first position.
+Source: ConceptAttention, arXiv 2502.04320, section 4, for FLUX, in the last ten of its 18 double blocks. A
+concept is T5's embedding of a word there. Here it is that of the word's last token, before the five that end the
+template without a picture, and all concepts have the text's first position.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -17,29 +18,32 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from qwenedit import taps
+from qwenedit.taps import current_labels
 
 
 @contextmanager
 def concept_attention(pipe, concepts=("circle", "square", "triangle", "background"), blocks=(3, 4, 5)):
-    """Yield a list, which gets (B, tokens of the target, concepts) from each block and step of the prompt."""
+    """Yield a list of the maps (B, target's tokens, concepts) of each step and block, with the prompt."""
     words = pipe.condition(None, list(concepts), negative_prompt=None).prompt
-    means = torch.stack([x[:n].mean(0) for x, n in zip(words.embeds, words.lengths)])
-    now, maps = {}, []
-
-    def beside(block, inputs, _outputs):
-        img, txt, temb, rope, _, target = inputs[:6]
-        if block is pipe.mmdit.blocks[0]:
-            now["c"] = pipe.mmdit.txt_in(pipe.mmdit.txt_norm(means)).expand(len(img), -1, -1)
-        ours = [torch.cat([x[:1].expand(len(means), -1, -1), x[txt.shape[1] :]]) for x in rope]
-        image = now.get("img_heads")
-        now["c"] = block.forward(img, now["c"], temb, ours, None, target)[1]
-        if image is not None and block in [pipe.mmdit.blocks[n] for n in blocks]:
-            maps.append((image[:, :target].flatten(2) @ now["txt_heads"].flatten(2).mT).softmax(-1))
+    c_0 = torch.stack([row[length - 6] for row, length in zip(words.embeds, words.lengths, strict=True)])
+    heads, maps, numbers = {}, [], {block: number for number, block in enumerate(pipe.mmdit.blocks)}
 
     def keep(x, site):
-        now[site.name] = x if site.labels["branch"] == "cond" else None
+        heads[site.name] = x
+
+    def beside(block, inputs, _outputs):
+        img, txt, temb, rope, _key_mask, target = inputs[:6]
+        if current_labels()["branch"] != "cond":
+            return
+        if numbers[block] == 0:
+            heads["c"] = pipe.mmdit.txt_in(pipe.mmdit.txt_norm(c_0)).expand(len(img), -1, -1)
+        ours = [torch.cat([table[:1].expand(len(c_0), -1, -1), table[txt.shape[1] :]]) for table in rope]
+        image = heads["img_heads"][:, :target].flatten(2)  # of the run; the next line makes others
+        heads["c"] = block.forward(img, heads["c"], temb, ours, None, target)[1]
+        if numbers[block] in blocks:
+            maps.append((image @ heads["txt_heads"].flatten(2).mT).softmax(-1))
 
     with ExitStack() as stack, taps(pipe.mmdit, {"blocks.*.attn.{img,txt}_heads": keep}):
-        for block in pipe.mmdit.blocks:
+        for block in numbers:
             stack.callback(block.register_forward_hook(beside).remove)
         yield maps

@@ -2,12 +2,12 @@
 
     picture_k = edit(picture_{k-1}, noise_k),    k = 1 ... 10
 
-with noise_k the run's noise in all of them, or new noise for each but the first. Errors of decoding, rounding to
-8 bits and encoding add up, and those of the sampler, too; the same noise repeats its own error.
+with noise_k the run's noise in all of them, or new noise for each but the first. The errors of sampling, of
+decoding, of rounding to 8 bits and of encoding add up.
 
-Source: the multi-turn consistency that Qwen-Image-Edit-2511's model card and FLUX.1 Kontext (arXiv 2506.15742,
-figure 12) measure. There each turn has an instruction of its own; here the text encoder sees the first picture
-in all turns.
+Source: the drift over several turns that FLUX.1 Kontext (arXiv 2506.15742) and the model card of
+Qwen-Image-Edit-2511 are about. There each turn has its own instruction. Here there is one, and the text
+encoder sees the first picture in all turns; only the reference latents are the last one's.
 """
 
 from contextlib import contextmanager
@@ -25,19 +25,21 @@ def drift(pipe, edits=10, fresh=True):
     seen = {}
 
     def last_picture(x, site):
-        seen["grid"], source = site.labels["layout"].grids[0], source_tokens(site.labels["layout"])
+        layout, source = site.labels["layout"], source_tokens(site.labels["layout"])
+        seen["grid"] = layout.grids[0]
         if "latents" in seen:
-            return torch.cat([x[:, : source.start], seen["latents"][site.labels["rows"]], x[:, source.stop :]], 1)
+            own = seen["latents"][site.labels["rows"]]
+            return torch.cat([x[:, : source.start], own, x[:, source.stop :]], dim=1)
 
     def sampler(predict, noise, sigmas, guidance, preserve):
         for edit in range(edits):
-            if edit:
-                pictures = to_pil(pipe.decode(step.after, seen["grid"]))
-                seen["latents"] = torch.cat([picture_latents(pipe, one)[0] for one in pictures])
             if edit and fresh:
                 noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(edit)).to(noise)
             for step in euler(predict, noise, sigmas, guidance, preserve):
                 yield step
+            if edit < edits - 1:
+                pictures = to_pil(pipe.decode(step.after, seen["grid"]))
+                seen["latents"] = torch.cat([picture_latents(pipe, one)[0] for one in pictures])
         seen.clear()
 
     with taps(pipe.mmdit, {"latents": last_picture}), sampled_by(pipe, sampler):

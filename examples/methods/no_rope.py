@@ -1,12 +1,13 @@
 """Keys without RoPE: which blocks attend by place, and which by content.
 
-In chosen blocks the image's keys are those before their rotation:
+In chosen blocks the image's keys are those before their rotation R:
 
     softmax(R q (R k)^T / sqrt(d))  becomes  softmax(R q k^T / sqrt(d))
 
 A block that attends by place loses the picture, one that attends by content keeps it.
 
-Source: FreeFlux, arXiv 2503.16153, section 3, for FLUX, whose probing changes the positions of the keys alone.
+Source: FreeFlux, arXiv 2503.16153, section 3, for FLUX: its probing changes the positions of keys alone. All
+image keys lose theirs here, the references' too.
 """
 
 from qwenedit import taps

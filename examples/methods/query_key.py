@@ -8,7 +8,8 @@ Queries and keys of the text stay, and so do all values.
 
 Source: Exploring Multimodal Diffusion Transformers for Enhanced Prompt-based Image Editing, arXiv 2508.07519,
 section 4, for Stable Diffusion 3 and FLUX. There both passes start from one noise, under two captions, and a
-mask from attention maps blends the latents; here the source's pass is that of `masactrl`, and nothing is blended.
+mask from attention maps blends the latents; here the source's pass is that of `masactrl`, and nothing is
+blended.
 """
 
 from .masactrl import two_passes

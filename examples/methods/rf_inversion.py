@@ -1,4 +1,4 @@
-"""RF-Inversion's controller: the path is steered to the noise on its way up, and to the source on its way down.
+"""RF-Inversion's controller: the path is steered to noise on its way up, and to the source on its way down.
 
 With the velocity v at latents x and sigma, source y and noise n:
 
@@ -7,9 +7,9 @@ With the velocity v at latents x and sigma, source y and noise n:
 
 At gamma 1 the way up leads to the noise itself and is left out.
 
-Source: Semantic Image Inversion and Editing using Rectified Stochastic Differential Equations, arXiv 2410.10792,
-algorithms 1 and 2, for FLUX: gamma 0.5, eta 0.9 in steps 0 to 5 or so of 28. The way up is without a caption
-there; here both ways have the instruction, and the way up has no guidance.
+Source: Semantic Image Inversion and Editing using Rectified Stochastic Differential Equations, arXiv
+2410.10792, algorithms 1 and 2, for FLUX: gamma 0.5, eta 0.9 in the first fifth of 28 steps. The way up has no
+caption there; here both ways have the instruction, and the way up has no guidance.
 """
 
 from functools import partial

@@ -5,9 +5,9 @@ target's tokens:
 
     V <- V of the inversion at the same step
 
-Source: Taming Rectified Flow for Inversion and Editing, arXiv 2411.04746, section 3.3, for FLUX and OpenSora: the
-single-stream blocks from 20 on, the first 2 to 5 of 25 steps. The steps of its second-order solver are Euler's
-here, inverted with one iteration. The inversion has the instruction, there the source's caption.
+Source: Taming Rectified Flow for Inversion and Editing, arXiv 2411.04746, section 3.3, for FLUX and OpenSora:
+FLUX's last single-stream blocks, in the first few of 25 steps. Its second-order solver is Euler's method
+here, inverted with one iteration. The inversion has the instruction here, and the source's caption there.
 """
 
 from qwenedit import Recorder, patch_from, taps
@@ -20,7 +20,10 @@ def rf_solver_edit(pipe, blocks="3..5", steps=range(5)):
     values = f"blocks.{{{blocks}}}.attn.img_v"
 
     def sampler(predict, latents, sigmas, guidance, preserve):
-        source, seen = source_latents(pipe, predict, latents, sigmas[0]), Recorder(steps=steps, to=latents.device)
+        source, seen = (
+            source_latents(pipe, predict, latents, sigmas[0]),
+            Recorder(steps=steps, to=latents.device),
+        )
         with taps(pipe.mmdit, {values: seen}):
             *_, last = inverse_euler(predict, source, sigmas, iterations=1)
 

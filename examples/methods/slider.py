@@ -1,11 +1,11 @@
 """A slider in the text embedding: the difference of contrasting prompts, added to the prompt's tokens.
 
-    d = mean over prompts with the concept - mean over prompts against it,    e <- e + scale d / |d|
+    d = mean over prompts for the concept - mean over prompts against it,    e <- e + scale d / |d|
 
 Source: The Unreasonable Effectiveness of Text Embedding Interpolation for Continuous Image Steering, arXiv
-2603.17998, for FLUX.2 and Qwen-Image-Edit. There a language model writes the prompts and says which tokens are
-meant, and the range of the scale is searched. Here prompts are given, means are over all of their tokens, the
-vector goes to all tokens of the prompt, and to none of the negative prompt.
+2603.17998, for FLUX.2 and Qwen-Image-Edit. There a language model writes the prompts and says which tokens
+count, and the range of the scale is searched. Here prompts are given, means are over all of their tokens, and
+the vector goes to all tokens of the prompt. The negative prompt has none of it.
 """
 
 from qwenedit import add, taps
@@ -17,7 +17,7 @@ AGAINST = ("make the circle red", "paint the square red", "change the triangle t
 def direction(pipe, texts, against):
     """(D,) of length 1, in the text encoder's output."""
     words = pipe.condition(None, [*texts, *against], negative_prompt=None).prompt
-    means = [x[:n].float().mean(0) for x, n in zip(words.embeds, words.lengths)]
+    means = [x[:n].float().mean(0) for x, n in zip(words.embeds, words.lengths, strict=True)]
     difference = sum(means[: len(texts)]) / len(texts) - sum(means[len(texts) :]) / len(against)
     return difference / difference.norm()
 

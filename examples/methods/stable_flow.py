@@ -4,8 +4,8 @@ A block's vitality is how far a picture moves if the block is left out, and the 
 
     vitality(l) = distance(picture, picture without block l)
 
-Source: Stable Flow, arXiv 2411.14430, sections 3.1 and 3.2, for FLUX. There the distance is 1 - DINOv2's cosine
-over 64 pictures; here it is the mean absolute difference of pixels. There source and target are generated
+Source: Stable Flow, arXiv 2411.14430, sections 3.1 and 3.2, for FLUX. There the distance is one of DINOv2
+over many prompts; here it is the mean absolute difference of pixels. There source and target are generated
 together; here the source's pass is that of `masactrl`.
 """
 
@@ -25,6 +25,6 @@ def vitality(pipe, image, prompt, **options):
     return moved
 
 
-def stable_flow(pipe, vital=(2, 3)):
+def stable_flow(pipe, vital=(0, 1)):
     blocks = ",".join(map(str, vital))
     return two_passes(pipe, f"blocks.{{{blocks}}}.attn.img_{{k,v}}", range(1000))

@@ -1,12 +1,12 @@
-"""Steering by a direction from recorded activations: the difference of two prompts, added in one block.
+"""Steering by a direction from recorded activations: the difference of two prompts, added after a block.
 
     d = mean over steps and the target's tokens of (h(prompt a) - h(prompt b)),    h <- h + scale d
 
-with h the image stream after a block, both prompts on the same picture from the same noise.
+with h the image stream, for both prompts on one picture from one noise. In the edit it acts on the target's
+tokens, in the branch with the prompt.
 
-Source: Activation Addition, arXiv 2308.10248, and Contrastive Activation Addition, arXiv 2312.06681, for language
-models, where d is that of chosen positions, or a mean over many pairs. In h there are the target's tokens of
-the branch with the prompt alone.
+Source: Activation Addition, arXiv 2308.10248, and Contrastive Activation Addition, arXiv 2312.06681, for
+language models, where d is that of some positions, or a mean over many pairs.
 """
 
 import torch
@@ -20,8 +20,11 @@ def direction(pipe, block, prompts, picture, steps):
     seen = Recorder(branch="cond")
     noise = [torch.Generator().manual_seed(0) for _ in prompts]
     with taps(pipe.mmdit, {f"blocks.{block}.img_out": seen}):
-        pipe.edit([picture] * 2, list(prompts), generator=noise, num_inference_steps=steps, output_type="latent")
-    means = [x.float().mean(1) for x in seen.values()]  # B D, of all image tokens
+        pipe.edit(
+            [picture] * 2, list(prompts), generator=noise, num_inference_steps=steps, output_type="latent"
+        )
+    targets = [x[:, : x.shape[1] // 2] for x in seen.values()]  # the reference has as many tokens
+    means = [x.float().mean(1) for x in targets]
     return torch.stack([a - b for a, b in means]).mean(0)
 
 
