@@ -9,8 +9,8 @@ and no image or text token looks at them. The map of a concept is the mean over 
     softmax over the concepts of  o_img . o_c
 
 Source: ConceptAttention, arXiv 2502.04320, section 4, for FLUX, in the last ten of its 18 double blocks. A
-concept is T5's embedding of a word there. Here it is that of the word's last token, before the five that end the
-template without a picture, and all concepts have the text's first position.
+concept is T5's embedding of a word there. Here it is that of the word's last token, before the five that end
+the template without a picture, and all concepts have the text's first position.
 """
 
 from contextlib import ExitStack, contextmanager

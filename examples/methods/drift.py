@@ -2,8 +2,8 @@
 
     picture_k = edit(picture_{k-1}, noise_k),    k = 1 ... 10
 
-with noise_k the run's noise in all of them, or new noise for each but the first. The errors of sampling, of
-decoding, of rounding to 8 bits and of encoding add up.
+with noise_k the run's noise in all of them, or new noise in each but the first, one for all rows. The errors
+of sampling, of decoding, of rounding to 8 bits and of encoding add up.
 
 Source: the drift over several turns that FLUX.1 Kontext (arXiv 2506.15742) and the model card of
 Qwen-Image-Edit-2511 are about. There each turn has its own instruction. Here there is one, and the text
@@ -11,6 +11,7 @@ encoder sees the first picture in all turns; only the reference latents are the 
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -34,7 +35,8 @@ def drift(pipe, edits=10, fresh=True):
     def sampler(predict, noise, sigmas, guidance, preserve):
         for edit in range(edits):
             if edit and fresh:
-                noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(edit)).to(noise)
+                drawn = torch.randn(noise[:1].shape, generator=torch.Generator().manual_seed(edit))
+                noise = drawn.to(noise).expand_as(noise)
             for step in euler(predict, noise, sigmas, guidance, preserve):
                 yield step
             if edit < edits - 1:
@@ -46,9 +48,5 @@ def drift(pipe, edits=10, fresh=True):
         yield
 
 
-def same_seed(pipe):
-    return drift(pipe, fresh=False)
-
-
-def fresh_seeds(pipe):
-    return drift(pipe, fresh=True)
+same_seed = partial(drift, fresh=False)
+fresh_seeds = partial(drift, fresh=True)

@@ -28,7 +28,7 @@ def two_passes(pipe, tensors, steps):
             seen = Recorder(to=x.device)
             with taps(pipe.mmdit, {tensors: seen}):
                 predict((1 - sigma) * source + sigma * latents, sigma, **guided)
-            with taps(pipe.mmdit, {tensors: patch_from(seen, tokens="target")}):
+            with taps(pipe.mmdit, {tensors: patch_from(seen, tokens="target")}, first=True):
                 return predict(x, sigma, **guided)
 
         return euler(predicted, latents, sigmas, guidance, preserve)

@@ -13,7 +13,7 @@ image keys lose theirs here, the references' too.
 from qwenedit import taps
 
 
-def no_rope(pipe, blocks="1"):
+def no_rope(pipe, blocks=(1,)):
     plain = {}
 
     def keep(k, site):
@@ -22,5 +22,5 @@ def no_rope(pipe, blocks="1"):
     def put(_k_rot, site):
         return plain.pop(site.module)
 
-    attention = f"blocks.{{{blocks}}}.attn"
-    return taps(pipe.mmdit, {f"{attention}.img_k": keep, f"{attention}.img_k_rot": put})
+    functions = {"img_k": keep, "img_k_rot": put}
+    return taps(pipe.mmdit, {f"blocks.{n}.attn.{tap}": x for n in blocks for tap, x in functions.items()})

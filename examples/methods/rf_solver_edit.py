@@ -20,15 +20,14 @@ def rf_solver_edit(pipe, blocks="3..5", steps=range(5)):
     values = f"blocks.{{{blocks}}}.attn.img_v"
 
     def sampler(predict, latents, sigmas, guidance, preserve):
-        source, seen = (
-            source_latents(pipe, predict, latents, sigmas[0]),
-            Recorder(steps=steps, to=latents.device),
-        )
+        source = source_latents(pipe, predict, latents, sigmas[0])
+        seen = Recorder(steps=steps, to=latents.device)
         with taps(pipe.mmdit, {values: seen}):
             *_, last = inverse_euler(predict, source, sigmas, iterations=1)
 
         def replayed(x, sigma, **guided):
-            with taps(pipe.mmdit, {values: patch_from(seen, steps=steps, tokens="target")}):
+            replay = patch_from(seen, missing="keep", tokens="target")
+            with taps(pipe.mmdit, {values: replay}, first=True):
                 return predict(x, sigma, **guided)
 
         return euler(replayed, last.after, sigmas, guidance, preserve)

@@ -27,4 +27,4 @@ def vitality(pipe, image, prompt, **options):
 
 def stable_flow(pipe, vital=(0, 1)):
     blocks = ",".join(map(str, vital))
-    return two_passes(pipe, f"blocks.{{{blocks}}}.attn.img_{{k,v}}", range(1000))
+    return two_passes(pipe, f"blocks.{{{blocks}}}.attn.img_{{k,v}}", range(1000) if vital else ())

@@ -17,17 +17,16 @@ from qwenedit.mini import EXAMPLE
 
 
 def direction(pipe, block, prompts, picture, steps):
-    seen = Recorder(branch="cond")
-    noise = [torch.Generator().manual_seed(0) for _ in prompts]
-    with taps(pipe.mmdit, {f"blocks.{block}.img_out": seen}):
-        pipe.edit(
-            [picture] * 2, list(prompts), generator=noise, num_inference_steps=steps, output_type="latent"
-        )
-    targets = [x[:, : x.shape[1] // 2] for x in seen.values()]  # the reference has as many tokens
-    means = [x.float().mean(1) for x in targets]
-    return torch.stack([a - b for a, b in means]).mean(0)
+    means = []
+    for prompt in prompts:
+        seen, noise = Recorder(branch="cond"), torch.Generator().manual_seed(0)
+        with taps(pipe.mmdit, {f"blocks.{block}.img_out": seen}):
+            pipe.edit(picture, prompt, generator=noise, num_inference_steps=steps, output_type="latent")
+        targets = [x[0, : x.shape[1] // 2] for x in seen.values()]  # the reference has as many tokens
+        means.append(torch.stack(targets).float().mean((0, 1)))
+    return means[0] - means[1]
 
 
-def steering(pipe, scale=1.0, block=2, prompts=("make the circle blue", "make the circle red"), steps=4):
+def steering(pipe, scale=4.0, block=2, prompts=("make the circle blue", "make the circle red"), steps=4):
     vector = direction(pipe, block, prompts, Image.open(EXAMPLE), steps)
     return taps(pipe.mmdit, {f"blocks.{block}.img_out": add(vector, scale, branch="cond", tokens="target")})
