@@ -198,9 +198,25 @@ def verify(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
-    names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
+    names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "revision")
     nets, files = sources_of(options.controlnet), _files(options)
-    say(plan(options.model, **_chosen(options, *names, "revision"), files=files, controlnets=nets))
+    how = {
+        name: x for name, x in _chosen(options, "rank", "targets", "batch", "ema").items() if x is not None
+    }
+    if options.train is None:
+        if how:
+            raise ValueError(f"--{next(iter(how))} is of a training, wanted --train beside it")
+        say(plan(options.model, **_chosen(options, *names, "layers"), files=files, controlnets=nets))
+        return
+    from qwenedit.memory.train_plan import Training, train_plan
+
+    unread = ["--controlnet"] * bool(nets)
+    if options.train == "whole":
+        unread += [f"--{name}" for name in ("rank", "targets") if name in how]
+    if unread:
+        raise ValueError(f"{unread[0]} has no part in this training, wanted it left out")
+    training = Training(lora=options.train == "lora", **how)
+    say(train_plan(options.model, training, **_chosen(options, *names), files=files))
 
 
 def parity(options: argparse.Namespace) -> int:

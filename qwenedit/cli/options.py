@@ -182,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         plan.add_argument(option, type=side, metavar="N", help="of the output (default: the model's)")
     plan.add_argument("--pictures", type=whole, metavar="N", help="how many are given (default: 1)")
     plan.add_argument("--layers", type=batch, default=4, metavar="N", help="of Layered (default: 4)")
+    add = plan.add_argument
+    add("--train", choices=("lora", "whole"), help="plan a training, of a LoRA or of all weights")
+    add("--rank", type=whole, metavar="N", help="of the LoRA (default: 16)")
+    add("--targets", metavar="T", help="the LoRA's layers, as in `add_lora` (default: attention)")
+    add("--batch", type=batch, metavar="N", help="edits that train at a time (default: 1)")
+    add("--ema", action="store_true", default=None, help="with a moving average of what trains")
     device_options(plan)
 
     parity = command(
