@@ -26,8 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file",
-    "require_folder", "write_lines",
+    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "remove_leftovers",
+    "replacing_file", "require_folder", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -273,6 +273,13 @@ def require_folder(path: Path) -> None:
 def is_leftover(path: Path) -> bool:
     """True for a temporary file of `replacing_file`, which a killed process leaves."""
     return path.name.startswith(_TEMPORARY)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed processes have left half-written in folders that no other process writes into."""
+    for folder in filter(Path.is_dir, folders):
+        for path in filter(is_leftover, folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 T = TypeVar("T")

@@ -31,8 +31,8 @@ TIED = (
 )
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up
-    GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", TIED,
-    "instruments", "training", "mini", "ablation", "batches", "parity", "cli", DOORS,
+    GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", "parallel", TIED,
+    "instruments", "training", "mini", "ablation", "batches", "exploration", "parity", "cli", DOORS,
 )  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))

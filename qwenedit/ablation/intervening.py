@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.taps import fingerprint, observed
 
-__all__ = ["acting", "lora", "state_of"]
+__all__ = ["acting", "intervened", "lora", "state_of"]
 
 
 @contextmanager
@@ -29,14 +29,25 @@ def acting(pipe: QwenImageEdit, spec: Spec, cell: Cell) -> Iterator[None]:
         if cell.intervention == NONE:
             yield
             return
-        context = spec.interventions[cell.intervention](pipe)
-        if not (hasattr(type(context), "__enter__") and hasattr(type(context), "__exit__")):
-            raise ValueError(
-                f"the intervention returned {type(context).__name__}, wanted a context manager: put "
-                "@contextlib.contextmanager above a function with one yield"
-            )
-        with context:
+        with intervened(pipe, spec.interventions[cell.intervention]):
             yield
+
+
+def intervened(
+    pipe: QwenImageEdit, function: Callable[[QwenImageEdit], AbstractContextManager[Any]]
+) -> AbstractContextManager[Any]:
+    """The context manager that an intervention makes for a pipeline.
+
+    Raises:
+        ValueError: it returns something else.
+    """
+    context = function(pipe)
+    if not (hasattr(type(context), "__enter__") and hasattr(type(context), "__exit__")):
+        raise ValueError(
+            f"the intervention returned {type(context).__name__}, wanted a context manager: put "
+            "@contextlib.contextmanager above a function with one yield"
+        )
+    return context
 
 
 @contextmanager

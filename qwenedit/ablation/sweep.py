@@ -45,7 +45,7 @@ from qwenedit.ablation.spec import NONE, Spec, read_spec, with_sampler
 from qwenedit.ablation.tables import write_csv, write_picture_tex, write_summary_csv, write_summary_tex
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import append_line, is_leftover, replacing_file, require_folder, write_lines
+from qwenedit.files import append_line, remove_leftovers, replacing_file, require_folder, write_lines
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
 from qwenedit.instruments.determinism import deterministic
@@ -250,9 +250,7 @@ def _tidy(folder: Path) -> None:
     """Remove what merged shards and killed processes have left, now that none runs."""
     for path in shard_files(folder, RESULTS):
         path.unlink()
-    for part in (folder, folder / PICTURES, folder / FIGURES):
-        for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
-            path.unlink()
+    remove_leftovers(folder, folder / PICTURES, folder / FIGURES)
 
 
 def _is_whole(picture: Path) -> bool:

@@ -34,8 +34,8 @@ from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.family import Preset, preset_of
 from qwenedit.files import (
     append_line,
-    is_leftover,
     read_lines,
+    remove_leftovers,
     replacing_file,
     require_folder,
     write_lines,
@@ -318,9 +318,7 @@ def _tidy(folder: Path, lines: list[Line]) -> None:
     """Remove what merged shards and killed processes have left, now that none runs."""
     for path in shard_files(folder, RECORDS):
         path.unlink()
-    for part in {folder, *((folder / file).parent for line in lines for file in line.files)}:
-        for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
-            path.unlink()
+    remove_leftovers(*{folder, *((folder / file).parent for line in lines for file in line.files)})
 
 
 def _run(

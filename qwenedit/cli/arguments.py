@@ -62,6 +62,16 @@ def run_options(
         help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
     )
     add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    add(
+        "--parallel",
+        metavar="AXIS=N,...",
+        help="share the run out among the processes that torchrun started, like cfg=2,ulysses=4",
+    )
+    add(
+        "--split-weights",
+        action="store_true",
+        help="each of these processes keeps its part of the weights (same picture, less memory)",
+    )
     device_options(command)
     quiet_option(command)
 
