@@ -170,9 +170,7 @@ def make(
         known, results = _known(folder), record_file(folder, RECORDS, part)
         done = _done(mine, keys, folder, known)
         todo = [line for line in mine if line.file not in done]
-        kept = known if part is None else _read(results)
-        again = {line.file for line in todo}
-        write_lines(results, [record for file, record in kept.items() if file not in again])
+        write_lines(results, (known if part is None else _read(results)).values())  # none that was cut off
         if alone:
             _tidy(folder, mine)
         for line, record in _run(todo, keys, folder, maker, progress):

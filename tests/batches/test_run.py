@@ -225,7 +225,7 @@ def test_a_failing_edit_is_recorded_and_the_others_go_on(tmp_path, counted):
     assert "0002.png" not in results(tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut off", "without its record"])
+@pytest.mark.parametrize("harm", ["lost", "cut off", "without its record", "another's"])
 def test_what_is_not_whole_is_made_again(tmp_path, counted, harm):
     make(LINES[:2], tmp_path)
     before, path = results(tmp_path), tmp_path / "0002.png"
@@ -233,6 +233,8 @@ def test_what_is_not_whole_is_made_again(tmp_path, counted, harm):
         path.unlink()
     elif harm == "cut off":
         path.write_bytes(before["0002.png"][:-40])
+    elif harm == "another's":
+        path.write_bytes(before["0001.png"])
     else:
         records_file = tmp_path / "records.jsonl"
         records_file.write_bytes(records_file.read_bytes()[:-10])
