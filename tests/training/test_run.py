@@ -303,10 +303,12 @@ def test_all_weights(tmp_path, pairs, dtype, base):
     assert run(spec) == folder  # from the state
     again = qwenedit.load(folder, device="cpu", dtype=dtype, progress=False).mmdit.state_dict()
     assert all(torch.equal(x, again[name]) for name, x in weights.items())
+    with pytest.raises(ValueError, match="model is there already: move it away"):
+        run({**spec, "steps": 5})
 
 
 def test_averages_and_layouts(tmp_path, pairs):
-    spec = spec_in(tmp_path / "x", pairs, ema=0.9, lora={"rank": 2, "layout": "comfyui"})
+    spec = spec_in(tmp_path / "x", pairs, ema=0.9, deterministic=True, lora={"rank": 2, "layout": "comfyui"})
     file = run(spec)
     one, other = load_file(file), load_file(tmp_path / "x" / "lora_ema.safetensors")
     assert one.keys() == other.keys() and all(name.startswith("diffusion_model.") for name in one)
