@@ -133,15 +133,15 @@ def test_it_is_a_loop_by_hand(tmp_path, pairs):
 
 
 def test_a_new_edit_is_learned(tmp_path):
-    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 40 steps."""
+    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 24 steps."""
     write_pairs(tmp_path, 20)
     spec = spec_of(
-        tmp_path, steps=40, batch=4, rate=2e-3, lora={"rank": 8},
-        validation={"every": 40, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
+        tmp_path, steps=24, batch=4, rate=4e-3, lora={"rank": 8},
+        validation={"every": 24, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
     )  # fmt: skip
     run(spec)
     first, last = (line["validation"] for line in log_of(tmp_path / "run") if "validation" in line)
-    assert last < 0.55 * first, (first, last)
+    assert last < 0.5 * first, (first, last)
 
 
 def batches(tmp_path, rows, pipe, **changed):
