@@ -26,8 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "only_process", "read_header", "read_lines", "read_tensors",
-    "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "remove_leftovers",
+    "replacing_file", "require_folder", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -254,44 +254,32 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def only_process(folder: Path, what: str, *parts: str) -> Iterator[None]:
-    """Make a folder, and keep other processes out of it, on systems with `fcntl`; `what` is done there.
-
-    What a killed process left half-written there, or in the folders `parts` of it, is removed. The lock ends
-    with the process.
+def require_folder(path: Path) -> None:
+    """Check that a folder can be written into, or made.
 
     Raises:
-        ValueError: another process holds it, or the folder cannot be made.
+        ValueError: there is something else at its place, or above it, or it is read-only.
     """
+    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write into {shown(path)}: {shown(existing)} is no folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
-        raise ValueError(f"{shown(folder)} cannot be made: {error.strerror or error}") from error
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"another {what} runs in {shown(folder)}: wait for it, or take another folder"
-        ) from None
-    else:
-        for part in filter(Path.is_dir, (folder, *(folder / name for name in parts))):
-            for path in filter(is_leftover, part.iterdir()):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
-    finally:
-        os.close(held)
+        raise ValueError(f"cannot write into {shown(path)}: {error}") from error
 
 
 def is_leftover(path: Path) -> bool:
     """True for a temporary file of `replacing_file`, which a killed process leaves."""
     return path.name.startswith(_TEMPORARY)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed processes have left half-written in folders that no other process writes into."""
+    for folder in filter(Path.is_dir, folders):
+        for path in filter(is_leftover, folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 T = TypeVar("T")

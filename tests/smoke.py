@@ -161,6 +161,14 @@ def swept() -> None:
     assert not qwenedit.ablate("spec.toml", "sweep", device="cpu", progress=False).failed
 
 
+def listed() -> None:
+    lines = [
+        {"image": picture, "prompt": "make the circle red", "steps": 1},
+        {"prompt": "a circle", "steps": 1},
+    ]
+    assert not qwenedit.batch(lines, "batch", pipe=pipe, progress=False).failed
+
+
 NAMES: dict[str, Callable[[], object]] = {
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
@@ -178,8 +186,10 @@ NAMES: dict[str, Callable[[], object]] = {
     "ablate": swept,
     "add": lambda: tapped(qwenedit.add(torch.ones(128), 0.1, tokens="target")),
     "attention_map": lambda: qwenedit.attention_map(torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)),
+    "batch": listed,
     "convention": trained,
     "deterministic": repeated,
+    "explore": lambda: qwenedit.explore(pipe, picture, "make the circle red", **RUN),
     "flow_matching_loss": loss,
     "invert": inverted,
     "load": loaded,
@@ -203,12 +213,15 @@ COMMANDS: dict[str, tuple[list[object], str]] = {
     "edit": ([mini.EXAMPLE, "make the circle red", "-o", "out.png", *QUICK], ""),
     "generate": (["a red circle", "-o", "out.png", *QUICK], ""),
     "decompose": ([mini.EXAMPLE, "a circle", "-o", "out.png", *QUICK], "makes no layers"),
+    "explore": ([mini.EXAMPLE, "make the circle red", "-o", "edit.html", *QUICK], ""),
     "info": ([], ""),
     "verify": ([], ""),
     "plan": ([], ""),
     "parity": (["--quiet"], "found diffusers none"),
     "ablate": (["spec.toml", "--quiet", "--device", "cpu"], ""),
     "train": (["train.toml", "--quiet", "--device", "cpu"], ""),
+    "batch": (["edits.jsonl", "-o", "batch", *QUICK], ""),
+    "completion": (["bash"], ""),
 }
 
 
@@ -240,6 +253,7 @@ def run() -> None:
     warnings.simplefilter("error")  # a warning about a missing library, too
     Path("spec.toml").write_text(SPEC)
     pairs()
+    Path("edits.jsonl").write_text('{"prompt": "a red circle"}\n')
     for name, step in NAMES.items():
         print(f"qwenedit.{name}", flush=True)
         with tempfile.TemporaryDirectory(dir=".") as folder:

@@ -23,7 +23,7 @@ from qwenedit.call import MAX_TOKENS
 from qwenedit.checks import progress_bar
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.encoding.encode import Encoder
-from qwenedit.files import only_process, read_tensors, replacing_file
+from qwenedit.files import read_tensors, remove_leftovers, replacing_file, require_folder
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import vae_pixels
 from qwenedit.inputs.rows import BatchRow
@@ -31,6 +31,7 @@ from qwenedit.latents import normalise, pack
 from qwenedit.memory.residency import as_loaded, files_of, present
 from qwenedit.networks.vae import VAE
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.shards import only_one
 from qwenedit.switches import Switches
 from qwenedit.taps import require_finite
 from qwenedit.training.data import Row, picture_of
@@ -94,7 +95,11 @@ class Cache:
             variant=pipe.variant, processor=pipe.processor, vision_language=pipe.vision_language,
             vae=pipe.vae, max_tokens=MAX_TOKENS,
         )  # fmt: skip
-        with only_process(self.folder, "encoding"), present(pipe.vision_language, pipe.vae):
+        require_folder(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with only_one(self.folder, "encoding") as alone, present(pipe.vision_language, pipe.vae):
+            if alone:
+                remove_leftovers(self.folder)
             for one in progress_bar(todo, progress=progress, desc="encoding", unit="row"):
                 for prompt, negative in one.prompts:
                     self._encode_prompt(encoder, one.row, prompt, negative)

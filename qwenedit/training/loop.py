@@ -89,10 +89,11 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimisers:
-    """torch's AdamW for all weights."""
+    """torch's AdamW for all weights, one by one: `foreach` would need the memory of all once more."""
 
     def make(masters: dict[str, Tensor]) -> list[Optimizer]:
-        return [torch.optim.AdamW(masters.values(), lr=rate, betas=betas, eps=eps, weight_decay=weight_decay)]
+        settings: dict[str, Any] = {"lr": rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        return [torch.optim.AdamW(masters.values(), **settings, foreach=False)]
 
     return make
 

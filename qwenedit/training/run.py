@@ -23,12 +23,13 @@ import torch
 from torch import Generator
 
 from qwenedit.checks import hinting
-from qwenedit.files import only_process, replacing_file
+from qwenedit.files import remove_leftovers, replacing_file, require_folder
 from qwenedit.foreign import read_json, shown
 from qwenedit.instruments.determinism import deterministic
 from qwenedit.layered import require_flat
 from qwenedit.memory.residency import require_staying
 from qwenedit.pipeline import QwenImageEdit, load
+from qwenedit.shards import only_one
 from qwenedit.training.cache import Cache, Wanted, encoders_of, joined, weights_of
 from qwenedit.training.data import Entry, Row, digest_of, edits_of, looked_at, read_entries, rows_of_step
 from qwenedit.training.loop import Run, Weights, adamw
@@ -81,7 +82,11 @@ def train(
     if plan.area is not None:
         areas = dataclasses.replace(areas, vae=plan.area, text_only=plan.area)
     rows, others = (looked_at(part, encoding.variant, areas, progress=progress) for part in (learned, held))
-    with only_process(plan.output, "training", SHEETS):
+    require_folder(plan.output)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    with only_one(plan.output, "training") as alone:
+        if alone:
+            remove_leftovers(plan.output, plan.output / SHEETS)
         identity = {"model": weights_of(encoding.mmdit), "encoders": encoders_of(encoding)}
         _require_same_run(plan, {**identity, "data": digest_of([*rows, *others])})
         cache = Cache(plan.cache, identity["encoders"])

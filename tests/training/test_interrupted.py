@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qwenedit
 from qwenedit.cli import options as cli
-from qwenedit.files import only_process
+from qwenedit.shards import only_one
 from qwenedit.training import run as running
 from qwenedit.training.run import train
 from tests.tiny import checkpoint
@@ -173,11 +173,10 @@ def test_two_runs_at_once_are_refused_and_leftovers_removed(encoded):
     (cache.parent / "model").mkdir()
     for file in left:
         file.write_bytes(b"x")
-    with only_process(cache.parent, "training", "sheets"):
-        assert [file.exists() for file in left] == [False, False, True]
-        with pytest.raises(ValueError, match="another training runs in"):
-            run(spec)
+    with only_one(cache.parent, "training"), pytest.raises(ValueError, match="another training runs in"):
+        run(spec)
     assert run(spec).is_file()
+    assert [file.exists() for file in left] == [False, False, True]
 
 
 @pytest.mark.parametrize(
