@@ -203,17 +203,23 @@ class AttentionMaps(Records):
         self._wanted = Wanted(steps, branch)
         self._mean_heads = mean_heads
         self._detach = detach
+        self._elsewhere = False  # another process runs the wanted branch
 
     @contextmanager
     def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
         """Collect for the length of a `with` block."""
         require_module(mmdit)
-        with queries_and_keys(mmdit, self._collect, self._blocks, self._wanted):
+        with queries_and_keys(mmdit, self._collect, self._blocks, self._sees):
             yield self
-        if not self._records:
+        if not self._records and not self._elsewhere:
             raise RuntimeError(
                 "no attention map was collected: no step or branch that ran is among those wanted"
             )
+
+    def _sees(self, site: Site) -> bool:
+        wanted = self._wanted(site)
+        self._elsewhere |= not wanted and self._wanted.branch == site.labels.get("elsewhere", "")
+        return wanted
 
     def _collect(self, q: Tensor, k: Tensor, key_mask: Tensor | None, site: Site) -> None:
         labels = site.labels
