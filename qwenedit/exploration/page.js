@@ -453,6 +453,7 @@ options($("head"), [["mean", `mean of ${of_heads}`], ...Array.from({length: head
 state.block = blocks[Math.floor(blocks.length / 2)];
 state.step = Math.floor((runs[0].steps.length - 1) / 2);
 document.body.classList.toggle("two", runs.length > 1);
+document.body.style.setProperty("--columns", Math.min(3, Math.max(...runs.map(run => run.pictures.length))));
 if (!runs.some(run => run.steps.some(step => step.ratio))) $("guidance").remove();
 for (const at of panels) {
   makeFacts(at);
