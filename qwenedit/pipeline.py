@@ -362,6 +362,7 @@ def load(
     modulation: str = "live",
     storage: str | None = None,
     parallel: str | None = None,
+    split_weights: bool = False,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -393,7 +394,11 @@ def load(
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
         parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4": by branch of
-            guidance, and by tokens. All make the same calls and get the same results (docs/scale.md).
+            guidance, by tokens, and with tensor=N by heads and weights, which changes last digits. All make
+            the same calls and get the same results (docs/scale.md).
+        split_weights: each of these processes keeps its part of the transformer's and the text encoder's
+            weights, and gathers a block's while it runs. Results are bitwise equal. With this, and with
+            tensor, each process reads only its own part from the files.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
@@ -405,11 +410,11 @@ def load(
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
-    processes, device = meet(parallel, device, compile=compile)
+    processes, device = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
-        processes=processes,
+        processes=processes, split_weights=split_weights,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

@@ -260,9 +260,17 @@ def _modified(modules: list[nn.Module]) -> bool:
     package = type(modules[0]).__module__.rpartition(".")[0]
     return (
         _has_any_global_hook()
-        or any(x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__ for x in modules)
+        or any(_hooked(x) or "forward" in x.__dict__ for x in modules)
         or not all(_own(kind, package) for kind in set(map(type, modules)))
     )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """True if the module has a hook; those of `parallel.split`, which bring its weights, do not count."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    hooks = {*module._forward_hooks, *module._forward_pre_hooks}
+    return not hooks <= module.__dict__.get("_transparent_hooks", frozenset())
 
 
 def has_compiled_part(model: nn.Module) -> bool:

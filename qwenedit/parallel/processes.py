@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwenedit.foreign import shown
+from qwenedit.memory.residency import Modes
 from qwenedit.parallel.spec import AXES, ParallelSpec, checked_spec
 
 __all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "join", "leave", "meet"]
@@ -44,7 +45,7 @@ class ProcessLost(ConnectionError):
 
 
 def meet(
-    parallel: str | None, device: torch.device, *, compile: bool
+    parallel: str | None, device: torch.device, *, compile: bool, split_weights: bool, modes: Modes
 ) -> tuple[Processes | None, torch.device]:
     """Meet the other processes of a spec, like "cfg=2"; None without one. With this process's own device.
 
@@ -55,7 +56,7 @@ def meet(
         ValueError: as `checked_spec`.
         ProcessLost: another process did not come.
     """
-    spec = checked_spec(parallel, compile=compile)
+    spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if spec is None:
         return None, device
     if device.type == "cuda" and device.index is None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from qwenedit.encoding.conditioning import Conditioning, Prompt
+from qwenedit.networks.low_rank import LowRankLinear
 from qwenedit.parallel.branches import SharedBranches
 from qwenedit.parallel.digest import about_run
 from qwenedit.parallel.processes import Processes
@@ -49,13 +50,18 @@ def agree(
     """Require that all processes are about to do the same run. One without a generator draws the same noise.
 
     Raises:
-        ValueError: they are not; or cfg=2 without guidance.
+        ValueError: they are not; cfg=2 without guidance; or tensor with a LoRA that is not fused.
         ProcessLost: a process failed before, or did not come.
     """
     if processes is None:
         return
     processes.spec.require_guidance(run.guidance is not None)
     networks = list(dict.fromkeys(networks))
+    if processes.spec.tensor > 1 and any(isinstance(x, LowRankLinear) for x in networks[0].modules()):
+        raise ValueError(
+            f"parallel '{processes.spec}' splits layers, and a LoRA is beside them: call fuse_lora or "
+            "unload_lora_weights first"
+        )
     for network in networks:  # ControlNets may be put in at any time
         share_tokens(network, processes)
     about = {"parallel": str(processes.spec), "micro_batch": micro_batch, **about_run(call, run, networks)}

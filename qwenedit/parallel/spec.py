@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from qwenedit.checks import whole_number
 from qwenedit.foreign import shown
+from qwenedit.memory.residency import Modes
 
 __all__ = ["AXES", "ParallelSpec", "checked_spec", "spec_of"]
 
@@ -111,22 +112,30 @@ def spec_of(parallel: Any) -> ParallelSpec | None:
     return spec if spec.processes > 1 else None
 
 
-def checked_spec(parallel: Any, *, compile: bool) -> ParallelSpec | None:
+def checked_spec(
+    parallel: Any, *, compile: bool, split_weights: bool = False, modes: Modes | None = None
+) -> ParallelSpec | None:
     """`spec_of`, checked against the processes that were started, and against the other arguments of `load`.
 
     Raises:
-        ValueError: as `spec_of`; another number of processes; or what excludes each other.
+        ValueError: as `spec_of`; another number of processes; or what excludes each other: compiled blocks
+            and such that exchange tensors, or split weights and memory modes that drop them.
     """
     spec = spec_of(parallel)
     if spec is None:
+        if split_weights:
+            raise ValueError(
+                "split_weights=True splits them over the processes that share a run: wanted parallel, too, "
+                "like 'cfg=2' or 'ulysses=2'"
+            )
         return None
-    if compile and spec.ulysses * spec.tensor > 1:
+    if split_weights or spec.tensor > 1:
+        _require_splitting(spec, split_weights=split_weights, compile=compile, modes=modes or Modes())
+    if compile and spec.ulysses > 1:
         raise ValueError(
             f"compile=True does not go with parallel '{spec}', whose blocks exchange tensors: wanted one of "
             "the two, or cfg alone"
         )
-    if spec.tensor > 1:
-        raise ValueError("parallel tensor is not supported: wanted cfg and ulysses")
     if not dist.is_available():
         raise ValueError(f"parallel '{spec}' needs torch.distributed, which this torch was built without")
     started = dist.is_initialized()
@@ -137,3 +146,19 @@ def checked_spec(parallel: Any, *, compile: bool) -> ParallelSpec | None:
             f"--nproc-per-node {spec.processes} -m qwenedit ..., or with torchrun and your script"
         )
     return spec
+
+
+def _require_splitting(spec: ParallelSpec, *, split_weights: bool, compile: bool, modes: Modes) -> None:
+    """Check that weights can be split: by `split_weights`, or else by the spec's tensor."""
+    how = "split_weights=True" if split_weights else f"parallel tensor={spec.tensor}"
+    if split_weights and spec.tensor > 1:
+        raise ValueError(
+            f"{how} and parallel tensor={spec.tensor} both split the weights: wanted one of them"
+        )
+    if compile:
+        raise ValueError(f"compile=True does not go with {how}, whose blocks exchange tensors: wanted one")
+    if modes not in (Modes(), Modes("auto")):
+        raise ValueError(
+            f"{how} keeps a part of the weights in each process's memory, which '{modes}' does not: wanted "
+            "residency='resident', modulation='live' and storage=None, or cfg and ulysses alone"
+        )
