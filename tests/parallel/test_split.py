@@ -10,7 +10,7 @@ FP64 = 1e-14  # of the largest value: a sum of parts in another order, over a fe
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_cases("cases_split", 2)
+    return run_cases("cases_split", 2, {})
 
 
 def test_split_weights_give_the_same_bits_whatever_is_called(outcomes):
