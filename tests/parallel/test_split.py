@@ -68,7 +68,7 @@ def test_a_lora_is_fused_into_split_heads(outcomes):
         ("fp8", "transformer_blocks.1.attn.to_q.weight"),
         ("fp8 in heads", "is stored as float8_e4m3fn: wanted bfloat16, float16 or float32"),
         ("stage", "which 'stage' does not: wanted residency='resident'"),
-        ("float8", "which 'resident, float8' does not"),
+        ("float8", "which 'auto, float8' does not"),
         ("precomputed", "which 'auto, precomputed' does not"),
         ("compile", "compile=True does not go with split_weights=True"),
         ("both", "both split the weights: wanted one of them"),
