@@ -258,7 +258,8 @@ class System:
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
-        agree(self.processes, call, run, [self.mmdit, *(control.net for control in controls)])
+        nets = (control.net for control in controls)
+        agree(self.processes, call, run, [self.mmdit, *nets], self.micro_batch)
         return run
 
     def begin(self, run: Run) -> Start:

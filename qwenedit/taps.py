@@ -103,7 +103,10 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ..."""
+        """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ...
+
+        Where two processes share the branches, `elsewhere` is the branch that is not run here.
+        """
         return current_labels()
 
 

@@ -22,6 +22,7 @@ from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
+from qwenedit.cli.workers import require_alone, work
 from qwenedit.family import PRESETS, Sampling, preset_of
 from qwenedit.foreign import shown
 from qwenedit.inputs.controls import controls_of
@@ -75,6 +76,12 @@ def _masks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
     """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
+    folder, settings = _checked(options, call)
+    return _load(options, folder, controlnet=options.controlnet), settings
+
+
+def _checked(options: argparse.Namespace, call: Call) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's folder, and the other arguments of a call with its weights, after all checks."""
     switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
@@ -95,9 +102,8 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
     require_controls(switches, bool(controls))
     _check_controls(options, folder, controls, len(sigmas) - 1, row.geometry.size)
-    pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
-    return pipe, {
+    return folder, {
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
         "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
@@ -192,9 +198,25 @@ def verify(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.plan import plan
 
-    names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "layers")
+    names = ("device_memory", "host_memory", "device", "dtype", "height", "width", "pictures", "revision")
     nets, files = sources_of(options.controlnet), _files(options)
-    say(plan(options.model, **_chosen(options, *names, "revision"), files=files, controlnets=nets))
+    how = {
+        name: x for name, x in _chosen(options, "rank", "targets", "batch", "ema").items() if x is not None
+    }
+    if options.train is None:
+        if how:
+            raise ValueError(f"--{next(iter(how))} is of a training, wanted --train beside it")
+        say(plan(options.model, **_chosen(options, *names, "layers"), files=files, controlnets=nets))
+        return
+    from qwenedit.memory.train_plan import Training, train_plan
+
+    unread = ["--controlnet"] * bool(nets)
+    if options.train == "whole":
+        unread += [f"--{name}" for name in ("rank", "targets") if name in how]
+    if unread:
+        raise ValueError(f"{unread[0]} has no part in this training, wanted it left out")
+    training = Training(lora=options.train == "lora", **how)
+    say(train_plan(options.model, training, **_chosen(options, *names), files=files))
 
 
 def parity(options: argparse.Namespace) -> int:
@@ -218,23 +240,28 @@ def parity(options: argparse.Namespace) -> int:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    from qwenedit.ablation.sweep import ablate
+    from qwenedit.ablation.results import RESULTS
+    from qwenedit.ablation.sweep import ablate, edits_left
 
+    require_alone(options)
     folder = options.output or Path(options.spec.stem)
-    chosen = _chosen(options, "device", "dtype", "yes")
-    sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
-    say(folder / "report.html")
+    chosen = {**_chosen(options, "device", "dtype", "yes"), "progress": not options.quiet}
+    if options.workers > 1:
+        work(options, edits_left(options.spec, folder, **chosen), folder, RESULTS)
+    sweep = ablate(options.spec, folder, shard=options.shard, **chosen)
+    say(folder / "report.html" if options.shard is None else folder)
+    see = "see the report" if options.shard is None else f"see the records in {folder}"
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{shown(sweep.failed[0]['error'])}: see the report"
+            f"{shown(sweep.failed[0]['error'])}: {see}"
         )
     if sweep.failed_metrics:
         name, error = sweep.failed_metrics[0]
         count = sum(one == name for one, _ in sweep.failed_metrics)
         raise ValueError(
             f"the metric {name} failed for {count} of {len(sweep.records)} edits, the first with "
-            f"{shown(error)}: see the report"
+            f"{shown(error)}: {see}"
         )
 
 

@@ -37,9 +37,9 @@ from qwenedit.weights.loading import loading_bar
 from qwenedit.weights.slices import is_split
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
-    "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying",
-    "weight_value", "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "as_loaded",
+    "current_modes", "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember",
+    "require_staying", "weight_value", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
@@ -279,6 +279,14 @@ def origin_of(module: nn.Module) -> Mapping[str, Stored] | None:
 def files_of(module: nn.Module) -> list[Path]:
     """The files that a network's weights were loaded from; none for a network that was not loaded."""
     return sorted({stored.path for stored in (origin_of(module) or {}).values()})
+
+
+def as_loaded(module: nn.Module) -> bool:
+    """True if a network's weights are still those of the files that `load` read."""
+    managed, origin = _managed(module), module.__dict__.get("_origin")
+    if managed is not None:  # they cannot be changed
+        return origin is not None
+    return origin is not None and origin.weights == _Origin.of(module, "", {}).weights
 
 
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwenedit.parallel.processes import Processes
+from qwenedit.taps import scope
 
 __all__ = ["SharedBranches"]
 
@@ -18,7 +19,8 @@ BRANCHES = ("cond", "uncond")
 class SharedBranches:
     """A step's predictions, of which each process computes one (`sampling.branches.Branches`).
 
-    Both then have both, and guidance and the sampler's rule run on each of them.
+    Both then have both, and guidance and the sampler's rule run on each of them. Taps see the branch of their
+    process alone; the label `elsewhere` names the other one.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -33,7 +35,9 @@ class SharedBranches:
         """
         if not guided:
             return branch("cond"), None
-        own = branch(BRANCHES[self._processes.place("cfg")]).contiguous()
+        name, other = BRANCHES[:: -1 if self._processes.place("cfg") else 1]
+        with scope(elsewhere=other):
+            own = branch(name).contiguous()
         if own.requires_grad:
             raise ValueError(
                 "gradients do not cross processes: wrap the run in torch.no_grad(), or load without cfg=2"

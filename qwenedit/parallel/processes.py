@@ -113,6 +113,9 @@ class Processes:
             mesh_dim_names=AXES,
         )  # fmt: skip
 
+    def __getstate__(self) -> None:
+        raise ValueError("a pipeline that processes share cannot be pickled: load it in each of them")
+
     def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
         return self
 

@@ -44,7 +44,9 @@ def guarded(processes: Processes | None, steps: Iterator[T]) -> Iterator[T]:
         yield from steps
 
 
-def agree(processes: Processes | None, call: Any, run: Any, networks: Sequence[nn.Module]) -> None:
+def agree(
+    processes: Processes | None, call: Any, run: Any, networks: Sequence[nn.Module], micro_batch: int | None
+) -> None:
     """Require that all processes are about to do the same run. One without a generator draws the same noise.
 
     Raises:
@@ -62,7 +64,7 @@ def agree(processes: Processes | None, call: Any, run: Any, networks: Sequence[n
         )
     for network in networks:  # ControlNets may be put in at any time
         share_tokens(network, processes)
-    about = {"parallel": str(processes.spec), **about_run(call, run, networks)}
+    about = {"parallel": str(processes.spec), "micro_batch": micro_batch, **about_run(call, run, networks)}
     processes.agree(about, draws=run.generator is None)
 
 

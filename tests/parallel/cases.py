@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 import json
 import os
+import pickle
 import time
 
 import torch
@@ -313,6 +315,24 @@ def case_instruments():
     return outcome
 
 
+def case_maps_of_one_branch():
+    """Under cfg the process that runs the branch has them; the others have none, and that is no mistake."""
+    counts = []
+    for mode in (None, *MODES):
+        maps = qwenedit.AttentionMaps(branch="uncond")
+        with maps.attached(pipe(mode).mmdit):
+            edited(pipe(mode))
+        counts.append(len(maps))
+    alone, cfg, ulysses = counts
+    return [cfg == (alone if dist.get_rank() else 0), ulysses == alone > 0]
+
+
+def case_copies():
+    """A copy shares its tokens with the copies in other processes; a pickle would share them with none."""
+    with_copy = difference(run(None), edited(copy.deepcopy(pipe("ulysses=2"))))
+    return [with_copy, refused(lambda: pickle.dumps(pipe("ulysses=2")))]
+
+
 def refused(action):
     begun = time.monotonic()
     try:
@@ -321,6 +341,15 @@ def refused(action):
         assert time.monotonic() - begun < 10, "it took too long"
         return f"{type(error).__name__}: {error}"
     return "nothing was refused"
+
+
+@contextlib.contextmanager
+def changed(weight):
+    weight[0] += 1
+    try:
+        yield
+    finally:
+        weight[0] -= 1
 
 
 def here(process, context):
@@ -337,6 +366,10 @@ def case_refusals():
         with here(1, qwenedit.taps(system.mmdit, identity)):
             edited(system)
 
+    def other_weights(system):
+        with here(0, changed(system.mmdit.blocks[1].img_mlp.up.bias)):
+            edited(system)
+
     def cached():
         with first_block_cache(ulysses.mmdit, 0.1):
             edited(ulysses)
@@ -348,6 +381,8 @@ def case_refusals():
         "a tap in one, cfg": refused(lambda: tapped(cfg)),
         "other seeds": refused(lambda: edited(cfg, generator=seeded(rank))),
         "other steps": refused(lambda: edited(ulysses, num_inference_steps=2 + rank)),
+        "other parts of a batch": refused(lambda: run("ulysses=2", micro_batch=1 + rank)),
+        "other weights": refused(lambda: other_weights(ulysses)),
         "other pictures": refused(lambda: edited(ulysses, image=[PICTURE, drawn(40, 64, rank)])),
         "bad input in one": refused(lambda: edited(ulysses, prompt=PROMPT if rank else 3)),
         "heads": refused(lambda: qwenedit.load(FOLDERS["three heads"], device="cpu", parallel="ulysses=2")),

@@ -166,6 +166,16 @@ def test_instruments(outcomes):
     assert found == {"cfg=2": [0, 0, 0.5, 0.5, 1], "ulysses=2": [0, 0, 1, 1, 2]}
 
 
+def test_maps_of_a_branch_are_where_it_runs(outcomes):
+    assert value(outcomes, "maps_of_one_branch") == [True, True]
+
+
+def test_copies(outcomes):
+    apart, refusal = value(outcomes, "copies")
+    assert apart == 0
+    assert refusal == "ValueError: a pipeline that processes share cannot be pickled: load it in each of them"
+
+
 # --- refusals
 
 
@@ -177,6 +187,8 @@ def test_instruments(outcomes):
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("other seeds", "differ in generator: process 1 has"),
         ("other steps", "differ in num_inference_steps: process 1 has 3, process 0 2; all of them"),
+        ("other parts of a batch", "differ in micro_batch: process 1 has 2, process 0 1"),
+        ("other weights", "differ in weights: process 1 has"),
         ("other pictures", "differ in image: process 1 has"),
         ("heads", "has 3 attention heads, which ulysses=2 times tensor=1 does not divide"),
         ("first block", r"ValueError: first_block_cache decides by all tokens.*load without ulysses"),
