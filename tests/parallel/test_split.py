@@ -31,6 +31,11 @@ def test_each_process_reads_its_own_part(outcomes):
     assert equal and 0.5 <= blocks <= 0.55
 
 
+def test_each_process_has_the_weights_that_are_planned(outcomes):
+    for held, planned in value(outcomes, "planned"):
+        assert held == planned
+
+
 def test_an_edit_with_split_weights_has_the_same_bits(outcomes):
     equal = value(outcomes, "edit_with_split_weights")
     assert len(equal) == 6 and all(equal.values()), equal
