@@ -22,7 +22,13 @@ def test_the_order_of_the_mesh(outcomes):
 
 
 def test_passes_with_fewer_tokens_than_processes(outcomes):
-    assert max(value(outcomes, "passes").values()) <= 1e-14
+    """By tokens alone, and by tokens and heads."""
+    assert max(value(outcomes, "passes")) <= 1e-14
+
+
+def test_taps_are_whole_where_tokens_and_heads_are_shared(outcomes):
+    assert value(outcomes, "taps_of_tokens_and_heads") == []
+    assert max(value(outcomes, "heads")) <= 1e-14
 
 
 def test_runs_are_equal(outcomes):
