@@ -1,4 +1,4 @@
-"""Published methods on held-out edits: `python -m benchmarks.methods [--count N] [--only NAME ...] [--out DIR]`.
+"""Published methods on held-out edits: `python -m benchmarks.methods [--count 60] [--only NAME] [--out DIR]`.
 
 The embedded model's edits under each intervention of examples/methods.toml: how many the oracle accepts, how
 well they preserve the rest, and how far they are from the source, each as the mean of paired differences to
@@ -97,14 +97,15 @@ HEAD = ("", "paper", "lines", "success, points", "kept, dB", "distance to the so
 def written(page: Path, rows: dict[str, list[str]], count: int) -> None:
     """Renew rows of the page's table; the others stay."""
     text = page.read_text(encoding="utf-8")
-    (old,) = re.findall(r"<!-- methods -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    before, start, rest = text.partition("<!-- methods -->\n")
+    old, end, after = rest.partition("<!-- end -->")
     kept = [[cell.strip() for cell in line.split("|")[1:-1]] for line in old.splitlines() if "|" in line][2:]
     every = {**{row[0]: row for row in kept}, **{row[0]: row for row in rows.values()}}
     order = ["plain", *(link(name, file) for name, (_, file) in interventions().items())]
     made = table(HEAD, [every[name] for name in order if name in every])
     said = f"{count} held-out edits, {STEPS} steps, guidance {SCALE:g}."
     with replacing_file(page) as temporary:
-        temporary.write_text(text.replace(old, f"{said}\n\n{made}\n"), encoding="utf-8")
+        temporary.write_text(f"{before}{start}{said}\n\n{made}\n{end}{after}", encoding="utf-8")
 
 
 def link(name: str, file: Path) -> str:
