@@ -14,6 +14,7 @@ from qwenedit.cli.process import ended_by_interrupts
 
 with ended_by_interrupts():  # torch takes seconds
     from qwenedit.encoding.conditioning import Conditioning
+    from qwenedit.instruments.activations import Activations
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
     from qwenedit.instruments.determinism import deterministic
     from qwenedit.instruments.inversion import invert, picture_latents
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
-    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "convention",
-    "deterministic", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "project_out",
-    "scale_by", "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "Activations", "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder",
+    "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add",
+    "attention_map", "convention", "deterministic", "flow_matching_loss", "invert", "load", "patch_from",
+    "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip", "swapped", "tap_names",
+    "taps", "trace_ops", "zero",
 ]  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "only_one", "read_header", "read_lines", "read_tensors", "replacing_file",
+    "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -256,6 +257,29 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def is_leftover(path: Path) -> bool:
     """True for a temporary file of `replacing_file`, which a killed process leaves."""
     return path.name.startswith(_TEMPORARY)
+
+
+@contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Lock a folder, on systems with `fcntl`; the lock ends with the process.
+
+    Raises:
+        ValueError: it is locked: another `what` it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another {what} {shown(folder)}: wait for it, or take another folder") from None
+        yield
+    finally:
+        os.close(held)
 
 
 T = TypeVar("T")
