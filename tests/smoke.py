@@ -143,12 +143,20 @@ def masked() -> None:
     )
 
 
+def collected() -> None:
+    recorder = qwenedit.Recorder(to=Path("activations"), tokens="target")
+    with recorder, qwenedit.taps(pipe.mmdit, {"blocks.3.img_out": recorder}), recorder.edit("one"):
+        edit()
+    assert len(qwenedit.Activations("activations").where(edit="one")[:].x)
+
+
 def swept() -> None:
     Path("spec.toml").write_text(SPEC)
     assert not qwenedit.ablate("spec.toml", "sweep", device="cpu", progress=False).failed
 
 
 NAMES: dict[str, Callable[[], object]] = {
+    "Activations": collected,
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
     "Guidance": switched(guidance=qwenedit.Guidance(norm="none")),
