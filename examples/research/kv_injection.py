@@ -1,0 +1,26 @@
+"""K/V injection: how much nearer to the source is an edit with the source's keys and values in the target's?
+
+The share of pixels that differ from the source, by the strength alpha of the blend (`methods.kv_inject`).
+"""
+
+from methods.kv_inject import kv_inject
+
+from qwenedit.ablation.metrics import source_distances
+from research import edited, report
+
+
+def half(pipe):
+    return kv_inject(pipe, alpha=0.5)
+
+
+def study(pipe, picture, prompt, steps=20):
+    changed = {}
+    for alpha in (0, 0.25, 0.5, 0.75, 1):
+        with kv_inject(pipe, alpha=alpha):
+            result = edited(pipe, picture, prompt, steps)
+        changed[f"changed at alpha {alpha}"] = source_distances(result, picture)["source_changed"]
+    return changed
+
+
+if __name__ == "__main__":
+    report(study)

@@ -1,0 +1,52 @@
+"""Steering from a data set of activations: does the mean difference of two prompts' edits turn another edit?
+
+Edits of one picture with each of two prompts are recorded into a folder. The direction is the difference of
+the means of the target's tokens after a block. It is added to an edit with the second prompt.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from qwenedit import Activations, Recorder, add, taps
+from qwenedit.ablation.metrics import distances
+from qwenedit.mini import EXAMPLE
+from research import edited, report
+
+BLOCK, SEEDS, TURNED = "blocks.2.img_out", range(4), "make the circle blue"
+
+
+def direction(pipe, picture, prompts, folder, steps):
+    recorder = Recorder(to=Path(folder), tokens="target", branch="cond")
+    names = {prompt: [f"{prompt}, seed {seed}" for seed in SEEDS] for prompt in prompts}
+    with recorder, taps(pipe.mmdit, {BLOCK: recorder}):
+        for prompt in prompts:
+            for seed, name in enumerate(names[prompt]):
+                with recorder.edit(name):
+                    noise = torch.Generator().manual_seed(seed)
+                    pipe.edit(picture, prompt, generator=noise, num_inference_steps=steps)
+    data = Activations(folder)
+    to, away = (data.where(edit=names[prompt])[:].x.mean(0) for prompt in prompts)
+    return to - away
+
+
+def steered(pipe, scale=1.0, picture=None, prompt="make the circle red", steps=4):
+    picture = picture or Image.open(EXAMPLE)
+    with tempfile.TemporaryDirectory() as folder:
+        vector = direction(pipe, picture, (TURNED, prompt), folder, steps)
+    return taps(pipe.mmdit, {BLOCK: add(vector, scale, branch="cond", tokens="target")})
+
+
+def study(pipe, picture, prompt, steps=20):
+    wanted, found = edited(pipe, picture, TURNED, steps), {}
+    for scale in (0.0, 0.5, 1.0, 2.0):
+        with steered(pipe, scale, picture, prompt, steps):
+            result = edited(pipe, picture, prompt, steps)
+        found[f"PSNR to {TURNED!r} at scale {scale}"] = distances(result, wanted)["psnr"]
+    return found
+
+
+if __name__ == "__main__":
+    report(study)
