@@ -10,6 +10,7 @@ import argparse
 import platform
 import resource
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -153,19 +154,17 @@ def measured(pipe: QwenImageEdit, todo: list[Case], folder: Path) -> str:
         active = torch.relu(up(x))
         left = float((down(active) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
         used = float((active > 0).float().sum(1).mean())
-    return "\n\n".join(
-        [
-            f"Made by `python -m benchmarks.activations --out docs`: {len(todo)} held-out edits of the\n"
-            f"embedded model, {STEPS} steps with guidance, five blocks; torch {torch.__version__}, "
-            f"{platform.machine()}.",
-            table(["", ""], rows),
-            "`probe`: does a target token lie where the right picture differs from the given one? Accuracy "
-            f"on a quarter of the edits, which the probe did not see; {labels.mean():.0%} of the tokens do.",
-            table(["", *(f"block {k}" for k in BLOCKS)], accuracies),
-            f"`autoencoder`, block 3, {len(deep):,} rows once: of {active.shape[1]} features {used:.0f} are "
-            f"active in a token, and {1 - left:.0%} of the variance is explained.",
-        ]
-    )
+    parts = [
+        f"Made by `python -m benchmarks.activations --out docs`: {len(todo)} held-out edits of the embedded "
+        f"model, {STEPS} steps with guidance, five blocks; torch {torch.__version__}, {platform.machine()}.",
+        table(["", ""], rows),
+        "`probe`: does a target token lie where the right picture differs from the given one? Accuracy on a "
+        f"quarter of the edits, which the probe did not see; {labels.mean():.0%} of the tokens do.",
+        table(["", *(f"block {k}" for k in BLOCKS)], accuracies),
+        f"`autoencoder`, block 3, {len(deep):,} rows once: of {active.shape[1]} features {used:.0f} are "
+        f"active in a token, and {1 - left:.0%} of the variance is explained.",
+    ]
+    return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 120) for part in parts)
 
 
 if __name__ == "__main__":

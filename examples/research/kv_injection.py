@@ -1,6 +1,6 @@
 """K/V injection: how much nearer to the source is an edit with the source's keys and values in the target's?
 
-The share of pixels that differ from the source, by the strength alpha of the blend (`methods.kv_inject`).
+Their distance, by the strength alpha of the blend (`methods.kv_inject`).
 """
 
 from methods.kv_inject import kv_inject
@@ -14,12 +14,12 @@ def half(pipe):
 
 
 def study(pipe, picture, prompt, steps=20):
-    changed = {}
+    found = {}
     for alpha in (0, 0.25, 0.5, 0.75, 1):
         with kv_inject(pipe, alpha=alpha):
             result = edited(pipe, picture, prompt, steps)
-        changed[f"changed at alpha {alpha}"] = source_distances(result, picture)["source_changed"]
-    return changed
+        found[f"PSNR to the source at alpha {alpha}"] = source_distances(result, picture)["source_psnr"]
+    return found
 
 
 if __name__ == "__main__":

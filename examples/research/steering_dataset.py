@@ -1,7 +1,7 @@
 """Steering from a data set of activations: does the mean difference of two prompts' edits turn another edit?
 
 Edits of one picture with each of two prompts are recorded into a folder. The direction is the difference of
-the means of the target's tokens after a block. It is added to an edit with the second prompt.
+the means of the text's tokens after a block. It is added to an edit with the second prompt.
 """
 
 import tempfile
@@ -15,13 +15,13 @@ from qwenedit.ablation.metrics import distances
 from qwenedit.mini import EXAMPLE
 from research import edited, report
 
-BLOCK, SEEDS, TURNED = "blocks.2.img_out", range(4), "make the circle blue"
+TAP, SEEDS, TURNED = "blocks.1.txt_out", range(2), "make the circle blue"
 
 
 def direction(pipe, picture, prompts, folder, steps):
-    recorder = Recorder(to=Path(folder), tokens="target", branch="cond")
+    recorder = Recorder(to=Path(folder), tokens="text", branch="cond")
     names = {prompt: [f"{prompt}, seed {seed}" for seed in SEEDS] for prompt in prompts}
-    with recorder, taps(pipe.mmdit, {BLOCK: recorder}):
+    with recorder, taps(pipe.mmdit, {TAP: recorder}):
         for prompt in prompts:
             for seed, name in enumerate(names[prompt]):
                 with recorder.edit(name):
@@ -32,16 +32,16 @@ def direction(pipe, picture, prompts, folder, steps):
     return to - away
 
 
-def steered(pipe, scale=1.0, picture=None, prompt="make the circle red", steps=4):
+def steered(pipe, scale=5.0, picture=None, prompt="make the circle red", steps=4):
     picture = picture or Image.open(EXAMPLE)
     with tempfile.TemporaryDirectory() as folder:
         vector = direction(pipe, picture, (TURNED, prompt), folder, steps)
-    return taps(pipe.mmdit, {BLOCK: add(vector, scale, branch="cond", tokens="target")})
+    return taps(pipe.mmdit, {TAP: add(vector, scale, branch="cond", tokens="text")})
 
 
 def study(pipe, picture, prompt, steps=20):
     wanted, found = edited(pipe, picture, TURNED, steps), {}
-    for scale in (0.0, 0.5, 1.0, 2.0):
+    for scale in (0, 2, 5, 10):
         with steered(pipe, scale, picture, prompt, steps):
             result = edited(pipe, picture, prompt, steps)
         found[f"PSNR to {TURNED!r} at scale {scale}"] = distances(result, wanted)["psnr"]

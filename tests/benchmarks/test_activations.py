@@ -1,0 +1,43 @@
+"""The script that measures data sets of activations runs, and its page shows what it runs."""
+
+import inspect
+from pathlib import Path
+
+import torch
+
+from benchmarks import activations
+from benchmarks.mini import cases
+from qwenedit.instruments.activations import Activations
+
+PAGE = (Path(__file__).parents[2] / "docs" / "activations.md").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_what_is_measured():
+    for function in (activations.record, activations.autoencoder):
+        _, *body = inspect.getsource(function).splitlines()
+        assert len(body) <= 10 and "\n".join(body) in PAGE
+    assert activations.START in PAGE and "800,000 of 128" in PAGE
+
+
+def test_a_recording_is_learned_from(edit, tmp_path):
+    todo = cases(4, activations.LOCAL, seed="activations")
+    activations.record(edit, todo[:2], tmp_path / "a")
+    activations.record(edit, todo, tmp_path / "a")  # goes on
+    data = Activations(tmp_path / "a")
+    assert len(data) == 4 * 4000
+    labels = activations.changed(todo)
+    assert labels.shape == (4, 16) and 0 < labels.mean() < 0.6
+    left = (torch.arange(16) % 4 < 2).float().expand(4, 16)  # half of the picture, on a held-out edit
+    target = data.where(group="target", block=3)
+    assert activations.probe(target, left) > 0.75
+    assert (
+        activations.probe(
+            target, torch.randint(2, (4, 16), generator=torch.Generator().manual_seed(0)).float()
+        )
+        < 0.75
+    )
+    torch.manual_seed(0)
+    up, down = activations.autoencoder(data.where(block=3))
+    x = data.where(block=3)[:].x.float()
+    missing = (down(torch.relu(up(x))) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    assert missing < 0.9
