@@ -31,21 +31,29 @@ with ended_by_interrupts():  # torch takes seconds
 
 if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
+    from qwenedit.batches.run import batch
+    from qwenedit.exploration.explore import explore
+    from qwenedit.training.run import train
 
 __all__ = [
     "Activations", "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder",
     "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add",
-    "attention_map", "convention", "deterministic", "flow_matching_loss", "invert", "load", "patch_from",
-    "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip", "swapped", "tap_names",
-    "taps", "trace_ops", "zero",
+    "attention_map", "batch", "convention", "deterministic", "explore", "flow_matching_loss", "invert",
+    "load", "patch_from", "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip",
+    "swapped", "tap_names", "taps", "trace_ops", "train", "zero",
 ]  # fmt: skip
 
 
-_LAZY = {"ablate": "qwenedit.ablation.sweep"}
+_LAZY = {
+    "ablate": "qwenedit.ablation.sweep",
+    "batch": "qwenedit.batches.run",
+    "explore": "qwenedit.exploration.explore",
+    "train": "qwenedit.training.run",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import lazily what imports much itself: `ablate`."""
+    """Import lazily what imports much itself: `ablate`, `batch`, `explore`, `train`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from qwenedit.checks import whole_number
-from qwenedit.files import is_leftover, only_one, replacing_file
+from qwenedit.files import remove_leftovers, replacing_file
 from qwenedit.foreign import printable_name, shown
 from qwenedit.instruments import activations
 from qwenedit.instruments.activations import COLUMNS, FORMAT, Activations, group_code, shards_of
 from qwenedit.instruments.groups import in_group, require_tokens, stream_groups, stream_of
+from qwenedit.shards import only_one
 from qwenedit.switches import own_generator
 from qwenedit.taps import Site
 
@@ -65,9 +66,9 @@ class ActivationWriter:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Write into the folder for the length of a `with` block; at its end, the last shard."""
-        with only_one(self._folder, "recorder writes into"):
-            for path in filter(is_leftover, list(self._folder.iterdir())):
-                path.unlink()  # of a run that was killed: the lock says that none runs
+        with only_one(self._folder, "recording") as alone:
+            if alone:
+                remove_leftovers(self._folder)  # of a run that was killed
             self._look()
             self._open = True
             try:

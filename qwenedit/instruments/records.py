@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from qwenedit.checks import dtype_of, require_numbers, whole_number
-from qwenedit.files import header_and_metadata, is_leftover, read_tensors, replacing_file
+from qwenedit.files import header_and_metadata, read_tensors, replacing_file
 from qwenedit.foreign import parse_json, shown
 from qwenedit.instruments.activation_writer import ActivationWriter
 from qwenedit.instruments.activations import shards_of
@@ -408,7 +408,7 @@ def _make_folder(folder: Path, filled_with: Callable[[Path], Sequence[Path]] = l
     try:
         folder.mkdir(exist_ok=True)
         known = filled_with(folder)
-        filled = any(not is_leftover(path) and path not in known for path in folder.iterdir())
+        filled = any(path.name[0] != "." and path not in known for path in folder.iterdir())
     except OSError as error:
         raise ValueError(f"cannot record to {folder}: {error.strerror or error}") from error
     if filled:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["device_free", "host_free", "parse_bytes"]
+from qwenedit.checks import device_of
+
+__all__ = ["device_free", "gib", "host_free", "parse_bytes", "planned"]
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _CGROUPS = (
@@ -30,6 +32,28 @@ def parse_bytes(name: str, value: int | str) -> int:
     if size < 1:
         raise ValueError(f"{name} is {value!r}, wanted a size such as 24GiB")
     return round(size)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def planned(
+    device: torch.device | str | None, device_memory: int | str | None, host_memory: int | str | None
+) -> tuple[torch.device, int]:
+    """The device of something planned, and its bytes: those that were given, or what is free.
+
+    With `device_memory` it is an accelerator, which need not exist; "cuda" stands for any.
+
+    Raises:
+        ValueError: sizes that are none, or no such device.
+    """
+    given = None if device_memory is None else parse_bytes("device_memory", device_memory)
+    host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
+    place = torch.device("cuda") if device is None and given is not None else device_of(device)
+    if place.type == "cpu":
+        return place, host
+    return place, device_free(place) if given is None else given
 
 
 def device_free(device: torch.device) -> int:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from qwenedit.checks import device_of, dtype_of, whole_number
+from qwenedit.checks import dtype_of, whole_number
 from qwenedit.family import LAYERING, Variant
 from qwenedit.foreign import read_json, shown
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
-from qwenedit.memory.machine import device_free, host_free, parse_bytes
+from qwenedit.memory.machine import device_free, gib, host_free, planned
 from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
@@ -50,12 +50,12 @@ from qwenedit.weights.loading import compare_networks, dtype_beside, require_fit
 from qwenedit.weights.report import Compared
 
 __all__ = [
-    "STAGES", "Plan", "activations", "choose", "network_sizes", "plan",
+    "LIBRARIES", "SPARE", "STAGES", "Plan", "activations", "choose", "network_sizes", "plan", "run_tokens",
 ]  # fmt: skip
 
 STAGES = ("text encoding", "VAE encode", "sampling", "VAE decode")
 SPARE = 0.95  # the part of the free memory that a run may take
-_LIBRARIES = 72 << 20  # bytes of the libraries' code and buffers
+LIBRARIES = 72 << 20  # bytes of the libraries' code and buffers
 _SMALL = 1 << 30  # bytes of weights up to which "auto" is "resident"
 _PROMPT = 100  # tokens of a prompt
 _TEMPLATE = 70  # tokens of the template around it
@@ -140,7 +140,7 @@ class Plan:
     def __str__(self) -> str:
         if not self.peaks:
             return f"{self.download}\n  what fits is known from the headers, once the files are here"
-        lines = [f"{shown(self.source)}: {self.run}, {self.dtype}, {_gib(self.memory)} on the {self.device}"]
+        lines = [f"{shown(self.source)}: {self.run}, {self.dtype}, {gib(self.memory)} on the {self.device}"]
         lines.append(f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in STAGES))
         for mode, peaks in self.peaks.items():
             mark = "<- chosen" if mode == self.mode else "fits" if self.fits(mode) else "does not fit"
@@ -148,13 +148,9 @@ class Plan:
             lines.append(f"  {mode!s:<32}{sizes}   {mark}")
         if self.mode is None:
             least = min(max(peaks.values()) for peaks in self.peaks.values())
-            lines.append(f"  nothing fits: wanted at least {_gib(round(least / SPARE))}; try a smaller size")
+            lines.append(f"  nothing fits: wanted at least {gib(round(least / SPARE))}; try a smaller size")
         lines.append(self.download or "  download: nothing, all files are on this machine")
         return "\n".join(lines)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def plan(
@@ -197,13 +193,8 @@ def plan(
     layers, steps = whole_number("layers", layers), whole_number("steps", steps)
     height = None if height is None else whole_number("height", height)
     width = None if width is None else whole_number("width", width)
-    given = None if device_memory is None else parse_bytes("device_memory", device_memory)
-    host = host_free() if host_memory is None else parse_bytes("host_memory", host_memory)
-    place = torch.device("cuda" if given is not None else "cpu")  # "cuda" stands for any accelerator
-    if device is not None or given is None:
-        place = device_of(device)
+    place, memory = planned(device, device_memory, host_memory)
     on_cpu = place.type == "cpu"
-    memory = host if on_cpu else given if given is not None else device_free(place)
     wanted = dtype_of(dtype, place)
     files = files or {}
     without = {*files} if text_encoder else {*files, "text_encoder"}
@@ -408,24 +399,14 @@ def activations(
     language, vision = text.text_config, text.vision_config
     layered = read_variant(folder).layered
     frames, decoded = (layers + 1, layers) if layered else (1, 1)
-    patches, seen = 0, 0
-    if sketch.pictures and not layered:
-        config = QWEN2_5_VL
-        if (path := folder / "processor" / "preprocessor_config.json").exists():
-            config = ImageProcessorConfig.from_json(read_json(path))
-        unit = config.patch_size * config.merge_size
-        for picture in sketch.pictures:
-            columns, rows = picture.vl
-            sides = geometry.smart_resize(rows, columns, unit, config.min_pixels, config.max_pixels)
-            patches += sides[0] * sides[1] // config.patch_size**2
-        seen = patches // config.merge_size**2
+    patches, seen = (0, 0) if layered else _seen(folder, sketch)
     tokens = _TEMPLATE + seen + _PROMPT
     encoding = max(
         tokens * (4 * language.intermediate_size + 6 * language.hidden_size),
         patches * (4 * vision.intermediate_size + 8 * vision.hidden_size),
     )
-    grids = [*[sketch.grid] * frames, *(picture.grid for picture in sketch.pictures)]
-    joint = seen + _PROMPT + sum(rows * columns for _, rows, columns in grids)
+    references = sum(math.prod(picture.grid) for picture in sketch.pictures)
+    joint = seen + _PROMPT + math.prod(sketch.grid) * frames + references
     encoded = [picture.vae for picture in sketch.pictures] + [sketch.size] * bool(nets)
     pixels = max((columns * rows for columns, rows in encoded), default=0)
     # A blockwise net's residuals are added one by one.
@@ -437,4 +418,23 @@ def activations(
         "sampling": (joint * a_token + controls) * transformer.width,
         "VAE decode": decoded * sketch.size[0] * sketch.size[1] * vae.base_dim * decoded_pixel,
     }
-    return {stage: round(values * size) + _LIBRARIES for stage, values in made.items()}
+    return {stage: round(values * size) + LIBRARIES for stage, values in made.items()}
+
+
+def run_tokens(folder: Path, sketch: geometry.Geometry) -> tuple[int, int]:
+    """Tokens of the text, about, and of the pictures that the transformer is given in an edit."""
+    references = sum(math.prod(picture.grid) for picture in sketch.pictures)
+    return _seen(folder, sketch)[1] + _PROMPT, math.prod(sketch.grid) + references
+
+
+def _seen(folder: Path, sketch: geometry.Geometry) -> tuple[int, int]:
+    """The vision tower's patches of the pictures, and what it merges them to."""
+    config = QWEN2_5_VL
+    if (path := folder / "processor" / "preprocessor_config.json").exists():
+        config = ImageProcessorConfig.from_json(read_json(path))
+    unit, patches = config.patch_size * config.merge_size, 0
+    for picture in sketch.pictures:
+        columns, rows = picture.vl
+        sides = geometry.smart_resize(rows, columns, unit, config.min_pixels, config.max_pixels)
+        patches += sides[0] * sides[1] // config.patch_size**2
+    return patches, patches // config.merge_size**2

@@ -19,7 +19,10 @@ import qwenedit.encoding.encode as encoding
 from qwenedit.encoding.conditioning import Conditioning, Prompt
 from qwenedit.latents import Grid
 from qwenedit.memory.plan import STAGES
-from tests.fake_device.device import FakeDevice
+from qwenedit.memory.train_plan import Training
+from qwenedit.training.loop import Weights, adamw
+from qwenedit.training.loss import TrainingBatch, flow_matching_loss, freeze_unreached
+from tests.fake_device.device import FakeDevice, fake_device
 
 # By the folders of tests/data/official_configs.json: the most input pictures that its model card shows.
 PICTURES = {
@@ -137,3 +140,40 @@ def noted(pipe: qwenedit.QwenImageEdit, device: FakeDevice, ran: Ran) -> Iterato
 def end(ran: Ran, device: FakeDevice, stage: str) -> None:
     ran.stages[stage] = Seen(device.peak, device.placed.copy(), device.waits.copy())
     device.fresh()
+
+
+def training_batch(
+    grids: tuple[tuple[Grid, ...], ...], dtype: torch.dtype = torch.bfloat16, weighted: bool = False
+) -> TrainingBatch:
+    """Of 1024 x 1024 pixels, on the device that "meta" stands for; a row for each tuple of references."""
+    latents = torch.empty(len(grids), 4096, 64, dtype=dtype, device="meta")
+    return TrainingBatch(
+        conditioning=conditioning(grids, dtype=dtype, kind="meta"),
+        latents=latents,
+        sigma=torch.full((len(grids),), 0.5, device="meta"),
+        noise=torch.empty_like(latents),
+        weight=torch.ones(len(grids), 4096, device="meta") if weighted else None,
+    )
+
+
+def training_peak(
+    folder: Path, training: Training, checkpointing: bool, dtype: torch.dtype | None = None
+) -> int:
+    """The most bytes in a training step of edits with one picture, the second, when all moments are there."""
+    with fake_device("meta") as device:
+        pipe = load(folder, "meta", text_encoder=False, dtype=dtype)
+        if training.lora:
+            pipe.add_lora(rank=training.rank, targets=training.targets)
+        else:
+            pipe.mmdit.requires_grad_(True)
+        freeze_unreached(pipe.mmdit)
+        pipe.mmdit.train().checkpointing = checkpointing
+        live = {name: x for name, x in pipe.mmdit.named_parameters() if x.requires_grad}
+        weights = Weights(live, adamw(1e-4), 0.99 if training.ema else None)
+        batch = training_batch((((1, 64, 64),),) * training.batch, pipe.dtype)
+        for step in range(2):
+            device.fresh()
+            flow_matching_loss(pipe, batch).backward()
+            weights.collect()
+            weights.step(1.0, step, 1.0)
+        return device.peak

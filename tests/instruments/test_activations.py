@@ -267,7 +267,7 @@ def test_a_killed_run_keeps_its_shards_and_goes_on(edit, tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", halfway)
     whole = record(edit, run, names=("one", "two", "three"), **options)
     monkeypatch.setattr("safetensors.torch.save_file", save)
-    left = [path.name for path in killed.iterdir() if path.name.startswith(".")]
+    left = [path.name for path in killed.iterdir() if path.name.startswith(".qwenedit-")]
     assert len(left) == 1
     data = Activations(killed)
     assert list(data.names["edit"].values()) == ["one"] and len(data) == 96
@@ -318,7 +318,7 @@ def test_taps_of_another_order_keep_their_names(edit, tmp_path):
 
 def test_two_recorders_do_not_write_into_one_folder(tmp_path):
     first, second = (Recorder(to=tmp_path / "a", tokens="target") for _ in range(2))
-    with first, pytest.raises(ValueError, match=r"another recorder writes into .*a: wait for it"), second:
+    with first, pytest.raises(ValueError, match=r"another recording runs in .*a: wait for it"), second:
         pass
     with second:
         pass

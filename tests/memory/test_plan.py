@@ -196,7 +196,7 @@ def test_layered_has_a_frame_for_each_layer_and_one_more():
         for layers in (3, 2)
     )
     weights = sum(x.nbytes for net in (pipe.mmdit, pipe.vae, pipe.vision_language) for x in net.parameters())
-    computed = peaks["sampling"] - weights - planning._LIBRARIES
+    computed = peaks["sampling"] - weights - planning.LIBRARIES
     assert computed == (seen[0] + 100) * pipe.mmdit.config.width * 20 * 4 and seen[0] == (4 + 1) * 16
     one = round(64 * 64 * pipe.vae.config.base_dim * 5.8 * 4)
     assert abs(peaks["VAE decode"] - fewer["VAE decode"] - one) <= 1
