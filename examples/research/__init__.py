@@ -25,6 +25,6 @@ def edited(pipe, picture, prompt, steps, **options):
 def report(study):
     """Run a job for the words of the command line, and print what it finds."""
     model, picture, prompt = [*sys.argv[1:], *[None, EXAMPLE, "make the circle red"][len(sys.argv) - 1 :]]
-    pipe = qwenedit.load(model)
+    pipe = qwenedit.load(model or None)
     for name, value in study(pipe, Image.open(picture), prompt).items():
         print(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")

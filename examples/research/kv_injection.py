@@ -1,4 +1,4 @@
-"""K/V injection: how much nearer to the source is an edit with the source's keys and values in the target's?
+"""K/V injection: does an edit come nearer to the source with the source's keys and values in the target's?
 
 Their distance, by the strength alpha of the blend (`methods.kv_inject`).
 """

@@ -26,11 +26,8 @@ def study(pipe, picture, prompt, steps=20, folder="own_ablation"):
         "grid": {"references.latents": ["concatenated", "left_out"]},
     }
     sweep = qwenedit.ablate(spec, folder, pipe=pipe, metrics={"warmth": warmth})
-    cells = {"references": sweep.of_cell(0), "no references": sweep.of_cell(1)}
-    warm = {
-        f"warmth with {name}": fmean(run["own"]["warmth"] for run in runs) for name, runs in cells.items()
-    }
-    return {**warm, "the page": f"{folder}/report.html"}
+    warm = [fmean(run["own"]["warmth"] for run in sweep.of_cell(cell)) for cell in (0, 1)]
+    return {"warmth": warm[0], "without references": warm[1], "the page": f"{folder}/report.html"}
 
 
 if __name__ == "__main__":

@@ -15,20 +15,17 @@ from qwenedit.ablation.metrics import distances
 from qwenedit.mini import EXAMPLE
 from research import edited, report
 
-TAP, SEEDS, TURNED = "blocks.1.txt_out", range(2), "make the circle blue"
+TAP, TURNED = "blocks.1.txt_out", "make the circle blue"
 
 
 def direction(pipe, picture, prompts, folder, steps):
     recorder = Recorder(to=Path(folder), tokens="text", branch="cond")
-    names = {prompt: [f"{prompt}, seed {seed}" for seed in SEEDS] for prompt in prompts}
     with recorder, taps(pipe.mmdit, {TAP: recorder}):
         for prompt in prompts:
-            for seed, name in enumerate(names[prompt]):
-                with recorder.edit(name):
-                    noise = torch.Generator().manual_seed(seed)
-                    pipe.edit(picture, prompt, generator=noise, num_inference_steps=steps)
-    data = Activations(folder)
-    to, away = (data.where(edit=names[prompt])[:].x.mean(0) for prompt in prompts)
+            with recorder.edit(prompt):
+                options = {"num_images_per_prompt": 4, "num_inference_steps": steps}
+                pipe.edit(picture, prompt, generator=torch.Generator().manual_seed(0), **options)
+    to, away = (Activations(folder).where(edit=prompt)[:].x.mean(0) for prompt in prompts)
     return to - away
 
 
