@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torch.utils._device
 
 # Two threads in one process; one in each of pytest-xdist's workers, and in the processes that these start.
 if "PYTEST_XDIST_WORKER" in os.environ:
