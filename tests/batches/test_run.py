@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -281,6 +282,16 @@ def test_what_the_model_cannot_run_is_found_before_any_weight_is_read(tmp_path, 
 def test_a_pipe_is_the_model(edit, tmp_path):
     with pytest.raises(ValueError, match="there are a pipe and device, wanted the pipe's own"):
         batch(LINES, tmp_path, pipe=edit, device="cpu")
+
+
+@pytest.mark.parametrize("run", ["batch", "ablate"])
+def test_a_pipe_of_several_processes_is_refused(edit, tmp_path, monkeypatch, run):
+    """Each of them would write the results, and wait for the others."""
+    monkeypatch.setattr(edit, "processes", SimpleNamespace(count=4))
+    edits = LINES if run == "batch" else {"pictures": ["mini:0"]}
+    with pytest.raises(ValueError, match=r"shares its runs with 3 other process\(es\).*by shard='i/n'"):
+        getattr(qwenedit, run)(edits, tmp_path / "new", pipe=edit)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_records_file_of_something_else_is_left_alone(tmp_path):
