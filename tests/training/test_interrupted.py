@@ -189,7 +189,7 @@ def test_two_runs_at_once_are_refused_and_leftovers_removed(encoded):
         ({"area": 10}, "line 1 of .*wanted no side of 0"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"step": 4}, "no 'step'"),
-        ({"output": "pairs.jsonl/run"}, "cannot be made"),
+        ({"output": "pairs.jsonl/run"}, r"cannot write into .*pairs\.jsonl is no folder"),
     ],
 )
 def test_bad_input_is_found_before_anything_is_encoded(tmp_path, monkeypatch, changed, message):
