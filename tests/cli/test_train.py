@@ -40,7 +40,7 @@ def test_it_says_where_the_lora_is(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: (x / "after 0.png").unlink(), "1 pictures are not there: "),
+        (lambda x: (x / "after 0.png").unlink(), "pictures are missing (1): "),
         (
             lambda x: (x / "spec.toml").write_text(SPEC.replace("rank", "rnak")),
             "'lora.rnak'; did you mean rank?",

@@ -183,7 +183,10 @@ def test_two_runs_at_once_are_refused_and_leftovers_removed(encoded):
         ({"lora": {"targets": "to_z"}}, "targets are 'to_z', which matches no layer of"),
         ({"lora": {"targets": "("}}, "targets are"),
         ({"validation": {"rows": 2}}, "rows is 2, wanted fewer than the 2 rows"),
-        ({"validation": {"pictures": ["no.png"], "prompts": ["x"]}}, r"1 pictures are not there: .*no\.png"),
+        (
+            {"validation": {"pictures": ["no.png"], "prompts": ["x"]}},
+            r"pictures are missing \(1\): .*no\.png",
+        ),
         ({"area": 10}, "line 1 of .*wanted no side of 0"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"step": 4}, "no 'step'"),
