@@ -22,9 +22,9 @@ from benchmarks.report import table
 from qwenedit.ablation.metrics import changed_area, pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
+from qwenedit.instruments.sheet import sheet
 from qwenedit.mini.pairs import CELLS
 from qwenedit.mini.scenes import DETERMINED, SIDE, draw, outcome
-from qwenedit.mini.sheet import sheet
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.switches import Mask, Switches
 

@@ -27,10 +27,10 @@ import qwenedit
 from benchmarks.report import table
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.pictures import to_pil
+from qwenedit.instruments.sheet import sheet
 from qwenedit.mini.oracle import Verdict, judge
 from qwenedit.mini.pairs import random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, SIDE, Request, Scene, draw, instruction
-from qwenedit.mini.sheet import sheet
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.sampler import Step
 

@@ -14,6 +14,7 @@ from qwenedit.cli.process import ended_by_interrupts
 
 with ended_by_interrupts():  # torch takes seconds
     from qwenedit.encoding.conditioning import Conditioning
+    from qwenedit.instruments.activations import Activations
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
     from qwenedit.instruments.determinism import deterministic
     from qwenedit.instruments.inversion import invert, picture_latents
@@ -30,20 +31,29 @@ with ended_by_interrupts():  # torch takes seconds
 
 if TYPE_CHECKING:
     from qwenedit.ablation.sweep import ablate
+    from qwenedit.batches.run import batch
+    from qwenedit.exploration.explore import explore
+    from qwenedit.training.run import train
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
-    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "convention",
-    "deterministic", "flow_matching_loss", "invert", "load", "patch_from", "picture_latents", "project_out",
-    "scale_by", "scope", "share_from", "skip", "swapped", "tap_names", "taps", "trace_ops", "zero",
+    "Activations", "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder",
+    "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add",
+    "attention_map", "batch", "convention", "deterministic", "explore", "flow_matching_loss", "invert",
+    "load", "patch_from", "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip",
+    "swapped", "tap_names", "taps", "trace_ops", "train", "zero",
 ]  # fmt: skip
 
 
-_LAZY = {"ablate": "qwenedit.ablation.sweep"}
+_LAZY = {
+    "ablate": "qwenedit.ablation.sweep",
+    "batch": "qwenedit.batches.run",
+    "explore": "qwenedit.exploration.explore",
+    "train": "qwenedit.training.run",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import lazily what imports much itself: `ablate`."""
+    """Import lazily what imports much itself: `ablate`, `batch`, `explore`, `train`."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,8 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
 from qwenedit.networks.mmdit import MMDiTConfig
+from qwenedit.parallel.processes import Processes
+from qwenedit.parallel.ulysses import share_out
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -43,10 +45,13 @@ def assemble(
     text_encoder: bool,
     controlnets: Sequence[Source],
     progress: bool,
+    processes: Processes | None = None,
+    split_weights: bool = False,
 ) -> Kind:
     """Check and load the components of a checkpoint and its ControlNets, as a system of this kind.
 
-    `source` None is the embedded model; `files` is as for `compare_networks`.
+    `source` None is the embedded model; `files` is as for `compare_networks`. Of several `processes` each
+    calls this; with `split_weights`, or a spec with tensor, it reads its own part of the weights.
 
     Raises:
         ValueError: no such checkpoint, one of another family, or files that do not fit.
@@ -63,7 +68,15 @@ def assemble(
 
     compared = compare_networks(folder, names, files)
     config: MMDiTConfig = network_config(folder, "transformer")
+    if processes is not None:
+        processes.spec.require_heads(config.num_attention_heads)
+        progress = progress and processes.rank == 0
     added = compare_controlnets(controlnets, config, variant, progress=progress)
+    if processes is not None and (split_weights or processes.spec.tensor > 1):
+        from qwenedit.parallel.split import split
+
+        split(compared, processes, weights=split_weights)
+        modes = Modes()  # the only ones that go with it
     if modes.residency == "auto":
         found = {one.report.component: one.found for one in compared}
         found |= {f"controlnet {number}": one.found for number, one in enumerate(added, start=1)}
@@ -81,8 +94,11 @@ def assemble(
         variant=variant,
         areas=areas,
         folder=folder,
+        processes=processes,
     )
     system.progress = progress
+    if processes is not None:
+        share_out(system.mmdit, processes)
     add_controlnets(system, added)
     return system
 

@@ -26,7 +26,8 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
-    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "replacing_file", "write_lines",
+    "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "remove_leftovers",
+    "replacing_file", "require_folder", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -253,9 +254,32 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_folder(path: Path) -> None:
+    """Check that a folder can be written into, or made.
+
+    Raises:
+        ValueError: there is something else at its place, or above it, or it is read-only.
+    """
+    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"cannot write into {shown(path)}: {shown(existing)} is no folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {shown(path)}: {error}") from error
+
+
 def is_leftover(path: Path) -> bool:
     """True for a temporary file of `replacing_file`, which a killed process leaves."""
     return path.name.startswith(_TEMPORARY)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what killed processes have left half-written in folders that no other process writes into."""
+    for folder in filter(Path.is_dir, folders):
+        for path in filter(is_leftover, folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 T = TypeVar("T")

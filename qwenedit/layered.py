@@ -26,6 +26,7 @@ from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.inputs.rows import BatchRow, rows_of
 from qwenedit.latents import Grid
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.sampling.guidance import TrueCFG, guidance_of
 from qwenedit.sampling.samplers import Sampler
 from qwenedit.switches import Guidance, Seen, Switches
@@ -83,6 +84,7 @@ class Layers(System):
 
     @hinting
     @torch.no_grad()
+    @in_one_run
     def decompose(
         self,
         image: Image.Image | Sequence[Image.Image],

@@ -28,11 +28,12 @@ from torch import Generator, Tensor, nn
 from qwenedit.checks import hinting, real_number, whole_number, without_reference_options
 from qwenedit.foreign import printable_name, shown
 from qwenedit.memory.residency import home, require_staying
-from qwenedit.networks.low_rank import Change, Delta, Kronecker, LowRank, LowRankLinear
+from qwenedit.networks.low_rank import Change, Delta, Kronecker, LowRank, LowRankLinear, fused
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.weights.lora_files import CONFIG, read_lora
 from qwenedit.weights.lora_saving import write_lora
 from qwenedit.weights.lora_targets import linear_layers, target_layers
+from qwenedit.weights.slices import put_back, whole, write_whole
 
 __all__ = ["Loras"]
 
@@ -300,14 +301,15 @@ class Loras:
         require_staying(
             self.mmdit, [layer.base.weight for _, _, layer, _ in places], "fuse_lora changes weights"
         )
+        put_back(self.mmdit)
         if safe_fusing:
             for _, child, layer, chosen in places:
-                if not all(x.isfinite().all() for x in layer.fused(chosen, lora_scale)):
+                if not all(x.isfinite().all() for x in _fused(layer, chosen, lora_scale)):
                     raise ValueError(f"fusing the LoRAs would give {child} NaN or infinity")
         for owner, child, layer, chosen in places:
-            weight, bias = layer.fused(chosen, lora_scale)
-            layer.base.weight.copy_(weight)
-            layer.base.bias.copy_(bias)
+            weight, bias = _fused(layer, chosen, lora_scale)
+            write_whole(layer.base.weight, weight)
+            write_whole(layer.base.bias, bias)
             _keep(owner, child, layer, [one for one in layer.changes if one not in chosen])
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
@@ -383,6 +385,10 @@ def _place(mmdit: MMDiT, changes: Mapping[str, Change]) -> None:
             setattr(mmdit.get_submodule(parent), child, layer)
         assert isinstance(layer, LowRankLinear)
         layer.held.append(change.train(layer.training))
+
+
+def _fused(layer: LowRankLinear, changes: list[Change], factor: float) -> tuple[Tensor, Tensor]:
+    return fused(whole(layer.base.weight), whole(layer.base.bias), changes, factor)
 
 
 def _keep(owner: nn.Module, child: str, layer: LowRankLinear, changes: list[Change]) -> None:

@@ -19,6 +19,7 @@ from qwenedit.checks import check_output_type, hinting
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
+from qwenedit.parallel.runs import guarded, in_one_run
 from qwenedit.reference_scripts import ReferenceScripts
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.sampler import Step
@@ -63,6 +64,7 @@ class Parts(ReferenceScripts):
         return self._encode(rows, switches, guided=negative_prompt is not None, max_tokens=MAX_TOKENS)
 
     @hinting
+    @in_one_run
     def steps(
         self,
         conditioning: Conditioning,
@@ -99,7 +101,8 @@ class Parts(ReferenceScripts):
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             control_guidance_start=control_guidance_start, control_guidance_end=control_guidance_end,
         )  # fmt: skip
-        return self._steps(conditioning, self._run_under(conditioning, call))
+        steps = self._steps(conditioning, self._run_under(conditioning, call))
+        return guarded(self.processes, steps)
 
     @overload
     def sample(
@@ -126,6 +129,7 @@ class Parts(ReferenceScripts):
 
     @hinting
     @torch.no_grad()
+    @in_one_run
     def sample(
         self,
         conditioning: Conditioning,

@@ -32,6 +32,8 @@ from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
+from qwenedit.parallel.processes import meet
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
 from qwenedit.sampling.compiling import compile_blocks, require_compiler
@@ -323,6 +325,7 @@ class QwenImageEdit(Loras, Parts):
             )
         )  # fmt: skip
 
+    @in_one_run
     def _run(self, call: Call) -> Result[Any]:
         """`generate` if the call has no image, else `edit`."""
         require_flat(self.variant)
@@ -358,6 +361,8 @@ def load(
     residency: str = "auto",
     modulation: str = "live",
     storage: str | None = None,
+    parallel: str | None = None,
+    split_weights: bool = False,
 ) -> QwenImageEdit:
     """Load a checkpoint in the official layout, or parts of it from files in other layouts.
 
@@ -388,10 +393,16 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
+        parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4": by branch of
+            guidance, by tokens, and with tensor=N by heads and weights, which changes last digits. All make
+            the same calls and get the same results (docs/scale.md).
+        split_weights: each of these processes keeps its part of the transformer's and the text encoder's
+            weights, and gathers a block's while it runs. Results are bitwise equal. With this, and with
+            tensor, each process reads only its own part from the files.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
-            `compile`, no C++ compiler, or weights that do not stay in memory.
+            `compile`, no C++ compiler, or weights that do not stay in memory; another number of processes.
     """
     device = device_of(device)
     dtype = dtype_of(dtype, device)
@@ -399,9 +410,11 @@ def load(
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
+    processes, device = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
+        processes=processes, split_weights=split_weights,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

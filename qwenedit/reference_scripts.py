@@ -39,6 +39,7 @@ from qwenedit.memory.residency import present, read_when_needed
 from qwenedit.networks.low_rank import Change
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.parallel.runs import in_one_run
 from qwenedit.reference_call import ReferenceCall, given_prompt
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.reference_scheduler import from_reference
@@ -88,6 +89,7 @@ class ReferenceScripts(Layers):
     def __call__(self, *positional: Any, **options: Any) -> Result[Any]: ...
 
     @torch.no_grad()
+    @in_one_run
     def __call__(self, *positional: Any, **options: Any) -> Result[Any] | tuple[Any]:
         """Edit, generate without an image, or decompose with a Layered checkpoint, as in the reference.
 

@@ -24,6 +24,7 @@ from qwenedit.system import System
 from qwenedit.weights.configs import config_from, network_config
 from qwenedit.weights.formats import Stored, dequantise, read_weights
 from qwenedit.weights.keys import NETWORKS, ours_to_official
+from qwenedit.weights.slices import is_split
 from qwenedit.weights.writing import write_json, write_weights
 
 __all__ = ["SHARD", "save"]
@@ -75,6 +76,11 @@ def _require_whole(system: System, networks: dict[str, Any]) -> Path:
         raise ValueError(
             "LoRAs are beside the weights, which the official layout cannot hold: call fuse_lora or "
             "unload_lora_weights first; save_lora_weights writes a LoRA"
+        )
+    if any(is_split(network) for network in networks.values()):
+        raise ValueError(
+            "the weights are split over processes, and none has them all: load without split_weights and "
+            "tensor to save the pipeline"
         )
     if not system.folder.is_dir():
         raise ValueError(f"{shown(system.folder)}, from which tokenizer and configs are copied, is gone")

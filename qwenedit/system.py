@@ -28,6 +28,8 @@ from qwenedit.memory.residency import home, move, present, while_present
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.vae import VAE
 from qwenedit.networks.vision_language import VisionLanguage
+from qwenedit.parallel.processes import Processes
+from qwenedit.parallel.runs import agree, shared
 from qwenedit.sampling.controls import RunControl, drawn
 from qwenedit.sampling.guidance import TrueCFG
 from qwenedit.sampling.preserve import noised, preserving
@@ -143,6 +145,7 @@ class System:
         check_finite: check the predictions of every step, the final latents and the decoded picture for NaN
             and infinity. On an accelerator each check waits for it, one a step; with False no step waits.
         folder: the checkpoint that `load` read, whose tokenizer and configs `save_pretrained` copies.
+        processes: those that share each run (`load(parallel=...)`); None for this one alone.
     """
 
     vision_language: VisionLanguage | None
@@ -159,6 +162,7 @@ class System:
     sampler: str | Sampler | None = None
     check_finite: bool = True
     folder: Path | None = None
+    processes: Processes | None = None
 
     def __repr__(self) -> str:
         """The kind of system, and a line for each network: its weights, and how many blocks it has."""
@@ -250,10 +254,13 @@ class System:
         for k, control in enumerate(controls):
             if (own := next(control.net.parameters()).dtype) != self.dtype:
                 raise ValueError(f"the net of control {k} is {own}, wanted {self.dtype}, as the transformer")
-        return Run(
+        run = Run(
             grid=grid, batch=batch, sigmas=visited, generator=call.generator, latents=latents,
             sampler=sampler, guidance=guidance, switches=switches, sources=sources, controls=controls,
         )  # fmt: skip
+        nets = (control.net for control in controls)
+        agree(self.processes, call, run, [self.mmdit, *nets], self.micro_batch)
+        return run
 
     def begin(self, run: Run) -> Start:
         """What the run starts from. The order of draws from its generator is the reference's."""
@@ -309,10 +316,10 @@ class System:
         return [self.mmdit, *dict.fromkeys(control.net for control in start.controls)]
 
     def _predictor(self, conditioning: Conditioning, run: Run, start: Start) -> Predict:
+        conditioning, branches = shared(self.processes, conditioning.to(self.device, self.dtype))
         return switched_predictor(
-            self.mmdit, conditioning.to(self.device, self.dtype), run.switches,
-            guided=run.guidance is not None, micro_batch=self.micro_batch, sigmas=run.sigmas[:-1],
-            controls=start.controls,
+            self.mmdit, conditioning, run.switches, guided=run.guidance is not None,
+            micro_batch=self.micro_batch, sigmas=run.sigmas[:-1], controls=start.controls, branches=branches,
         )  # fmt: skip
 
     def _sampled(self, predict: Predict, run: Run, start: Start) -> Iterator[Step]:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "Fingerprint", "NonFiniteError", "Site", "TapFunction", "Tapped",
+    "Fingerprint", "NonFiniteError", "Shards", "Site", "TapFunction", "Tapped",
     "cache_context", "current_labels", "fingerprint", "has_compiled_part", "modified", "named_modules",
     "observed", "require_finite", "require_module", "scope", "swapped", "tap_names", "taps", "tensors_in",
 ]  # fmt: skip
@@ -103,11 +103,56 @@ class Site:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ..."""
+        """The labels in force: step, sigma, branch, layout, rows, text_lengths (without padding), ...
+
+        Where two processes share the branches, `elsewhere` is the branch that is not run here.
+        """
         return current_labels()
 
 
 TapFunction = Callable[[Tensor, Site], "Tensor | None"]
+
+
+class Shards(Protocol):
+    """What this process holds of a network's tensors, of which other processes hold the rest.
+
+    `qwenedit.parallel` sets one on each module of a network that processes share. Tokens are those of the
+    text, of the target and of the references. A network calls `begin` in each pass, then the others.
+    """
+
+    @property
+    def splits_tokens(self) -> bool:
+        """False if each process has all tokens, and shares other dimensions."""
+        ...
+
+    def begin(self, img: Tensor, txt: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
+        """This process's tokens of both streams (B, S, D) and (B, T, D), and how many are the target's."""
+        ...
+
+    def end(self, img: Tensor, *, target_only: bool) -> Tensor:
+        """The image tokens (B, S, C) of all processes; with `target_only` they are the target's alone."""
+        ...
+
+    def own_target(self, x: Tensor) -> Tensor:
+        """This process's part of the target's tokens (B, S, D)."""
+        ...
+
+    def join(
+        self, q: Tensor, k: Tensor, v: Tensor, *, target_only: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Own tokens of all heads (B, N, D) -> all tokens of own heads (B, J, ...), and their T and S.
+
+        The tokens are in the order [text, image]; with `target_only` the queries are the target's alone.
+        """
+        ...
+
+    def part(self, *streams: Tensor) -> list[Tensor]:
+        """All tokens of own heads -> own tokens of all heads: of text and image, or of the target."""
+        ...
+
+    def applied(self, function: Callable[[Tensor], Tensor], x: Tensor, shape: str) -> Tensor:
+        """This process's part of what the function makes of the whole tensor, whose shape comment this is."""
+        ...
 
 
 class Tapped(nn.Module):
@@ -119,19 +164,26 @@ class Tapped(nn.Module):
 
     TAPS: tuple[str, ...] = ()
     OPTIONAL_TAPS: tuple[str, ...] = ()
+    shards: Shards | None = None  # set on instances, by `qwenedit.parallel` alone
     _taps: dict[str, list[tuple[TapFunction, Site]]] | None = None  # set on instances, by `taps` alone
 
-    def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:  # noqa: ARG002
+    def tap(self, name: str, x: Tensor, shape: str = "") -> Tensor:
         """Pass `x` to the functions attached under `name`; return it or its replacement.
 
-        `shape` is the shape comment. Tests compare it with the tensor.
+        `shape` is the shape comment. Tests compare it with the tensor. Of a tensor that processes share the
+        functions see the whole, in each of them.
         """
-        if self._taps is None:
+        if self._taps is None or name not in self._taps:
             return x
-        for fn, site in self._taps.get(name, ()):
-            y = fn(x, site)
-            x = x if y is None else _checked(y, x, site)
-        return x
+        attached = self._taps[name]
+
+        def applied(x: Tensor) -> Tensor:
+            for fn, site in attached:
+                y = fn(x, site)
+                x = x if y is None else _checked(y, x, site)
+            return x
+
+        return applied(x) if self.shards is None else self.shards.applied(applied, x, shape)
 
     def tapped(self, *names: str) -> bool:
         """True if a function is attached to one of these. Some tensors cost extra, such as attention maps."""
@@ -213,9 +265,17 @@ def _modified(modules: list[nn.Module]) -> bool:
     package = type(modules[0]).__module__.rpartition(".")[0]
     return (
         _has_any_global_hook()
-        or any(x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__ for x in modules)
+        or any(_hooked(x) or "forward" in x.__dict__ for x in modules)
         or not all(_own(kind, package) for kind in set(map(type, modules)))
     )
+
+
+def _hooked(module: nn.Module) -> bool:
+    """True if the module has a hook; those of `parallel.split`, which bring its weights, do not count."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    hooks = {*module._forward_hooks, *module._forward_pre_hooks}
+    return not hooks <= module.__dict__.get("_transparent_hooks", frozenset())
 
 
 def has_compiled_part(model: nn.Module) -> bool:

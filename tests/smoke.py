@@ -26,6 +26,7 @@ from qwenedit import mini
 from qwenedit.cli.options import _parser, main
 
 ROOT = Path(__file__).parents[1]
+TRAINING = 'data = "pairs.jsonl"\noutput = "trained"\nsteps = 2\nrate = 1e-3\n[lora]\nrank = 2\n'
 SPEC = 'pictures = ["mini:0"]\nseeds = [0]\nsteps = 1\n[grid]\ntrue_cfg_scale = [1]\n'
 QUICK = ("--steps", "1", "--quiet", "--device", "cpu")
 TESTS_ONLY = ("diffusers", "transformers", "pytest", "gguf", "matplotlib")
@@ -143,12 +144,40 @@ def masked() -> None:
     )
 
 
+def collected() -> None:
+    recorder = qwenedit.Recorder(to=Path("activations"), tokens="target")
+    with recorder, qwenedit.taps(pipe.mmdit, {"blocks.3.img_out": recorder}), recorder.edit("one"):
+        edit()
+    assert len(qwenedit.Activations("activations").where(edit="one")[:].x)
+
+
+def pairs() -> None:
+    picture.save("a.png")
+    Path("pairs.jsonl").write_text('{"image": "a.png", "control": "a.png", "caption": "keep it"}\n')
+    Path("train.toml").write_text(TRAINING)
+
+
+def finetuned() -> None:
+    pairs()
+    file = qwenedit.train("train.toml", device="cpu", progress=False)
+    qwenedit.load(device="cpu", progress=False).load_lora_weights(file)
+
+
 def swept() -> None:
     Path("spec.toml").write_text(SPEC)
     assert not qwenedit.ablate("spec.toml", "sweep", device="cpu", progress=False).failed
 
 
+def listed() -> None:
+    lines = [
+        {"image": picture, "prompt": "make the circle red", "steps": 1},
+        {"prompt": "a circle", "steps": 1},
+    ]
+    assert not qwenedit.batch(lines, "batch", pipe=pipe, progress=False).failed
+
+
 NAMES: dict[str, Callable[[], object]] = {
+    "Activations": collected,
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
     "Guidance": switched(guidance=qwenedit.Guidance(norm="none")),
@@ -165,8 +194,10 @@ NAMES: dict[str, Callable[[], object]] = {
     "ablate": swept,
     "add": lambda: tapped(qwenedit.add(torch.ones(128), 0.1, tokens="target")),
     "attention_map": lambda: qwenedit.attention_map(torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8)),
+    "batch": listed,
     "convention": trained,
     "deterministic": repeated,
+    "explore": lambda: qwenedit.explore(pipe, picture, "make the circle red", **RUN),
     "flow_matching_loss": loss,
     "invert": inverted,
     "load": loaded,
@@ -181,6 +212,7 @@ NAMES: dict[str, Callable[[], object]] = {
     "tap_names": lambda: qwenedit.tap_names(pipe.mmdit),
     "taps": lambda: tapped(lambda x, site: 0.5 * x),
     "trace_ops": traced,
+    "train": finetuned,
     "zero": lambda: tapped(qwenedit.zero),
 }
 # The words of each command, and why it refuses: the embedded model has no layers, and the reference that
@@ -189,11 +221,15 @@ COMMANDS: dict[str, tuple[list[object], str]] = {
     "edit": ([mini.EXAMPLE, "make the circle red", "-o", "out.png", *QUICK], ""),
     "generate": (["a red circle", "-o", "out.png", *QUICK], ""),
     "decompose": ([mini.EXAMPLE, "a circle", "-o", "out.png", *QUICK], "makes no layers"),
+    "explore": ([mini.EXAMPLE, "make the circle red", "-o", "edit.html", *QUICK], ""),
     "info": ([], ""),
     "verify": ([], ""),
     "plan": ([], ""),
     "parity": (["--quiet"], "found diffusers none"),
     "ablate": (["spec.toml", "--quiet", "--device", "cpu"], ""),
+    "train": (["train.toml", "--quiet", "--device", "cpu"], ""),
+    "batch": (["edits.jsonl", "-o", "batch", *QUICK], ""),
+    "completion": (["bash"], ""),
 }
 
 
@@ -224,6 +260,8 @@ def run() -> None:
     assert not there & set(TESTS_ONLY), f"this environment has more than the requirements: {there}"
     warnings.simplefilter("error")  # a warning about a missing library, too
     Path("spec.toml").write_text(SPEC)
+    pairs()
+    Path("edits.jsonl").write_text('{"prompt": "a red circle"}\n')
     for name, step in NAMES.items():
         print(f"qwenedit.{name}", flush=True)
         with tempfile.TemporaryDirectory(dir=".") as folder:

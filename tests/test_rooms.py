@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "qwenedit"
 GROUND = (
     "version", "taps", "switches", "switch_groups", "dialects", "annotated", "latents", "foreign", "files",
-    "family", "checks",
+    "family", "checks", "shards",
 )  # fmt: skip
 TIED = (
     "call",
@@ -31,8 +31,8 @@ TIED = (
 )
 DOORS = ("__init__", "__main__")  # what the package shows; nothing inside goes out and comes in again
 ROOMS = (  # from the ground up
-    GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", TIED,
-    "instruments", "training", "mini", "ablation", "parity", "cli", DOORS,
+    GROUND, "networks", "inputs", "weights", "memory", "encoding", "sampling", "parallel", TIED,
+    "instruments", "training", "mini", "ablation", "batches", "exploration", "parity", "cli", DOORS,
 )  # fmt: skip
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))

@@ -104,12 +104,18 @@ def first_block_cache(mmdit: MMDiT, threshold: float) -> Iterator[FirstBlockCach
     """Cache for the length of a `with` block: an approximation. A threshold of 0 never skips.
 
     Raises:
-        ValueError: a negative threshold; while running, no label `branch` is in force.
+        ValueError: a negative threshold; a transformer whose tokens processes share; while running, no label
+            `branch` is in force.
     Source: ParaAttention's first block cache; diffusers 0.39.0, hooks/first_block_cache.py, which also skips
         where the change equals the threshold.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold is {threshold}, wanted 0 or more")
+    if mmdit.shards is not None and mmdit.shards.splits_tokens:
+        raise ValueError(
+            "first_block_cache decides by all tokens, of which each process has a share: load without "
+            "ulysses (cfg=2 goes with it)"
+        )
     cache = FirstBlockCache(mmdit.blocks, threshold)
     with swapped(mmdit, "blocks", lambda _blocks: nn.ModuleList([cache])):
         yield cache

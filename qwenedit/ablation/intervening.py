@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from qwenedit.networks.low_rank import Change
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.taps import fingerprint, observed
 
-__all__ = ["acting", "state_of"]
+__all__ = ["acting", "intervened", "lora", "state_of"]
 
 
 @contextmanager
@@ -24,28 +25,40 @@ def acting(pipe: QwenImageEdit, spec: Spec, cell: Cell) -> Iterator[None]:
     Raises:
         ValueError: the intervention returns no context manager, or the LoRA does not fit.
     """
-    with _lora(pipe, cell):
+    with lora(pipe, cell.lora_file, cell.lora_scale):
         if cell.intervention == NONE:
             yield
             return
-        context = spec.interventions[cell.intervention](pipe)
-        if not (hasattr(type(context), "__enter__") and hasattr(type(context), "__exit__")):
-            raise ValueError(
-                f"the intervention returned {type(context).__name__}, wanted a context manager: put "
-                "@contextlib.contextmanager above a function with one yield"
-            )
-        with context:
+        with intervened(pipe, spec.interventions[cell.intervention]):
             yield
 
 
+def intervened(
+    pipe: QwenImageEdit, function: Callable[[QwenImageEdit], AbstractContextManager[Any]]
+) -> AbstractContextManager[Any]:
+    """The context manager that an intervention makes for a pipeline.
+
+    Raises:
+        ValueError: it returns something else.
+    """
+    context = function(pipe)
+    if not (hasattr(type(context), "__enter__") and hasattr(type(context), "__exit__")):
+        raise ValueError(
+            f"the intervention returned {type(context).__name__}, wanted a context manager: put "
+            "@contextlib.contextmanager above a function with one yield"
+        )
+    return context
+
+
 @contextmanager
-def _lora(pipe: QwenImageEdit, cell: Cell) -> Iterator[None]:
-    if cell.lora_file is None:
+def lora(pipe: QwenImageEdit, file: Path | None, scale: float) -> Iterator[None]:
+    """A LoRA beside those that are active, for the length of a `with` block; without a file nothing."""
+    if file is None:
         yield
         return
-    name = "of the sweep"
+    name = "of one edit"
     before = [(one, one.active, one.disabled) for one in pipe.mmdit.modules() if isinstance(one, Change)]
-    pipe.load_lora_weights(cell.lora_file, name, scale=cell.lora_scale)
+    pipe.load_lora_weights(file, name, scale=scale)
     try:
         for one, active, disabled in before:  # loading makes a LoRA the only active one
             one.active, one.disabled = active, disabled

@@ -27,7 +27,8 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.guidance import guidance_of
 from qwenedit.sampling.samplers import name_of, require_sampler
 from qwenedit.sampling.scheduler import FlowMatchScheduler, load_scheduler
-from qwenedit.sampling.switched import require_fitting, schedule
+from qwenedit.sampling.switched import require_controls, require_fitting, schedule
+from qwenedit.switches import switches_of
 from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.lora_files import read_lora
@@ -66,7 +67,6 @@ class Model:
         Raises:
             ValueError: it cannot; the message names the edit, the setting or the LoRA.
         """
-        require_flat(self.variant)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the runs themselves warn
             for case in spec.cases:
@@ -80,24 +80,39 @@ class Model:
                 read_lora(file, transformer)
 
     def _require_fitting(self, case: Case, cell: Cell, height: int | None, width: int | None) -> None:
-        texts, mask = (case.prompt, cell.negative_prompt), case.mask if cell.masked else None
-        call = Call(image=case.image, mask_image=mask, strength=cell.strength, switches=cell.switches)
+        call = Call(
+            image=case.image, mask_image=case.mask if cell.masked else None, strength=cell.strength,
+            prompt=case.prompt, negative_prompt=cell.negative_prompt, height=height, width=width,
+            true_cfg_scale=cell.true_cfg_scale, num_inference_steps=cell.steps, switches=cell.switches,
+        )  # fmt: skip
         try:
-            rows = rows_of(
-                *texts, case.image, self.variant, self.areas, height, width, starts=cell.starts
-            )  # fmt: skip
-            sources = sources_for(call, rows, self.variant, self.areas)
+            self.require_call(call)
         except ValueError as error:
             raise ValueError(f"{shown(case.name)}: {error}") from error
-        guidance_of(cell.true_cfg_scale, cell.negative_prompt)
+
+    def require_call(self, call: Call) -> None:
+        """Check that the model can run a call of one prompt.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        require_flat(self.variant)
+        switches, texts = switches_of(call.switches), (call.prompt, call.negative_prompt)
+        (row,) = rows = rows_of(
+            *texts, call.image, self.variant, self.areas, call.height, call.width, starts=call.starts
+        )
+        sources = sources_for(call, rows, self.variant, self.areas)
+        guidance_of(call.true_cfg_scale, call.negative_prompt, switches)
+        strength = 1.0 if sources is None else sources.strength
         sigmas = schedule(
-            self.scheduler, cell.switches.time, cell.steps, math.prod(rows[0].geometry.grid), None,
-            cell.strength, cell.switches.mask.strength,
+            self.scheduler, switches.time, call.num_inference_steps, math.prod(row.geometry.grid), None,
+            strength, switches.mask.strength,
         )  # fmt: skip
         require_fitting(
-            cell.switches, pictures=[len(rows[0].pictures)], blocks=self.config.num_layers,
-            steps=len(sigmas) - 1, sources=sources,
+            switches, pictures=[len(row.pictures)], blocks=self.config.num_layers, steps=len(sigmas) - 1,
+            sources=sources,
         )  # fmt: skip
+        require_controls(switches, bool(call.control_image))
 
 
 def settings_of(network: nn.Module) -> str:

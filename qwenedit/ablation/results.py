@@ -20,10 +20,12 @@ from qwenedit.checks import real_number, whole_number
 from qwenedit.files import read_lines
 from qwenedit.foreign import shown
 from qwenedit.sampling.samplers import SAMPLERS, count_predictions
+from qwenedit.shards import record_file, shard_files
 
-__all__ = ["PICTURES", "Sweep", "picture_of", "read_results"]
+__all__ = ["PICTURES", "RESULTS", "Sweep", "known_results", "picture_of", "read_results"]
 
 PICTURES = "pictures"  # the folder of the results
+RESULTS = "results"  # the stem of the files of records
 T = TypeVar("T")
 Index = tuple[int, int, int]  # of a run in its spec: case, seed, cell
 
@@ -72,6 +74,20 @@ def read_results(path: Path) -> dict[str, Record]:
     """
     records = read_lines(path, _record, "result of a sweep (take another folder)")
     return {record["key"]: record for record in records}
+
+
+def known_results(folder: Path) -> dict[str, Record]:
+    """The records of a sweep's folder by key, those of its shards included; of two, one that is done.
+
+    Raises:
+        ValueError: as `read_results`.
+    """
+    found: dict[str, Record] = {}
+    for path in (*shard_files(folder, RESULTS), record_file(folder, RESULTS)):
+        for key, record in read_results(path).items():
+            if key not in found or record["status"] == "done":
+                found[key] = record
+    return found
 
 
 def picture_of(key: str) -> str:

@@ -3,6 +3,7 @@
 spec.py describes the spec. The results folder has
 
     results.jsonl      a line for every run: settings, environment, timings, metrics, curves
+                       (results-0-of-4.jsonl and so on of shards, until a run without a shard merges them)
     pictures/KEY.png   its picture
     results.csv, summary.csv, summary.tex, pictures.tex, figures/, grid.png, report.html
 
@@ -13,20 +14,16 @@ whose spec has grown, resumes. (After changing this package's code, take another
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import os
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -37,30 +34,33 @@ from qwenedit.ablation.figures import FIGURES, write_figures
 from qwenedit.ablation.functions import code_of
 from qwenedit.ablation.intervening import acting, state_of
 from qwenedit.ablation.measures import Record
-from qwenedit.ablation.measuring import add_floor, mask_hash, measure
+from qwenedit.ablation.measuring import add_floor, measure
 from qwenedit.ablation.metrics import curves
 from qwenedit.ablation.model import Model, pipe_fingerprint
 from qwenedit.ablation.report import write_report
-from qwenedit.ablation.results import PICTURES, Sweep, picture_of, read_results
+from qwenedit.ablation.results import PICTURES, RESULTS, Sweep, known_results, read_results
+from qwenedit.ablation.runs import Run, encoding_of, has_maps, runs_of
 from qwenedit.ablation.sheet import picture_grid
-from qwenedit.ablation.spec import NONE, Cell, Spec, read_spec, with_sampler
+from qwenedit.ablation.spec import NONE, Spec, read_spec, with_sampler
 from qwenedit.ablation.tables import write_csv, write_picture_tex, write_summary_csv, write_summary_tex
 from qwenedit.checks import device_of, dtype_of, progress_bar
 from qwenedit.encoding.conditioning import Conditioning
-from qwenedit.files import append_line, is_leftover, replacing_file, write_lines
+from qwenedit.files import append_line, remove_leftovers, replacing_file, require_folder, write_lines
 from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture, to_pil
-from qwenedit.instruments.determinism import deterministic, environment
+from qwenedit.instruments.determinism import deterministic
+from qwenedit.instruments.provenance import made_by
+from qwenedit.instruments.provenance import seconds as clock
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit, load
+from qwenedit.shards import only_one, record_file, shard_files, shard_of
 from qwenedit.taps import require_finite
-from qwenedit.version import __version__
 from qwenedit.weights.checkpoints import fingerprint, resolve
 
-__all__ = ["MOST_EDITS", "ablate"]
+__all__ = ["MOST_EDITS", "ablate", "edits_left"]
 
 MOST_EDITS = 200  # a larger sweep must be confirmed
-RESULTS = "results.jsonl"
+Encoded: TypeAlias = tuple[Conditioning, float] | Exception  # the seconds it took; or why there is none
 WRITTEN = {  # from all runs
     "results.csv": write_csv,
     "summary.csv": write_summary_csv,
@@ -72,18 +72,34 @@ WRITTEN = {  # from all runs
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One edit of a sweep: its place in the spec (case, seed, cell) and its key."""
+class _Job:
+    """A sweep that is checked: what it runs, into which folder, and the model that makes it."""
 
-    index: tuple[int, int, int]
-    case: Case
-    seed: int
-    cell: Cell
-    key: str
+    plan: Spec
+    folder: Path
+    runs: list[Run]
+    model: str
+    fingerprint: str
+    load: Callable[[], QwenImageEdit]
+
+    def left(self, keys: set[str], records: dict[str, Record]) -> tuple[list[Run], dict[str, Record]]:
+        """The runs of these keys that are not done, and the records of those that are."""
+        done = {
+            key: x
+            for key, x in records.items()
+            if key in keys and x["status"] == "done" and _is_whole(self.folder / x["file"])
+        }
+        todo = [
+            run
+            for run in self.runs
+            if run.key in keys
+            and (run.key not in done or (has_maps(self.plan, run) and "attention" not in done[run.key]))
+        ]
+        return todo, done
 
     @property
-    def file(self) -> str:
-        return picture_of(self.key)
+    def keys(self) -> set[str]:
+        return {run.key for run in self.runs}
 
 
 def ablate(
@@ -95,6 +111,7 @@ def ablate(
     metrics: Mapping[str, Callable[..., float]] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    shard: str | None = None,
     yes: bool = False,
     progress: bool = True,
 ) -> Sweep:
@@ -114,69 +131,105 @@ def ablate(
             `prompt`, `pictures` (all that the edit was given), `mask` (or None) and `unablated` (the result
             of the unablated run, or None).
         device, dtype: as for `qwenedit.load`.
+        shard: "i/n", i from 0 to n - 1: run that part of the edits only, and write no report. Shards may run
+            side by side, on any machines with the same kind of device; a run without a shard then makes what
+            is missing, compares and reports.
         yes: confirm more than `MOST_EDITS` edits.
         progress: progress bars on stderr, if that is a terminal.
+
+    Returns:
+        The sweep, of a shard with its own edits alone.
 
     Raises:
         ValueError: a bad spec, one that does not fit the model, or a folder that cannot be written; before
             any weight is read. An intervention that leaves the model changed; edits that are done are kept.
     """
+    part = None if shard is None else shard_of(shard)
+    job = _checked(spec, folder, pipe, interventions, metrics, device, dtype, yes, progress)
+    home, runs = job.folder, job.runs
+    mine = job.keys if part is None else set(part.part_of(sorted(job.keys)))  # hashes: any mix of settings
+    home.mkdir(parents=True, exist_ok=True)
+    with only_one(home, "sweep", part) as alone:
+        known = known_results(home)
+        todo, done = job.left(mine, known)
+        _require_meant(len({run.key for run in todo}), yes)
+        (home / PICTURES).mkdir(parents=True, exist_ok=True)
+        results = record_file(home, RESULTS, part)
+        # Drop a line that was cut off, and those of failed runs that are tried again.
+        again = {run.key for run in todo} - done.keys()
+        kept = known if part is None else read_results(results)
+        write_lines(results, [record for key, record in kept.items() if key not in again])
+        if alone:
+            _tidy(home)
+        plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
+        functions = {name: (function, code_of(function)) for name, function in job.plan.metrics.items()}
+        for run, record in _run(job, todo, progress):
+            done[run.key] = record
+            if part is None:
+                measure(home, run.case, record, done[plain[run.index[:2]]], functions)
+            append_line(results, record)
+        if part is not None:
+            return Sweep(home, job.plan, {run.index: done[run.key] for run in runs if run.key in mine})
+        for run in runs:  # an earlier sweep may have compared with other runs, and had other metrics
+            measure(home, run.case, done[run.key], done[plain[run.index[:2]]], functions)
+        for edit in range(len(job.plan.cases)):
+            add_floor(home, [done[plain[edit, seed]] for seed in range(len(job.plan.seeds))])
+        return _finish(job.plan, home, runs, done)
+
+
+def edits_left(
+    spec: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    yes: bool = False,
+    progress: bool = True,
+) -> int:
+    """How many edits `ablate` would run, after its checks.
+
+    Raises:
+        ValueError: as `ablate`.
+    """
+    job = _checked(spec, folder, None, None, None, device, dtype, yes, progress)
+    todo, _ = job.left(job.keys, known_results(job.folder))
+    return len({run.key for run in todo})
+
+
+def _checked(
+    spec: str | os.PathLike[str] | Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    pipe: QwenImageEdit | None,
+    interventions: Mapping[str, Callable[[QwenImageEdit], AbstractContextManager[Any]]] | None,
+    metrics: Mapping[str, Callable[..., float]] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    yes: bool,
+    progress: bool,
+) -> _Job:
     plan, home = read_spec(spec, interventions, metrics), Path(folder)
     _require_writable(home)
-    _require_meant(plan.edits - len(read_results(home / RESULTS)), yes)
+    _require_meant(plan.edits - len(known_results(home)), yes)
     if pipe is None:
         checkpoint = resolve(plan.model, progress=progress)
         where = device_of(device)
         wanted = dtype_of(dtype, where)
         parts = Model.of_folder(checkpoint)
         parts.require_fitting(plan)
-        model = fingerprint(checkpoint)
+        model, name = fingerprint(checkpoint), plan.model or "the embedded model"
     else:
         given = [name for name, x in (("model", plan.model), ("device", device), ("dtype", dtype)) if x]
         if given:
             raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
         parts = Model.of_pipe(pipe)
         parts.require_fitting(plan)
-        where, wanted, model = pipe.device, pipe.dtype, pipe_fingerprint(pipe)
+        where, wanted, model, name = pipe.device, pipe.dtype, pipe_fingerprint(pipe), "the given pipeline"
     plan = with_sampler(plan, parts.sampler)
-    name = (plan.model or "the embedded model") if pipe is None else "the given pipeline"
-
-    home.mkdir(parents=True, exist_ok=True)
-    with _only_one(home):
-        known = read_results(home / RESULTS)
-        runs = list(_runs(plan, model, where, wanted))
-        done = {key: x for key, x in known.items() if x["status"] == "done" and _is_whole(home / x["file"])}
-        todo = [
-            run
-            for run in runs
-            if run.key not in done or (_has_maps(plan, run) and "attention" not in done[run.key])
-        ]
-        _require_meant(len({run.key for run in todo}), yes)
-        (home / PICTURES).mkdir(parents=True, exist_ok=True)
-        # Drop a line that was cut off, and those of failed runs that are tried again.
-        again = {run.key for run in todo} - done.keys()
-        write_lines(home / RESULTS, [record for key, record in known.items() if key not in again])
-        plain = {run.index[:2]: run.key for run in runs if run.index[2] == 0}
-        functions = {name: (function, code_of(function)) for name, function in plan.metrics.items()}
-        if todo:
-            pipe = pipe or load(checkpoint, device=where, dtype=wanted, progress=progress)
-            bar = progress_bar(todo, progress=progress, desc="ablating", unit="edit")
-            with deterministic(pipe) if plan.deterministic else nullcontext() as pinned:
-                made_with = {
-                    "model": name,
-                    "fingerprint": model,
-                    **_environment(pipe),
-                    "deterministic": pinned,
-                }
-                for run, record in _run(pipe, plan, bar, home, made_with):
-                    done[run.key] = record
-                    measure(home, run.case, record, done[plain[run.index[:2]]], functions)
-                    append_line(home / RESULTS, record)
-        for run in runs:  # an earlier sweep may have compared with other runs, and had other metrics
-            measure(home, run.case, done[run.key], done[plain[run.index[:2]]], functions)
-        for edit in range(len(plan.cases)):
-            add_floor(home, [done[plain[edit, seed]] for seed in range(len(plan.seeds))])
-        return _finish(plan, home, runs, done)
+    runs = list(runs_of(plan, model, where, wanted))
+    return _Job(
+        plan, home, runs, name, model,
+        lambda: pipe or load(checkpoint, device=where, dtype=wanted, progress=progress),
+    )  # fmt: skip
 
 
 def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record]) -> Sweep:
@@ -184,8 +237,8 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     in_order = sorted(runs, key=lambda run: run.index)
     sweep = Sweep(folder, spec, {run.index: records[run.key] for run in in_order})
     ours = {run.key: records[run.key] for run in in_order}
-    others = {key: x for key, x in read_results(folder / RESULTS).items() if key not in ours}
-    write_lines(folder / RESULTS, [*others.values(), *ours.values()])
+    others = {key: x for key, x in known_results(folder).items() if key not in ours}
+    write_lines(record_file(folder, RESULTS), [*others.values(), *ours.values()])
     write_figures(sweep, folder / FIGURES)
     for name, write in WRITTEN.items():
         with replacing_file(folder / name) as temporary:
@@ -193,32 +246,11 @@ def _finish(spec: Spec, folder: Path, runs: list[Run], records: dict[str, Record
     return sweep
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Lock the folder, on systems with `fcntl`; the lock ends with the process.
-
-    Raises:
-        ValueError: another sweep runs in it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"another sweep runs in {shown(folder)}: wait for it, or take another folder"
-        ) from None
-    else:
-        for part in (folder, folder / PICTURES, folder / FIGURES):
-            for path in filter(is_leftover, part.iterdir() if part.is_dir() else ()):
-                path.unlink()  # of a sweep that was killed: the lock says that none runs
-        yield
-    finally:
-        os.close(held)
+def _tidy(folder: Path) -> None:
+    """Remove what merged shards and killed processes have left, now that none runs."""
+    for path in shard_files(folder, RESULTS):
+        path.unlink()
+    remove_leftovers(folder, folder / PICTURES, folder / FIGURES)
 
 
 def _is_whole(picture: Path) -> bool:
@@ -231,92 +263,66 @@ def _is_whole(picture: Path) -> bool:
     return True
 
 
-def _has_maps(spec: Spec, run: Run) -> bool:
-    """Attention maps are recorded for the first picture and seed, in every cell."""
-    return spec.attention and run.index[:2] == (0, 0)
-
-
-def _runs(spec: Spec, model: str, device: torch.device, dtype: torch.dtype | None) -> Iterator[Run]:
-    """All runs; those with the same conditioning follow one another, the unablated runs first."""
-    for i, case in enumerate(spec.cases):
-        digest = hashlib.sha256()
-        for picture in case.pictures:
-            digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
-        source = digest.hexdigest()
-        alike: dict[str, list[tuple[int, Cell]]] = {}
-        for k, cell in enumerate(spec.cells):
-            alike.setdefault(_encoding(cell), []).append((k, cell))
-        for cells in alike.values():
-            for k, cell in cells:
-                for j, seed in enumerate(spec.seeds):
-                    settings = [
-                        __version__, model, device.type, str(dtype), source, case.prompt,
-                        case.name if case.request else None, spec.height, spec.width, seed, cell.settings,
-                        *(["deterministic"] if spec.deterministic else []),
-                        *([mask_hash(case)] if cell.masked else []),
-                    ]  # fmt: skip
-                    text = json.dumps(settings, sort_keys=True)
-                    key = hashlib.sha256(text.encode()).hexdigest()[:20]
-                    yield Run((i, j, k), case, seed, cell, key)
-
-
-def _encoding(cell: Cell) -> str:
-    """The settings that a conditioning depends on, beside pictures and prompt."""
-    return json.dumps(
-        [cell.negative_prompt, cell.switches.encoding.flat(), cell.intervention], sort_keys=True
-    )
-
-
-def _run(
-    pipe: QwenImageEdit, spec: Spec, todo: Iterable[Run], folder: Path, made_with: Record
-) -> Iterator[tuple[Run, Record]]:
+def _run(job: _Job, todo: list[Run], progress: bool) -> Iterator[tuple[Run, Record]]:
     """Run one edit after another; write its picture and yield its record."""
+    if not todo:
+        return
+    pipe, spec = job.load(), job.plan
     made_already = set()
-    for _, alike in itertools.groupby(todo, key=lambda run: (run.case, _encoding(run.cell))):
-        encoded = None  # shared by these runs, and freed before the next one is made
-        for run in alike:
-            if run.key in made_already:  # another cell has the same settings
-                continue
-            made_already.add(run.key)
-            intervened = run.cell.intervention != NONE  # which may act on the encoders as well
-            encoded = None if intervened else encoded or _encode(pipe, spec, run)
-            before = state_of(pipe) if intervened else None
-            record = _record(spec, run, made_with)
-            try:
-                picture, made = _made(pipe, spec, run, encoded)
-                json.dumps(made, allow_nan=False)  # a measure that is no number fails its edit alone
-            except Exception as error:
-                record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
-            else:
-                with replacing_file(folder / run.file) as temporary:
-                    picture.save(temporary)
-                record |= {"status": "done", "file": run.file, **made}
-            yield run, record
-            if intervened and state_of(pipe) != before:
-                raise ValueError(
-                    f"the intervention {shown(run.cell.intervention)} left the model changed, or taps or "
-                    "hooks attached: wanted a context manager that restores it; edits that are done are kept"
-                )
+    bar = progress_bar(todo, progress=progress, desc="ablating", unit="edit")
+    with deterministic(pipe) if spec.deterministic else nullcontext() as pinned:
+        made_with = {
+            "model": job.model, "fingerprint": job.fingerprint, **made_by(pipe), "deterministic": pinned
+        }  # fmt: skip
+        for _, alike in itertools.groupby(bar, key=lambda run: (run.case, encoding_of(run.cell))):
+            encoded = None  # shared by these runs, and freed before the next one is made
+            for run in alike:
+                if run.key in made_already:  # another cell has the same settings
+                    continue
+                made_already.add(run.key)
+                intervened = run.cell.intervention != NONE  # which may act on the encoders as well
+                encoded = None if intervened else encoded or _encode(pipe, spec, run)
+                before = state_of(pipe) if intervened else None
+                yield run, _attempt(pipe, spec, run, encoded, job.folder, made_with)
+                if intervened and state_of(pipe) != before:
+                    raise ValueError(
+                        f"the intervention {shown(run.cell.intervention)} left the model changed, or taps or "
+                        "hooks attached: wanted a context manager that restores it; edits that are done are "
+                        "kept"
+                    )
 
 
-def _made(
-    pipe: QwenImageEdit, spec: Spec, run: Run, encoded: tuple[Conditioning, float] | Exception | None
-) -> tuple[Image.Image, Record]:
+def _attempt(
+    pipe: QwenImageEdit, spec: Spec, run: Run, encoded: Encoded | None, folder: Path, made_with: Record
+) -> Record:
+    """The record of a run, done or failed; its picture is written."""
+    record = _record(spec, run, made_with)
+    try:
+        picture, made = _made(pipe, spec, run, encoded)
+        json.dumps(made, allow_nan=False)  # a measure that is no number fails its edit alone
+    except Exception as error:
+        return record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "file": None}
+    with replacing_file(folder / run.file) as temporary:
+        picture.save(temporary)
+    return record | {"status": "done", "file": run.file, **made}
+
+
+def _made(pipe: QwenImageEdit, spec: Spec, run: Run, encoded: Encoded | None) -> tuple[Image.Image, Record]:
     """A run's picture and its part of the record, with its LoRA and intervention; `encoded` may be shared."""
     with acting(pipe, spec, run.cell):
         encoded = encoded or _encode(pipe, spec, run)
         if isinstance(encoded, Exception):
             raise encoded
-        mapped = target_attention(pipe.mmdit, encoded[0]) if _has_maps(spec, run) else nullcontext()
+        mapped = target_attention(pipe.mmdit, encoded[0]) if has_maps(spec, run) else nullcontext()
         with mapped as maps:
             picture, made = _edit(pipe, spec, run, *encoded)
         return picture, made | ({"attention": maps} if maps else {})
     raise RuntimeError("the intervention's context manager swallowed an exception")
 
 
-def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, float] | Exception:
+def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> Encoded:
     """The conditioning of a picture and a prompt and the seconds it took, or the exception that it raised."""
-    start = _seconds(pipe.device)
+    start = clock(pipe.device)
     try:
         conditioning = pipe.condition(
             run.case.image,
@@ -328,7 +334,7 @@ def _encode(pipe: QwenImageEdit, spec: Spec, run: Run) -> tuple[Conditioning, fl
         )
     except Exception as error:
         return error
-    return conditioning, _seconds(pipe.device) - start
+    return conditioning, clock(pipe.device) - start
 
 
 @torch.no_grad()
@@ -336,7 +342,7 @@ def _edit(
     pipe: QwenImageEdit, spec: Spec, run: Run, conditioning: Conditioning, encode: float
 ) -> tuple[Image.Image, Record]:
     """One edit: its picture, and its part of the record. Runs may share the `encode` seconds."""
-    start = _seconds(pipe.device)
+    start = clock(pipe.device)
     latents, steps = curves(
         pipe.steps(
             conditioning,
@@ -349,9 +355,9 @@ def _edit(
         )
     )
     require_finite(latents, "sampler: the final latents")
-    sampled = _seconds(pipe.device)
+    sampled = clock(pipe.device)
     (picture,) = to_pil(pipe.decode(latents, conditioning.target_grid).cpu())
-    seconds = {"encode": encode, "sample": sampled - start, "decode": _seconds(pipe.device) - sampled}
+    seconds = {"encode": encode, "sample": sampled - start, "decode": clock(pipe.device) - sampled}
     made: Record = {
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "metrics": _judge(run.case, picture),
@@ -395,49 +401,14 @@ def _record(spec: Spec, run: Run, made_with: Record) -> Record:
     }
 
 
-def _environment(pipe: QwenImageEdit) -> Record:
-    found = environment(pipe)
-    device = f"{found['device']} ({found['device_name']})" if found["device_name"] else found["device"]
-    names = ("qwenedit", "torch", "python", "dtype", "threads")
-    return {**{name: found[name] for name in names}, "commit": _commit(), "device": device}
-
-
-def _commit() -> str | None:
-    """The commit of this package's code, "-dirty" where files differ; None outside of a repository."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in another project's repository
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _seconds(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 def _require_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"cannot write into {shown(folder)}: {shown(existing)} is no folder")
-    for name in (RESULTS, *WRITTEN):
+    require_folder(folder)
+    for name in (f"{RESULTS}.jsonl", *WRITTEN):
         if (folder / name).is_dir():
             raise ValueError(f"cannot write {folder / name}: it is a folder")
     for name in (PICTURES, FIGURES):
         if (folder / name).exists() and not (folder / name).is_dir():
             raise ValueError(f"cannot write into {folder / name}: it is no folder")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {shown(folder)}: {error}") from error
 
 
 def _require_meant(edits: int, yes: bool) -> None:

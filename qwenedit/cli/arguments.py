@@ -16,16 +16,18 @@ from qwenedit.sampling.scheduler import MAX_STEPS
 from qwenedit.switches import switch_lines
 
 __all__ = [
-    "Once", "Switch", "batch", "checkpoint_options", "controlnet_option", "count", "device_options",
-    "model_options", "path", "picture_options", "quiet_option", "run_options", "seed", "side", "steps",
-    "whole",
+    "Once", "Switch", "batch", "checkpoint_options", "common_options", "controlnet_option", "count",
+    "device_options", "model_options", "parallel_options", "path", "picture_options", "quiet_option",
+    "run_options", "seed", "shard_options", "side", "steps", "whole", "workers",
 ]  # fmt: skip
 
 
-def run_options(command: argparse.ArgumentParser) -> None:
-    """Of every command that samples."""
+def run_options(
+    command: argparse.ArgumentParser, output: str = "OUT.png", what: str = "where the picture goes"
+) -> None:
+    """Of every command that samples; `output` and `what` describe what it writes."""
     add = command.add_argument
-    add("-o", "--output", type=path, required=True, metavar="OUT.png", help="where the picture goes")
+    add("-o", "--output", type=path, required=True, metavar=output, help=what)
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
@@ -60,17 +62,30 @@ def run_options(command: argparse.ArgumentParser) -> None:
         help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
     )
     add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    parallel_options(command)
     device_options(command)
     quiet_option(command)
 
 
+def parallel_options(command: argparse.ArgumentParser) -> None:
+    """Of commands that several processes share."""
+    add = command.add_argument
+    add(
+        "--parallel",
+        metavar="AXIS=N,...",
+        help="share the run out among the processes that torchrun started, like cfg=2,ulysses=4",
+    )
+    add(
+        "--split-weights",
+        action="store_true",
+        help="each of these processes keeps its part of the weights (same picture, less memory)",
+    )
+
+
 def picture_options(command: argparse.ArgumentParser) -> None:
     """Of `edit` and `generate`."""
+    common_options(command)
     add = command.add_argument
-    add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
-    for option, letter in (("--height", "H"), ("--width", "W")):
-        help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
-        add(option, type=side, metavar=letter, help=help)
     add(
         "--mask",
         action=Once,
@@ -109,6 +124,15 @@ def picture_options(command: argparse.ArgumentParser) -> None:
     for option, which, default in (("--control-start", "start", 0.0), ("--control-end", "end", 1.0)):
         help = f"the {which} of the run under control, in shares of it (default: {default})"
         add(option, type=float, metavar="X", help=help)
+
+
+def common_options(command: argparse.ArgumentParser) -> None:
+    """Of `edit`, `generate` and `batch`."""
+    add = command.add_argument
+    add("--preset", choices=LIGHTNING, help="defaults for a distilled LoRA (default: the checkpoint's own)")
+    for option, letter in (("--height", "H"), ("--width", "W")):
+        help = "of the output, a multiple of a token's side, mostly 16 (default: as the picture)"
+        add(option, type=side, metavar=letter, help=help)
     add(
         "--switch",
         action=Switch,
@@ -156,6 +180,14 @@ def device_options(command: argparse.ArgumentParser, *, dtype: bool = True) -> N
     if dtype:
         default = "as stored; float32 on the CPU"
         add("--dtype", metavar="T", help=f"float32, bfloat16 or float16 (default: {default})")
+
+
+def shard_options(command: argparse.ArgumentParser) -> None:
+    """Of commands whose edits several processes may share."""
+    help = "make part I of N only, I from 0 to N - 1; a run without --shard then ties the parts together"
+    command.add_argument("--shard", metavar="I/N", help=help)
+    help = "processes on this machine, one for each GPU, or on the CPU with its threads shared out"
+    command.add_argument("--workers", type=workers, default=1, metavar="N", help=help)
 
 
 def quiet_option(command: argparse.ArgumentParser) -> None:
@@ -216,6 +248,10 @@ def steps(text: str) -> int:
 
 def batch(text: str) -> int:
     return count(text, 1000)  # all run in one batch
+
+
+def workers(text: str) -> int:
+    return count(text, 256)  # processes with a model each
 
 
 def side(text: str) -> int:

@@ -22,13 +22,15 @@ from qwenedit.call import Call, sources_for
 from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.cli.picture_files import check_alpha, output_files, save_pictures
 from qwenedit.cli.process import say
-from qwenedit.family import PRESETS, preset_of
+from qwenedit.cli.workers import require_alone, work
+from qwenedit.family import PRESETS, Sampling, preset_of
 from qwenedit.foreign import shown
 from qwenedit.inputs.controls import controls_of
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
+from qwenedit.parallel.spec import checked_spec, fitting_spec, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -52,7 +54,7 @@ def edit(options: argparse.Namespace) -> None:
     pictures = [open_picture(path) for path in options.pictures]
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(image=pictures, **masks))
-    _save(pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
+    _save(pipe, pipe.edit(pictures, options.prompt, **masks, **settings).images, outputs)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -60,7 +62,7 @@ def generate(options: argparse.Namespace) -> None:
     image = None if options.image is None else open_picture(options.image)
     masks = _masks(options)
     pipe, settings = _prepare(options, Call(source=image, **masks))
-    _save(pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
+    _save(pipe, pipe.generate(options.prompt, image=image, **masks, **settings).images, outputs)
 
 
 def _masks(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,6 +76,12 @@ def _masks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, dict[str, Any]]:
     """The pipeline and the other arguments of its call, after all checks: weights may be many gigabytes."""
+    folder, settings = _checked(options, call)
+    return _load(options, folder, controlnet=options.controlnet), settings
+
+
+def _checked(options: argparse.Namespace, call: Call) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint's folder, and the other arguments of a call with its weights, after all checks."""
     switches, controls = _switches(options), _controls(options)
     folder = _folder(options)
     variant = read_variant(folder)
@@ -85,7 +93,7 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     (row,) = rows = _silent(lambda: rows_of(*prompts, call.image, variant, areas, **size, starts=call.starts))
     call = dataclasses.replace(call, switches=switches)
     sources = _silent(lambda: sources_for(call, rows, variant, areas))
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     steps, blocks = run.num_inference_steps, network_config(folder, "transformer").num_layers
     strength = 1.0 if sources is None else sources.strength
     scheduler, tokens = load_scheduler(folder), math.prod(row.geometry.grid)
@@ -94,12 +102,17 @@ def _prepare(options: argparse.Namespace, call: Call) -> tuple[QwenImageEdit, di
     require_fitting(switches, pictures=pictures, blocks=blocks, steps=len(sigmas) - 1, sources=sources)
     require_controls(switches, bool(controls))
     _check_controls(options, folder, controls, len(sigmas) - 1, row.geometry.size)
-    pipe = _load(options, folder, controlnet=options.controlnet)
     count, generator = options.num_images, _generator(options)
-    return pipe, {
+    return folder, {
         **vars(run), **size, **controls, "num_images_per_prompt": count, "generator": generator,
         "switches": switches, "sampler": options.sampler,
     }  # fmt: skip
+
+
+def _check_guidance(options: argparse.Namespace, run: Sampling) -> None:
+    guidance = _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    if (spec := spec_of(options.parallel)) is not None:
+        spec.require_guidance(guidance is not None)
 
 
 def _controls(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def decompose(options: argparse.Namespace) -> None:
     check_alpha(options.output)
     picture = open_picture(options.picture)
     run = preset.sampling(options.steps, options.true_cfg_scale, options.negative_prompt)
-    _silent(lambda: guidance_of(run.true_cfg_scale, run.negative_prompt))
+    _check_guidance(options, run)
     folder = _folder(options)
     variant, prompts = read_variant(folder), (options.prompt, run.negative_prompt)
     areas = read_areas(folder, variant)
@@ -154,12 +167,15 @@ def decompose(options: argparse.Namespace) -> None:
     load_scheduler(folder).sigmas(run.num_inference_steps, math.prod(row.geometry.grid))
     generator, sampler = _generator(options), options.sampler
     settings = {**vars(run), **vars(layering), "generator": generator, "sampler": sampler}
-    _save(_load(options, folder).decompose(picture, options.prompt, **settings).images, outputs)
+    pipe = _load(options, folder)
+    _save(pipe, pipe.decompose(picture, options.prompt, **settings).images, outputs)
 
 
-def _save(images: Iterable[Any], outputs: list[Path]) -> None:
-    save_pictures(images, outputs)
-    say(*outputs)
+def _save(pipe: QwenImageEdit, images: Iterable[Any], outputs: list[Path]) -> None:
+    """Write the pictures; of several processes the first does."""
+    if pipe.processes is None or pipe.processes.rank == 0:
+        save_pictures(images, outputs)
+        say(*outputs)
 
 
 def info(options: argparse.Namespace) -> None:
@@ -190,11 +206,15 @@ def plan(options: argparse.Namespace) -> None:
     if options.train is None:
         if how:
             raise ValueError(f"--{next(iter(how))} is of a training, wanted --train beside it")
-        say(plan(options.model, **_chosen(options, *names, "layers"), files=files, controlnets=nets))
+        spec = fitting_spec(options.parallel, split_weights=options.split_weights)
+        say(plan(
+            options.model, **_chosen(options, *names, "layers", "split_weights"), files=files,
+            controlnets=nets, parallel=spec,
+        ))  # fmt: skip
         return
     from qwenedit.memory.train_plan import Training, train_plan
 
-    unread = ["--controlnet"] * bool(nets)
+    unread = ["--controlnet"] * bool(nets) + ["--parallel"] * bool(options.parallel)
     if options.train == "whole":
         unread += [f"--{name}" for name in ("rank", "targets") if name in how]
     if unread:
@@ -224,23 +244,28 @@ def parity(options: argparse.Namespace) -> int:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    from qwenedit.ablation.sweep import ablate
+    from qwenedit.ablation.results import RESULTS
+    from qwenedit.ablation.sweep import ablate, edits_left
 
+    require_alone(options)
     folder = options.output or Path(options.spec.stem)
-    chosen = _chosen(options, "device", "dtype", "yes")
-    sweep = ablate(options.spec, folder, **chosen, progress=not options.quiet)
-    say(folder / "report.html")
+    chosen = {**_chosen(options, "device", "dtype", "yes"), "progress": not options.quiet}
+    if options.workers > 1:
+        work(options, edits_left(options.spec, folder, **chosen), folder, RESULTS)
+    sweep = ablate(options.spec, folder, shard=options.shard, **chosen)
+    say(folder / "report.html" if options.shard is None else folder)
+    see = "see the report" if options.shard is None else f"see the records in {folder}"
     if sweep.failed:
         raise ValueError(
             f"{len(sweep.failed)} of {len(sweep.records)} edits failed, the first with "
-            f"{shown(sweep.failed[0]['error'])}: see the report"
+            f"{shown(sweep.failed[0]['error'])}: {see}"
         )
     if sweep.failed_metrics:
         name, error = sweep.failed_metrics[0]
         count = sum(one == name for one, _ in sweep.failed_metrics)
         raise ValueError(
             f"the metric {name} failed for {count} of {len(sweep.records)} edits, the first with "
-            f"{shown(error)}: see the report"
+            f"{shown(error)}: {see}"
         )
 
 
@@ -256,7 +281,8 @@ def _switches(options: argparse.Namespace) -> Switches:
 def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
     dtype_of(options.dtype, device_of(options.device))
-    modes_of(**_modes(options))
+    modes, split_weights = modes_of(**_modes(options)), options.split_weights
+    checked_spec(options.parallel, compile=options.compile, split_weights=split_weights, modes=modes)
     if options.compile:
         require_compiler()
     return resolve(options.model, options.revision, progress=not options.quiet, without=_files(options))
@@ -269,7 +295,7 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
         folder,
         progress=not options.quiet,
         text_encoder=options.text_encoder or True,
-        **_chosen(options, "device", "dtype", "mmdit", "vae"),
+        **_chosen(options, "device", "dtype", "mmdit", "vae", "parallel", "split_weights"),
         **_modes(options),
         **others,
     )
@@ -277,7 +303,9 @@ def _load(options: argparse.Namespace, folder: Path, **others: Any) -> QwenImage
     for name, (path, _) in zip(names, loras, strict=True):
         pipe.load_lora_weights(path, name)
     pipe.set_adapters(names, [scale for _, scale in loras])
-    if options.model is None:
+    if pipe.processes is not None and pipe.processes.spec.tensor > 1:
+        pipe.fuse_lora()  # into the parts of the weights: beside them they do not fit
+    if options.model is None and (pipe.processes is None or pipe.processes.rank == 0):
         say("qwenedit: the embedded model knows drawn shapes only, not photographs", error=True)
     return pipe
 

@@ -9,7 +9,7 @@ maps["blocks.3.attn", 5, "cond"]
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,26 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qwenedit.instruments.records import Records, Wanted, key_of, require_numbers
+from qwenedit.checks import require_numbers
+from qwenedit.instruments.groups import token_groups
+from qwenedit.instruments.records import Records, Wanted, key_of
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit_layers import JointAttention
 from qwenedit.taps import Site, require_module, taps
 
-__all__ = ["AttentionMaps", "attention_map", "token_groups"]
+__all__ = ["AttentionMaps", "attention_map", "queries_and_keys", "token_groups"]
 
 CHUNK = 2**26  # the most attention scores in memory at once while a map is made
-
-
-def token_groups(layout: Layout) -> dict[str, slice]:
-    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ...
-
-    >>> token_groups(Layout(5, ((1, 2, 2), (1, 2, 3))))
-    {'text': slice(0, 5, None), 'target': slice(5, 9, None), 'reference 1': slice(9, 15, None)}
-    """
-    groups = {"text": slice(0, layout.text), "target": layout.in_joint(layout.target)}
-    for number, tokens in enumerate(layout.references, 1):
-        groups[f"reference {number}"] = layout.in_joint(tokens)
-    return groups
 
 
 def attention_map(
@@ -108,9 +98,54 @@ def attention_map(
     return torch.cat(means, dim=-2)
 
 
+_PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
+
+
+@contextmanager
+def queries_and_keys(
+    mmdit: nn.Module,
+    function: Callable[[Tensor, Tensor, Tensor | None, Site], None],
+    blocks: Collection[int] | None = None,
+    wanted: Callable[[Site], bool] | None = None,
+    *,
+    strict: bool = True,
+) -> Iterator[None]:
+    """Call `function(q, k, key_mask, site)` whenever a block's attention runs, for the length of a `with`.
+
+    `q` and `k` are those of the joint sequence, after RoPE, as `attention_map` takes them. Taps that `wanted`
+    refuses are passed over. `site.full` is that of the block's last such tap, `blocks.3.attn.txt_k_rot`.
+    `strict` is as in `taps`.
+    """
+    parts: dict[str, Tensor] = {}  # of the attention that is running
+    masks: dict[nn.Module, Tensor | None] = {}
+
+    def note_mask(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+        masks[attention] = inputs[3]
+
+    def collect(x: Tensor, site: Site) -> None:
+        if wanted is not None and not wanted(site):
+            return
+        parts[site.name] = x
+        if site.name != _PARTS[-1]:
+            return
+        img_q, img_k, txt_q, txt_k = (parts.pop(name) for name in _PARTS)
+        q, k = torch.cat([txt_q, img_q], dim=1), torch.cat([txt_k, img_k], dim=1)
+        function(q, k, masks[site.module], site)
+
+    numbers = ["*"] if blocks is None else blocks
+    attentions = [module for module in mmdit.modules() if isinstance(module, JointAttention)]
+    hooks = [module.register_forward_pre_hook(note_mask) for module in attentions]
+    try:
+        functions = {f"blocks.{n}.attn.{part}": collect for n in numbers for part in _PARTS}
+        with taps(mmdit, functions, strict=strict):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 _REFERENCE = r"reference [1-9]\d*"
 _GROUP = f"all|text|target|{_REFERENCE}"
-_PARTS = ("img_q_rot", "img_k_rot", "txt_q_rot", "txt_k_rot")
 
 
 class AttentionMaps(Records):
@@ -158,38 +193,25 @@ class AttentionMaps(Records):
         self._wanted = Wanted(steps, branch)
         self._mean_heads = mean_heads
         self._detach = detach
-        self._parts: dict[str, Tensor] = {}  # of the attention that is running
-        self._key_mask: Tensor | None = None  # likewise
+        self._elsewhere = False  # another process runs the wanted branch
 
     @contextmanager
     def attached(self, mmdit: nn.Module) -> Iterator[AttentionMaps]:
         """Collect for the length of a `with` block."""
         require_module(mmdit)
-        blocks = ["*"] if self._blocks is None else self._blocks
-        attentions = [module for module in mmdit.modules() if isinstance(module, JointAttention)]
-        hooks = [module.register_forward_pre_hook(self._note_mask) for module in attentions]
-        try:
-            with taps(mmdit, {f"blocks.{n}.attn.{part}": self._collect for n in blocks for part in _PARTS}):
-                yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._parts.clear()
-        if not self._records:
+        with queries_and_keys(mmdit, self._collect, self._blocks, self._sees):
+            yield self
+        if not self._records and not self._elsewhere:
             raise RuntimeError(
                 "no attention map was collected: no step or branch that ran is among those wanted"
             )
 
-    def _note_mask(self, _attention: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._key_mask = inputs[3]
+    def _sees(self, site: Site) -> bool:
+        wanted = self._wanted(site)
+        self._elsewhere |= not wanted and self._wanted.branch == site.labels.get("elsewhere", "")
+        return wanted
 
-    def _collect(self, x: Tensor, site: Site) -> None:
-        if not self._wanted(site):
-            return
-        self._parts[site.name] = x
-        if site.name != _PARTS[-1]:
-            return
-        parts, self._parts = self._parts, {}
+    def _collect(self, q: Tensor, k: Tensor, key_mask: Tensor | None, site: Site) -> None:
         labels = site.labels
         if "layout" not in labels:
             raise ValueError(
@@ -197,11 +219,11 @@ class AttentionMaps(Records):
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._detach):
             value = attention_map(
-                torch.cat([parts["txt_q_rot"], parts["img_q_rot"]], dim=1),
-                torch.cat([parts["txt_k_rot"], parts["img_k_rot"]], dim=1),
+                q,
+                k,
                 _resolve(self._rows, labels["layout"]),
                 _resolve(self._columns, labels["layout"], absent=slice(0, 0)),
-                key_mask=self._key_mask,
+                key_mask=key_mask,
                 mean_heads=self._mean_heads,
             )
         self._add(self._next(key_of(site.full.rpartition(".")[0])), value.cpu() if self._detach else value)

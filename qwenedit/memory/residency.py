@@ -34,11 +34,12 @@ from qwenedit.memory.reading import WeightFiles
 from qwenedit.memory.streaming import Absent, BlockParts, Lock, Part, Place, Source, Streamed
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
+from qwenedit.weights.slices import is_split
 
 __all__ = [
-    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "current_modes",
-    "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember", "require_staying",
-    "weight_value", "while_present",
+    "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "as_loaded",
+    "current_modes", "files_of", "home", "move", "origin_of", "present", "read_when_needed", "remember",
+    "require_staying", "weight_value", "while_present",
 ]  # fmt: skip
 
 RESIDENCIES = ("auto", "resident", "stage", "stream")  # from the fastest to the smallest
@@ -177,13 +178,20 @@ def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
 
     Raises:
         ValueError: another dtype for a managed network, whose weights are read in the dtype given to `load`.
-            Nothing has moved then.
+            Nothing has moved then. Or weights that are split over processes, which stay where they are.
     """
     homes = {}
+    for module in filter(is_split, modules):
+        weight = next(module.parameters())
+        moved = _moved(weight.dtype, weight.device, args, kwargs)
+        if (moved.dtype, moved.device) != (weight.dtype, weight.device):
+            raise ValueError(
+                f"weights that are split over processes stay in {weight.dtype} on {weight.device}: to have "
+                f"them in {moved.dtype} on {moved.device} pass it to load"
+            )
     for managed in [one for module in modules if (one := _managed(module))]:
         for dtype in {place.absent.dtype for place in managed.places}:
-            probe = nn.ParameterList([torch.empty(0, dtype=dtype, device=managed.source.device)])
-            (moved,) = probe.to(*args, **kwargs)
+            moved = _moved(dtype, managed.source.device, args, kwargs)
             if moved.dtype != dtype:
                 raise ValueError(
                     f"weights of the {managed.component} are read from its files again and again, in the "
@@ -193,7 +201,8 @@ def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
     for module in modules:
         network = _managed(module)
         if network is None:
-            module.to(*args, **kwargs)
+            if not is_split(module):
+                module.to(*args, **kwargs)
             continue
         device = network.source.device = homes[network]
         for x in (*module.parameters(), *module.buffers()):
@@ -201,6 +210,12 @@ def move(modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> None:
                 x.data = x.data.to(device)
         for part in network.blocks:
             part.held = [(weight.to(device), scale.to(device)) for weight, scale in part.held]
+
+
+def _moved(dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any) -> Tensor:
+    """A parameter after `module.to(*args, **kwargs)`."""
+    (moved,) = nn.ParameterList([torch.empty(0, dtype=dtype, device=device)]).to(*args, **kwargs)
+    return moved
 
 
 def weight_value(module: nn.Module, weight: Tensor) -> Tensor:
@@ -266,6 +281,14 @@ def files_of(module: nn.Module) -> list[Path]:
     return sorted({stored.path for stored in (origin_of(module) or {}).values()})
 
 
+def as_loaded(module: nn.Module) -> bool:
+    """True if a network's weights are still those of the files that `load` read."""
+    managed, origin = _managed(module), module.__dict__.get("_origin")
+    if managed is not None:  # they cannot be changed
+        return origin is not None
+    return origin is not None and origin.weights == _Origin.of(module, "", {}).weights
+
+
 def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: bool) -> None:
     """Give networks the residency "stage" or "stream" after loading. Those that have it are left alone.
 
@@ -280,6 +303,11 @@ def read_when_needed(modules: Sequence[nn.Module], residency: str, progress: boo
             if streams or any(part.places for part in managed.blocks if not part.shrunk):
                 continue
         now = origin and _Origin.of(module, origin.component, origin.found).weights
+        if is_split(module):
+            raise ValueError(
+                f"weights that are split over processes stay in memory, and residency={residency!r} drops "
+                "them: load without split_weights and tensor"
+            )
         if managed is not None or origin is None or now != origin.weights:
             raise ValueError(
                 "weights that were changed, cast to another dtype or loaded in another memory mode cannot be "

@@ -15,7 +15,7 @@ from PIL import Image
 from qwenedit import mini
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import open_picture
-from qwenedit.mini.sheet import sheet
+from qwenedit.instruments.sheet import sheet
 from qwenedit.pipeline import load
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from qwenedit.family import EDIT, VARIANTS
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import Processor
+from qwenedit.instruments.sheet import sheet
 from qwenedit.latents import Grid
 from qwenedit.mini.build import AREA, SCHEDULER, TOKEN, TRANSFORMER, text_encoder_config
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
-from qwenedit.mini.sheet import sheet
 from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation

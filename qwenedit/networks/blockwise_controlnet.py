@@ -73,6 +73,7 @@ class BlockwiseControlNet(Tapped):
         The function is for one pass through the transformer. It follows the transformer's blocks in a loop of
         its own, so that streamed blocks are loaded one by one.
         """
+        embedded = embedded if self.shards is None else self.shards.own_target(embedded)
         blocks = iter(self.blocks)
         return lambda _number, img: next(blocks)(img, embedded)
 

@@ -135,10 +135,12 @@ class ControlNet(Tapped):
         img = self.tap("img_in", self.img_in(img) + fixed.cond, "B S D")
         temb = self.tap("temb", self.time_embed(timestep, img.dtype), "R D")
 
+        if self.shards is not None:  # the residuals are then of this process's tokens, as `MMDiT` adds them
+            img, txt, tokens = self.shards.begin(img, txt, tokens)
         residuals = []
         for number, block in enumerate(self.blocks):
             img, txt = block(img, txt, temb, fixed.rope, fixed.key_mask, tokens)
-            residuals.append(self.tap(f"blocks.{number}.residual", self.residuals[number](img), "B S D"))
+            residuals.append(self.tap(f"blocks.{number}.residual", self.residuals[number](img), "B * D"))
         return residuals
 
     def step_invariant(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Change", "Delta", "Kronecker", "LowRank", "LowRankLinear"]
+__all__ = ["Change", "Delta", "Kronecker", "LowRank", "LowRankLinear", "fused"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +121,19 @@ class LowRankLinear(nn.Module):
                     y = self.base.bias + gain * (y - self.base.bias)
         return y
 
-    def fused(self, changes: list[Change], factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The weight and the bias with these changes, their scales times `factor`, in float32."""
-        own = self.base.bias.float()
-        weight, bias = self.base.weight.float(), own
-        for change in changes:
-            scale = factor * change.scale
-            weight = weight + change.matrix(scale)
-            if change.bias is not None:
-                bias = bias + scale * change.factor * change.bias.float()
-            if change.magnitude is not None:
-                gain = change.gain(self.base.weight, scale)
-                weight, bias = gain[:, None] * weight, own + gain * (bias - own)
-        return weight, bias
+
+def fused(
+    weight: Tensor, bias: Tensor, changes: Sequence[Change], factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A layer's weight and bias with these changes, their scales times `factor`, in float32."""
+    own = bias.float()
+    new, moved = weight.float(), own
+    for change in changes:
+        scale = factor * change.scale
+        new = new + change.matrix(scale)
+        if change.bias is not None:
+            moved = moved + scale * change.factor * change.bias.float()
+        if change.magnitude is not None:
+            gain = change.gain(weight, scale)
+            new, moved = gain[:, None] * new, own + gain * (moved - own)
+    return new, moved

@@ -117,7 +117,7 @@ class MMDiT(Tapped):
         controls to the target alone, where the reference knows no other tokens.
     """
 
-    TAPS = ("img_in", "txt_in", "temb", "velocity")
+    TAPS = ("img_in", "txt_in", "temb", "velocity", "latents")
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -155,6 +155,7 @@ class MMDiT(Tapped):
                 f"a control acts after each of {self.config.num_layers} blocks, but they run as "
                 f"{len(self.blocks)}, as in first_block_cache: wanted one of the two"
             )
+        img = self.tap("latents", img, "B S C")
         target, references = img.split([lengths[0], sum(lengths[1:])], dim=1)
         if cache is None:
             fixed = self.step_invariant(references, txt, grids, txt_mask)
@@ -168,16 +169,22 @@ class MMDiT(Tapped):
             modulation = cache.modulation(self, timestep, img.dtype, addition_t)
             temb = modulation.temb
 
+        tokens = lengths[0]  # the target's: all of them, or this process's share
+        if self.shards is not None:
+            img, txt, tokens = self.shards.begin(img, txt, tokens)
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
             mod = None if modulation is None else modulation.of(number, block, img.shape[0])
-            wanted = lengths[0] if target_only and number == last else None
+            wanted = tokens if target_only and number == last else None
             run = recomputed(block) if self.checkpointing else block
-            img, txt = run(img, txt, temb, rope, key_mask, lengths[0], mod, wanted)
+            img, txt = run(img, txt, temb, rope, key_mask, tokens, mod, wanted)
             if control is not None:
-                img = self.controlled(img, number, lengths[0], control)
+                img = self.controlled(img, number, tokens, control)
 
-        return self.tap("velocity", self.proj_out(self.norm_out(img, temb[: img.shape[0]])), "B S C")
+        velocity = self.proj_out(self.norm_out(img, temb[: img.shape[0]]))
+        if self.shards is not None:
+            velocity = self.shards.end(velocity, target_only=target_only)
+        return self.tap("velocity", velocity, "B S C")
 
     def controlled(self, img: Tensor, number: int, target: int, control: Control) -> Tensor:
         """The image tokens after block `number`, with what the control adds to the target's."""

@@ -79,7 +79,7 @@ class JointAttention(Tapped):
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
         width = heads * head_dim
-        self.heads = heads
+        self.heads, self.head_dim = heads, head_dim
         self.img_q = nn.Linear(width, width)
         self.img_k = nn.Linear(width, width)
         self.img_v = nn.Linear(width, width)
@@ -99,17 +99,27 @@ class JointAttention(Tapped):
         key_mask: Tensor | None,
         wanted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        lengths = [txt.shape[1], img.shape[1]]
-        k = self.k_norm(self.joint(self.txt_k(txt), self.img_k(img)), lengths[0])
+        k = self.joint(self.txt_k(txt), self.img_k(img))
         v = self.joint(self.txt_v(txt), self.img_v(img))
-        if wanted is not None:
+        if wanted is None:
+            q = self.joint(self.txt_q(txt), self.img_q(img))
+        else:
             # Contiguous, here and below, as in the reference: a strided input takes another matrix kernel.
-            q = self.q_norm(self.split_heads(self.img_q(img[:, :wanted].contiguous())), 0)
-            own = slice(lengths[0], lengths[0] + wanted)
+            q = self.img_q(img[:, :wanted].contiguous())
+        lengths = [txt.shape[1], img.shape[1]]
+        if self.shards is not None:
+            q, k, v, lengths = self.shards.join(q, k, v, target_only=wanted is not None)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # B J H K
+        k = self.k_norm(k, lengths[0])
+        if wanted is not None:
+            q, own = self.q_norm(q, 0), slice(lengths[0], lengths[0] + q.shape[1])
             q, k = rotate(q, (rope[0][own], rope[1][own])), rotate(k, rope)
-            return self.img_out(self.attend(q, k, v, key_mask).flatten(2).contiguous()), txt
+            img_heads = self.attend(q, k, v, key_mask).flatten(2)
+            if self.shards is not None:
+                (img_heads,) = self.shards.part(img_heads)
+            return self.img_out(img_heads.contiguous()), txt
 
-        q = self.q_norm(self.joint(self.txt_q(txt), self.img_q(img)), lengths[0])
+        q = self.q_norm(q, lengths[0])
         if self.tapped("img_q", "img_k", "img_v", "txt_q", "txt_k", "txt_v"):
             (txt_q, img_q), (txt_k, img_k), (txt_v, img_v) = (x.split(lengths, dim=1) for x in (q, k, v))
             img_q, txt_q = self.tap("img_q", img_q, "B S H K"), self.tap("txt_q", txt_q, "B T H K")
@@ -126,8 +136,11 @@ class JointAttention(Tapped):
         txt_heads, img_heads = self.attend(q, k, v, key_mask).split(lengths, dim=1)
         img_heads = self.tap("img_heads", img_heads, "B S H K")
         txt_heads = self.tap("txt_heads", txt_heads, "B T H K")
-        img_a = self.tap("img_attn_out", self.img_out(img_heads.flatten(2).contiguous()), "B S D")
-        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.flatten(2).contiguous()), "B T D")
+        img_heads, txt_heads = img_heads.flatten(2), txt_heads.flatten(2)
+        if self.shards is not None:
+            txt_heads, img_heads = self.shards.part(txt_heads, img_heads)
+        img_a = self.tap("img_attn_out", self.img_out(img_heads.contiguous()), "B S D")
+        txt_a = self.tap("txt_attn_out", self.txt_out(txt_heads.contiguous()), "B T D")
         return img_a, txt_a
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -138,10 +151,10 @@ class JointAttention(Tapped):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask).transpose(1, 2)
 
     def joint(self, txt: Tensor, img: Tensor) -> Tensor:
-        return self.split_heads(torch.cat([txt, img], dim=1))  # B J H K
+        return torch.cat([txt, img], dim=1)  # B J D
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # B S D -> B S H K
+        return x.unflatten(-1, (-1, self.head_dim))  # B S D -> B S H K
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """The same attention with its maps as tensors; softmax in at least float32."""

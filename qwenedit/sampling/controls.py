@@ -134,6 +134,7 @@ class Controls:
                 return None
             if self._each or number not in begun:
                 group = self._groups[number]
+                branch = branch if self._each else "cond"  # also where another process runs that branch
                 prompt = group.prompt if branch == "cond" else group.negative
                 assert prompt is not None
                 layout = Layout(prompt.embeds.shape[1], group.grids[:1])

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwenedit.encoding.conditioning import Conditioning, Prompt, RowGroup
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit import Control, MMDiT, RunCache
+from qwenedit.sampling.branches import Branches, one_after_the_other
 from qwenedit.sampling.compiling import eager_if_modified
 from qwenedit.sampling.controls import Controls, RunControl
 from qwenedit.sampling.precomputed import PrecomputedCache, is_precomputed, timestep_of, without_modulation
@@ -30,6 +31,7 @@ def predictor(
     sigmas: Sequence[float] = (),
     controls: Sequence[RunControl] = (),
     each: bool = False,
+    branches: Branches = one_after_the_other,
 ) -> Predict:
     """The transformer under a conditioning, as a function of latents and sigma.
 
@@ -44,6 +46,7 @@ def predictor(
             them at once.
         controls: what ControlNets add to the target's tokens, in the steps in which they act.
         each: run the ControlNets for each branch; by default the positive prompt's residuals serve both.
+        branches: how a step's branches are run.
 
     Rows whose reference pictures differ in size run in groups, so that each row is computed as it would be
     alone. If nothing observes the transformer (`taps.observed`), step-invariant tensors are cached between
@@ -85,9 +88,7 @@ def predictor(
             return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
         with _as_cached(mmdit, cache):
-            cond = branch("cond")
-            uncond = branch("uncond") if guided else None
-        return cond, uncond
+            return branches(branch, guided)
 
     return predict
 

@@ -116,7 +116,8 @@ class Step:
         branches = {branch: x for branch, x in named.items() if x is not None}
         every = [*branches.values(), *([] if guided is self._cond else [guided])]
         if torch.isfinite(torch.cat(every)).all():
-            self._velocity = self._preserved(guided)
+            if self._velocity is None:  # else the sampler has written one
+                self._velocity = self._preserved(guided)
             return
         for branch, velocity in branches.items():
             require_finite(

@@ -23,6 +23,7 @@ from qwenedit.inputs.masks import Sources
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.networks.mmdit_layers import joint_key_mask
+from qwenedit.sampling.branches import Branches, one_after_the_other
 from qwenedit.sampling.controls import RunControl
 from qwenedit.sampling.predictor import predictor
 from qwenedit.sampling.sampler import Predict, current_interval
@@ -35,7 +36,7 @@ from qwenedit.sampling.scheduler import (
 )
 from qwenedit.sampling.transformer_switches import switched_transformer
 from qwenedit.switches import Controls, Interval, References, Switches, Time, own_generator
-from qwenedit.taps import named_modules
+from qwenedit.taps import current_labels, named_modules
 
 __all__ = [
     "changed", "count_steps", "require_controls", "require_encoded", "require_fitting", "require_pictures",
@@ -238,6 +239,7 @@ def switched_predictor(
     micro_batch: int | None = None,
     sigmas: Sequence[float] = (),
     controls: Sequence[RunControl] = (),
+    branches: Branches = one_after_the_other,
 ) -> Predict:
     """The sampler's `predictor` under the switches.
 
@@ -248,7 +250,7 @@ def switched_predictor(
     conditioning = changed(conditioning, references)
     plain = functools.partial(
         predictor, mmdit, guided=guided, micro_batch=micro_batch, sigmas=sigmas, controls=controls,
-        each=switches.control.branches == "each",
+        each=switches.control.branches == "each", branches=branches,
     )  # fmt: skip
     predict = plain(conditioning)
     if references.steps is not None:
@@ -299,9 +301,11 @@ def _visible_in(mmdit: MMDiT, blocks: Interval) -> Iterator[None]:
 
     def hide(_block: nn.Module, inputs: tuple) -> tuple:
         img, txt, temb, rope, key_mask, target, *others = inputs
+        layout = current_labels()["layout"]  # of all tokens, of which this process may hold a share
         if key_mask is None:
-            key_mask = joint_key_mask(txt.new_ones(1, txt.shape[1], dtype=torch.bool), img.shape[1])
-        first = txt.shape[1] + target  # reference token in the joint sequence
+            ones = txt.new_ones(1, layout.text, dtype=torch.bool)
+            key_mask = joint_key_mask(ones, len(rope[0]) - layout.text)
+        first = layout.in_joint(layout.target).stop  # reference token in the joint sequence
         visible = key_mask.expand(-1, -1, key_mask.shape[-1], -1).clone()
         visible[:, :, :first, first:] = False
         return img, txt, temb, rope, visible, target, *others

@@ -31,9 +31,10 @@ from qwenedit.files import append_line, read_lines, replacing_file, write_lines
 from qwenedit.foreign import shown
 from qwenedit.taps import NonFiniteError
 
-__all__ = ["SCHEDULES", "Options", "Run", "Weights", "adamw", "learning_rate"]
+__all__ = ["MOST_SEED", "SCHEDULES", "Options", "Run", "Weights", "adamw", "learning_rate"]
 
 SCHEDULES = ("constant", "cosine")
+MOST_SEED = 2**32 - 1  # a step's own seed stays below 2**64
 # Makes the optimisers of the masters, by name. Each master belongs to exactly one.
 Optimisers = Callable[[dict[str, Tensor]], list[Optimizer]]
 
@@ -67,8 +68,9 @@ class Options:
     save_every: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("seed", 0), ("warmup", 0), ("report_every", 1)):
+        for name, least in (("steps", 1), ("warmup", 0), ("report_every", 1)):
             whole_number(name, getattr(self, name), least=least)
+        whole_number("seed", self.seed, least=0, most=MOST_SEED)
         if self.schedule not in SCHEDULES:
             got = shown(repr(self.schedule))
             raise ValueError(f"schedule is {got}, wanted one of {', '.join(SCHEDULES)}")
@@ -350,15 +352,16 @@ class Run:
 
     def _resume(self) -> None:
         """Go on from the state in the folder, without what the log says of later steps: they come again."""
-        file = self.folder / "state.pt"
+        file, last = self.folder / "state.pt", -1
         if file.is_file():
             state = _read(file)
             self.weights.restore(state)
             self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
+            last = self.step
         log = self.folder / "log.jsonl"
         lines = read_lines(log, lambda line: {"step": int(line["step"]), **line}, "line of a log")
-        if any(line["step"] > self.step for line in lines):
-            write_lines(log, [line for line in lines if line["step"] <= self.step])
+        if any(line["step"] > last for line in lines):
+            write_lines(log, [line for line in lines if line["step"] <= last])
 
     def _require_finite(self, parts: Mapping[str, float]) -> None:
         if not all(map(math.isfinite, parts.values())):

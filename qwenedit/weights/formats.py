@@ -103,10 +103,21 @@ class Stored:
     readable: bool
     scale: Stored | None = None
 
-    def read(self, file: Any) -> Tensor:
-        """The weight from an open file, as stored; dequantised to float32 if it has a scale."""
+    def read(self, file: Any, part: tuple[slice, ...] | None = None) -> Tensor:
+        """The weight from an open file, as stored; dequantised to float32 if it has a scale.
+
+        With `part` only these slices of a `plain` weight are read.
+        """
+        if part is not None:
+            own: Tensor = file.get_slice(self.key)[part]
+            return own
         weight = file.get_tensor(self.key)
         return weight if self.scale is None else dequantise(weight, file.get_tensor(self.scale.key))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is stored in a dtype that weights run in: neither fp8 nor one of GGUF's."""
+        return self.dtype in _PLAIN_NAMES
 
 
 @dataclass(frozen=True)
@@ -258,7 +269,9 @@ def _sorted_out(
     return weights, scales, ignored, unreadable
 
 
-_FP8_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FP8)
+_FP8_NAMES, _PLAIN_NAMES = (
+    tuple(str(dtype).removeprefix("torch.") for dtype in dtypes) for dtypes in (FP8, FLOATS)
+)
 
 
 def _strange(description: str) -> str | None:

@@ -2,7 +2,7 @@
 
 Each module is built on the meta device and compared with the headers of its files. Then each tensor is read
 once from the memory-mapped file into its place, in the wanted dtype and on the wanted device. At most one
-tensor is in memory twice at any time.
+tensor is in memory twice at any time. Of a weight that is split over processes each reads its own part.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qwenedit.checks import ProgressBar, progress_bar
-from qwenedit.files import FLOATS
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.gguf_file import GGUFFile, is_gguf
 from qwenedit.weights.report import Compared, Report, compare
+from qwenedit.weights.slices import own_part, part_bytes, placed_like
 
 __all__ = [
     "compare_networks", "dtype_beside", "load_network", "loading_bar", "read_networks", "require_fitting",
@@ -70,7 +70,7 @@ def read_networks(
     for module, found, report in compared:
         wanted = run_dtype(found.values(), dtype)
         if manage is None or not manage(report.component, module, found, device, wanted, progress):
-            with loading_bar(report.component, report.bytes, progress) as bar:
+            with loading_bar(report.component, _bytes(module, found), progress) as bar:
                 _read(module, found, device, wanted, bar)
     return [one.module.eval() for one in compared]
 
@@ -94,8 +94,7 @@ def run_dtype(weights: Iterable[Stored], dtype: torch.dtype | None) -> torch.dty
 
     Networks with fp8 or GGUF weights run in bfloat16 by default.
     """
-    plain = {str(one).removeprefix("torch.") for one in FLOATS}
-    return dtype or (None if all(stored.dtype in plain for stored in weights) else torch.bfloat16)
+    return dtype or (None if all(stored.plain for stored in weights) else torch.bfloat16)
 
 
 def dtype_beside(weights: Mapping[str, Stored], dtype: torch.dtype | None) -> torch.dtype:
@@ -114,6 +113,11 @@ def loading_bar(component: str, total: int, progress: bool) -> ProgressBar:
     )
 
 
+def _bytes(module: nn.Module, found: Mapping[str, Stored]) -> int:
+    """How many bytes this process reads."""
+    return sum(part_bytes(module.get_parameter(name), stored.bytes) for name, stored in found.items())
+
+
 def _read(
     module: nn.Module,
     found: Mapping[str, Stored],
@@ -130,11 +134,12 @@ def _read(
             opened: Any = GGUFFile(path) if is_gguf(path) else safe_open(path, framework="pt")
             with opened as file:
                 for _, name, stored in sorted(entries):  # in the order of the file: one pass over the disk
-                    value = stored.read(file)
+                    weight = module.get_parameter(name)
+                    value = stored.read(file, own_part(weight))
                     own = torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
                     own.copy_(value)
                     parent, _, leaf = name.rpartition(".")
-                    setattr(module.get_submodule(parent), leaf, nn.Parameter(own, requires_grad=False))
-                    bar.update(stored.bytes)
+                    setattr(module.get_submodule(parent), leaf, placed_like(own, weight))
+                    bar.update(part_bytes(weight, stored.bytes))
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error

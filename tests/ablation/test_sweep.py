@@ -16,8 +16,10 @@ from PIL import Image, ImageChops
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.ablation import runs
 from qwenedit.ablation import sweep as module
 from qwenedit.ablation.metrics import distances, source_distances
+from qwenedit.ablation.runs import runs_of
 from qwenedit.ablation.spec import read_spec
 from qwenedit.ablation.statistics import estimates
 from qwenedit.ablation.sweep import ablate
@@ -25,6 +27,7 @@ from qwenedit.cli import options as cli
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini.oracle import judge
 from qwenedit.pipeline import QwenImageEdit
+from qwenedit.shards import only_one
 from qwenedit.switches import Switches
 from qwenedit.taps import taps
 from qwenedit.weights.checkpoints import fingerprint
@@ -232,7 +235,7 @@ def test_the_key_is_of_everything_that_makes_a_difference(tmp_path, monkeypatch)
     Image.open(mini.EXAMPLE).rotate(90).save(turned)
 
     def key(changes, *, model="m", device="cpu", dtype=None):
-        (one,) = module._runs(read_spec({**base, **changes}), model, torch.device(device), dtype)
+        (one,) = runs_of(read_spec({**base, **changes}), model, torch.device(device), dtype)
         return one.key
 
     keys = [
@@ -240,7 +243,7 @@ def test_the_key_is_of_everything_that_makes_a_difference(tmp_path, monkeypatch)
         key({"width": 32}), key({"true_cfg_scale": 2}), key({"negative_prompt": "red"}), key({}, model="n"),
         key({"pictures": [str(turned)]}), key({}, device="meta"), key({}, dtype=torch.float64),
     ]  # fmt: skip
-    monkeypatch.setattr(module, "__version__", "0.0.0")
+    monkeypatch.setattr(runs, "__version__", "0.0.0")
     keys.append(key({}))
     assert len(set(keys)) == len(keys) and key({}) == keys[-1]
 
@@ -365,7 +368,7 @@ def test_asking_for_maps_and_stopping_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
-    with module._only_one(tmp_path):
+    with only_one(tmp_path, "sweep"):
         with pytest.raises(ValueError, match="another sweep runs in"):
             run(SMALL, tmp_path)
     run(SMALL, tmp_path)

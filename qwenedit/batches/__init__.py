@@ -1,0 +1,1 @@
+"""Lists of edits: their lines, public benchmarks as such lists, and the run that makes them."""

@@ -1,0 +1,15 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from qwenedit.cli.process import say
+
+__all__ = ["train"]
+
+
+def train(options: argparse.Namespace) -> None:
+    from qwenedit.training.run import train
+
+    say(train(options.spec, device=options.device, progress=not options.quiet))

@@ -1,0 +1,228 @@
+"""Runs that two processes share, against one process's. cases.py has what the processes do."""
+
+import re
+
+import pytest
+
+from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
+from tests.parallel.processes import run_cases, value
+from tests.tiny import checkpoint
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    folders = {
+        "plus": checkpoint("plus", heads=4),
+        "edit": checkpoint("edit", heads=4),
+        "zero_cond_t": checkpoint("plus", heads=4, zero_cond_t=True),
+        "layered": checkpoint("layered", heads=4),
+        "three heads": checkpoint("plus", heads=3),
+    }
+    return run_cases("cases", 2, folders)
+
+
+def test_processes_meet_in_a_mesh(outcomes):
+    assert value(outcomes, "mesh") == [2, [2, 1, 1], 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cfg=2", ParallelSpec(cfg=2)),
+        (" ulysses = 4 ,cfg=2,tensor=1", ParallelSpec(cfg=2, ulysses=4)),
+        ("cfg=1", None),
+        (None, None),
+    ],
+)
+def test_a_spec_is_read(text, wanted):
+    assert spec_of(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "wanted AXIS=N"),
+        ("cfg", "wanted AXIS=N"),
+        ("ring=2", "'ring=2', wanted AXIS=N with one of cfg, ulysses, tensor"),
+        ("cfg=2,cfg=2", "cfg twice"),
+        ("ulysses=0", "ulysses is 0, wanted a whole number of at least 1"),
+        ("ulysses=-2", "ulysses is '-2'"),
+        ("ulysses=two", "ulysses is 'two'"),
+        ("ulysses=٢", "ulysses is"),  # a digit, but not one of ours
+        ("cfg=3", "cfg is 3, wanted 1 or 2"),
+        (2, "parallel is int"),
+    ],
+)
+def test_what_is_no_spec_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        spec_of(text)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused():
+    ParallelSpec(ulysses=2, tensor=3).require_heads(12)
+    with pytest.raises(ValueError, match="has 12 attention heads, which ulysses=4 times tensor=2 does not"):
+        ParallelSpec(ulysses=4, tensor=2).require_heads(12)
+
+
+def test_another_number_of_processes_is_refused_with_the_remedy():
+    wanted = "wanted 4 processes, got 1: start with torchrun --nproc-per-node 4 -m qwenedit"
+    with pytest.raises(ValueError, match=wanted):
+        checked_spec("cfg=2,ulysses=2", compile=False)
+
+
+def test_compiled_blocks_exchange_nothing():
+    with pytest.raises(ValueError, match="compile=True does not go with parallel 'ulysses=2'"):
+        checked_spec("ulysses=2", compile=True)
+
+
+# --- the networks: ulysses
+
+
+ONE_ROW = ("one image token", "one reference token", "layers")  # where a process has a single row of a matrix
+# Some kernels for a single row sum in another order: float32's rounding of a few hundred terms.
+
+
+def test_a_process_holds_half(outcomes):
+    held = value(outcomes, "a_process_holds_half")
+    assert held == {
+        "blocks.0.img_norm1": [2, 12, 48],  # of 24 tokens
+        "blocks.0.attn.img_q": [2, 12, 48],
+        "blocks.0.attn.img_out": [2, 12, 48],
+        "blocks.1.txt_mlp.up": [2, 3, 48],  # of 6
+    }
+
+
+def test_passes_are_equal(outcomes):
+    for dtype in ("float32", "bfloat16"):
+        found = value(outcomes, dtype)
+        assert len(found) == 21
+        apart = {name: x for name, x in found.items() if x and not name.startswith(ONE_ROW)}
+        assert not apart, dtype
+    assert max(value(outcomes, "float32").values()) < 1e-6
+
+
+def test_passes_in_float64(outcomes):
+    assert max(value(outcomes, "float64").values()) <= 1e-14
+
+
+@pytest.mark.parametrize(
+    "where", ["of_the_transformer", "of_a_controlnet", "of_a_blockwise_controlnet", "under_tensor"]
+)
+def test_every_tap_is_whole_and_writes_act(outcomes, where):
+    assert value(outcomes, f"every_tap_{where}") == []
+
+
+def test_control_add_is_whole(outcomes):
+    assert value(outcomes, "control_add_is_whole") == [0, 0, 0, 0, 0]
+
+
+def test_maps_a_few_heads_at_a_time(outcomes):
+    for mode in ("", "_under_tensor"):
+        assert max(value(outcomes, f"heads_at_a_time{mode}")) <= 1e-14
+
+
+def test_attention_maps(outcomes):
+    assert value(outcomes, "instruments_of_attention") <= 1e-14
+
+
+def test_gradients_are_refused(outcomes):
+    assert "gradients do not cross processes: wrap the run" in value(outcomes, "gradients_are_refused")
+
+
+# --- runs: cfg and ulysses
+
+
+def test_runs_are_equal(outcomes):
+    found = value(outcomes, "runs")
+    assert len(found) > 70
+    assert not {name: x for name, x in found.items() if x}
+
+
+def test_layers_are_equal(outcomes):
+    assert value(outcomes, "layers") == [0, 0]
+
+
+def test_parts_of_a_run_are_equal(outcomes):
+    found = value(outcomes, "parts")
+    assert found == {mode: [0] * len(found["cfg=2"]) for mode in ("cfg=2", "ulysses=2")}
+
+
+def test_without_a_generator_all_draw_the_noise_of_the_first(outcomes):
+    assert value(outcomes, "without_a_generator") == [0, 0]
+
+
+def test_a_branch_is_run_once_and_caches_stay(outcomes):
+    """Step-invariant tensors, time embeddings, modulations of blocks, blocks: in 3 steps of 2 blocks."""
+    assert value(outcomes, "memory_and_branches") == {
+        "None": [2, 3, 6, 12], "cfg=2": [1, 3, 6, 6], "ulysses=2": [2, 3, 6, 12]
+    }  # fmt: skip
+
+
+def test_first_block_cache(outcomes):
+    apart, alone, shared = value(outcomes, "first_block_cache")
+    assert apart == 0 and alone[1] > 0 and alone == [2 * count for count in shared]
+
+
+def test_instruments(outcomes):
+    """Pictures, records, and how many there are; a process sees one branch under cfg, both under ulysses."""
+    found = value(outcomes, "instruments")
+    assert found == {"cfg=2": [0, 0, 0.5, 0.5, 1], "ulysses=2": [0, 0, 1, 1, 2]}
+
+
+def test_maps_of_a_branch_are_where_it_runs(outcomes):
+    assert value(outcomes, "maps_of_one_branch") == [True, True]
+
+
+def test_copies(outcomes):
+    apart, refusal = value(outcomes, "copies")
+    assert apart == 0
+    assert refusal == "ValueError: a pipeline that processes share cannot be pickled: load it in each of them"
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
+        ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
+        ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
+        ("other seeds", "differ in generator: process 1 has"),
+        ("other steps", "differ in num_inference_steps: process 1 has 3, process 0 2; all of them"),
+        ("other parts of a batch", "differ in micro_batch: process 1 has 2, process 0 1"),
+        ("other weights", "differ in weights: process 1 has"),
+        ("other pictures", "differ in image: process 1 has"),
+        ("heads", "has 3 attention heads, which ulysses=2 times tensor=1 does not divide"),
+        ("first block", r"ValueError: first_block_cache decides by all tokens.*load without ulysses"),
+    ],
+)
+def test_all_processes_refuse(outcomes, case, message):
+    for outcome in outcomes["refusals"]:
+        assert outcome.error is None, outcome.trace
+        assert re.search(message, outcome.value[case])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no guidance in one", "ValueError: parallel 'cfg=2'"),
+        ("bad input in one", "ValueError: prompt is int"),
+    ],
+)
+def test_what_one_process_refuses_the_others_say(outcomes, case, message):
+    first, second = (outcome.value[case] for outcome in outcomes["refusals"])
+    assert first.startswith(message)
+    assert second.startswith(f"ProcessLost: process 0 failed before the run: {message}")
+
+
+def test_after_refusals_a_run_is_equal(outcomes):
+    assert [outcome.value["and then a run is equal"] for outcome in outcomes["refusals"]] == [0, 0]
+
+
+def test_a_failure_in_a_run_hangs_no_process(outcomes):
+    first, second = (outcome.value for outcome in outcomes["z_a_failure_in_a_run"])
+    assert first[0] == second[0] == "ZeroDivisionError: division by zero"  # in both: they go on
+    assert second[1] == "ArithmeticError: of this process alone"
+    assert re.fullmatch(r"ProcessLost: process 0 waited for process 1 .* failed with Arith.*alone", first[1])
+    assert first[2].startswith("ProcessLost: process 1 failed") and "start again" in second[2]
