@@ -1,9 +1,10 @@
 """Edits of the embedded model's world as data of `qwenedit.train`.
 
-zapped = painted("zap the {}", "black")               # a new word for what the model can do
-found = cases(Random(0), 20, zapped)
-write_pairs("zap", found)                             # zap/pairs.jsonl, with its pictures
-held_out = cases(Random(1), 20, zapped, test=True)    # of compositions that no training sees
+A new word for what the model can do, as a table of pairs, and edits of compositions that no training sees:
+
+    zapped = painted("zap the {}", "black")
+    write_pairs("zap", cases(Random(0), 20, zapped))
+    held_out = cases(Random(1), 20, zapped, test=True)
 """
 
 from __future__ import annotations
