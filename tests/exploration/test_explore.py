@@ -190,18 +190,20 @@ def test_the_picture_is_that_of_edit(edit, picture, tmp_path, name):
 
 
 def test_a_run_that_nothing_observes_stays_so(edit, picture, tmp_path, monkeypatch):
-    """The run's own predictions are the unobserved ones: their last block computes the target alone."""
+    """The run goes on with the unobserved predictions, whose last block computes the target alone."""
+    options = {"num_inference_steps": 2, "true_cfg_scale": 1.0}
+    wanted = edit.edit(picture, PROMPT, generator=seeded(), **options).images[0]
     seen = []
     forward = type(edit.mmdit).forward
 
     def noted(self, *args, **options):
         seen.append(options["target_only"])
-        return forward(self, *args, **options)
+        return forward(self, *args, **options) + (0 if options["target_only"] else 1)
 
     monkeypatch.setattr(type(edit.mmdit), "forward", noted)
     noted.__module__ = forward.__module__
-    qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", num_inference_steps=2, true_cfg_scale=1)
-    assert seen == [True, False] * 2
+    result = qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", generator=seeded(), **options)
+    assert seen == [True, False] * 2 and result.images[0].tobytes() == wanted.tobytes()
 
 
 def test_text_to_image(edit, tmp_path):
