@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import tempfile
+import threading
 import time
 
 import torch
@@ -381,7 +382,8 @@ def case_refusals():
     rank, identity = dist.get_rank(), {"blocks.0.img_out": lambda _x, _site: None}
 
     def tapped(system):
-        with here(1, qwenedit.taps(system.mmdit, identity)):
+        every = {"*.img_mid": lambda _x, _site: None}
+        with qwenedit.taps(system.mmdit, every), here(1, qwenedit.taps(system.mmdit, identity)):
             edited(system)
 
     def other_weights(system):
@@ -392,8 +394,21 @@ def case_refusals():
         with first_block_cache(ulysses.mmdit, 0.1):
             edited(ulysses)
 
+    def threaded():
+        conditioning = cfg.condition([OTHER], PROMPT)
+        with torch.no_grad():
+            steps = cfg.steps(conditioning, num_inference_steps=2, generator=seeded())
+            next(steps)
+        told = []
+        thread = threading.Thread(target=lambda: told.append(refused(lambda: edited(cfg))))
+        thread.start()
+        thread.join()
+        list(steps)
+        raise RuntimeError(told[0])
+
     folder = tempfile.mkdtemp()
     return {
+        "two threads": refused(threaded),
         "explore": refused(lambda: qwenedit.explore(cfg, OTHER, PROMPT, f"{folder}/page.html")),
         "batch": refused(lambda: qwenedit.batch([], folder, pipe=ulysses)),
         "no guidance": refused(lambda: edited(cfg, true_cfg_scale=1.0)),

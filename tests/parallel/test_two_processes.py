@@ -200,6 +200,7 @@ def test_copies(outcomes):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("two threads", "another thread's run has not ended: processes share one run at a time"),
         ("explore", "ValueError: explore looks inside one process's run"),
         ("batch", "ValueError: batch makes edits in one process, .* give each process a shard"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
