@@ -48,10 +48,11 @@ def share_out(network: nn.Module, processes: Processes) -> None:
 
     Taps then see whole tensors; of a transformer that tensor parallelism splits, heads and MLPs, too.
     """
-    spec, shares = processes.spec, Shares(processes)
-    tensor = spec.tensor if isinstance(network, MMDiT) else 1
+    spec, tensor = processes.spec, processes.spec.tensor if isinstance(network, MMDiT) else 1
     if spec.ulysses * tensor == 1 or getattr(network, "shards", None) is not None:
         return
+
+    shares = Shares(processes, tensor)
 
     def put(module: Tapped, heads: int = 0, *, even: str = "", **streams: Sequence[str]) -> None:
         of_letters = {letter.replace("any", "*"): names for letter, names in streams.items()}
@@ -74,9 +75,13 @@ def share_out(network: nn.Module, processes: Processes) -> None:
 
 @dataclass(eq=False)
 class Shares:
-    """The number of tokens that each process holds of each stream, in the network's current pass."""
+    """The number of tokens that each process holds of each stream, in the network's current pass.
+
+    `tensor` is the number of processes that share the network's heads and MLPs.
+    """
 
     processes: Processes
+    tensor: int
     counts: dict[str, list[int]] = field(default_factory=dict)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Shares:
@@ -169,6 +174,11 @@ class OwnShards:
         }
         if not self.splits_tokens:
             return img, txt, target
+        if shares.tensor > 1 and min(*shares.counts[TXT], *shares.counts[TARGET]) == 0:
+            raise ValueError(
+                f"{txt.shape[1]} tokens of text and {target} of the target do not go with parallel "
+                f"'{shares.processes.spec}': wanted at least {shares.count} of each, or no tensor"
+            )
         own = shares.place
         return (
             shares.cut(img, 1, IMG)[own],
@@ -249,15 +259,14 @@ class OwnShards:
     def _applied_to_heads(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """One process's heads after another's: a map of all heads at once would be too large."""
         processes, part = self.shares.processes, current_labels()["heads"]
-        spec, own = processes.spec, x
-        tensor = spec.tensor if self.even else 1
-        here = (processes.place("tensor") if self.even else 0, processes.place("ulysses"))
-        for place in itertools.product(range(tensor), range(spec.ulysses)):
+        counts = {"tensor": self.shares.tensor, "ulysses": self.shares.count}
+        axes = [axis for axis, count in counts.items() if count > 1]
+        own, here = x, tuple(processes.place(axis) for axis in axes)
+        for number, place in enumerate(itertools.product(*(range(counts[axis]) for axis in axes))):
             there = x
-            for axis, number in (("ulysses", place[1]), ("tensor", place[0])):
-                if axis == "ulysses" or self.even:
-                    there = self._from(there, axis, number)
-            start = self.heads * (place[0] * spec.ulysses + place[1])
+            for axis, process in zip(reversed(axes), reversed(place), strict=True):
+                there = self._from(there, axis, process)
+            start = number * self.heads
             with scope(heads=slice(start + part.start, start + part.stop)):
                 changed = function(there)
             own = changed if place == here else own

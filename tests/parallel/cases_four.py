@@ -8,12 +8,16 @@ import torch.distributed as dist
 import qwenedit
 from tests.parallel.cases import RUNS, close, edited, pipe, refused, run
 from tests.parallel.cases_networks import (
+    CONFIG,
     CPU,
+    MMDiT,
     ParallelSpec,
     case_every_tap_of_the_transformer,
     case_heads_at_a_time,
     difference,
+    inputs,
     join,
+    pair,
     passes,
 )
 
@@ -43,6 +47,12 @@ del case_every_tap_of_the_transformer, case_heads_at_a_time  # they are for two 
 
 def case_passes():
     return [max(passes(torch.float64, spec).values()) for spec in (ALL, BOTH)]
+
+
+def case_too_few_tokens():
+    """torch shares no matrix out for no rows."""
+    _, shared = pair(MMDiT, CONFIG, torch.float64, BOTH)
+    return refused(lambda: shared(*inputs([(1, 2, 2)], 1, torch.float64)))
 
 
 def case_taps_of_tokens_and_heads():
