@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,8 @@ class Together:
         self.first = self.rank == 0
         self.mesh = init_device_mesh(self.device.type, (self.count,))
         self._turns = 0
+        # torch warns that the velocity is a view, which nothing here writes to.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
 
     def load(self, model: str | None, dtype: str | None, *, progress: bool) -> QwenImageEdit:
         """A pipeline without its text encoder, of whose transformer this process reads its own part."""
