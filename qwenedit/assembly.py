@@ -18,7 +18,7 @@ from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.parallel.processes import Processes
-from qwenedit.parallel.ulysses import share_tokens
+from qwenedit.parallel.ulysses import share_out
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -98,7 +98,7 @@ def assemble(
     )
     system.progress = progress
     if processes is not None:
-        share_tokens(system.mmdit, processes)
+        share_out(system.mmdit, processes)
     add_controlnets(system, added)
     return system
 

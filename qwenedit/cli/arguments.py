@@ -17,8 +17,8 @@ from qwenedit.switches import switch_lines
 
 __all__ = [
     "Once", "Switch", "batch", "checkpoint_options", "common_options", "controlnet_option", "count",
-    "device_options", "model_options", "path", "picture_options", "quiet_option", "run_options", "seed",
-    "shard_options", "side", "steps", "whole", "workers",
+    "device_options", "model_options", "parallel_options", "path", "picture_options", "quiet_option",
+    "run_options", "seed", "shard_options", "side", "steps", "whole", "workers",
 ]  # fmt: skip
 
 
@@ -62,6 +62,14 @@ def run_options(
         help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
     )
     add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    parallel_options(command)
+    device_options(command)
+    quiet_option(command)
+
+
+def parallel_options(command: argparse.ArgumentParser) -> None:
+    """Of commands that several processes share."""
+    add = command.add_argument
     add(
         "--parallel",
         metavar="AXIS=N,...",
@@ -72,8 +80,6 @@ def run_options(
         action="store_true",
         help="each of these processes keeps its part of the weights (same picture, less memory)",
     )
-    device_options(command)
-    quiet_option(command)
 
 
 def picture_options(command: argparse.ArgumentParser) -> None:

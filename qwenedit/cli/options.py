@@ -28,6 +28,7 @@ from qwenedit.cli.arguments import (
     controlnet_option,
     device_options,
     model_options,
+    parallel_options,
     path,
     picture_options,
     quiet_option,
@@ -176,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(commands.plan, "what memory a run takes, how it would fit, what it downloads")
     plan.description = "Headers of a hub id that is not on this machine are fetched, a megabyte or so."
     checkpoint_options(plan)
+    parallel_options(plan)
     for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
         plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
     for option in ("--height", "--width"):

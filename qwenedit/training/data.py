@@ -95,7 +95,7 @@ def read_entries(data: Path | Sequence[Mapping[str, Any]], base: Path) -> list[E
     """
     if not isinstance(data, Path):
         entries = [_entry(f"row {k}", row, base) for k, row in enumerate(data, start=1)]
-    elif data.is_dir():
+    elif os.path.isdir(data):
         entries = list(_of_folder(data))
     else:
         lines = enumerate(read_text(data, "data").split("\n"), start=1)
@@ -127,7 +127,9 @@ def edits_of(edits: Sequence[tuple[Sequence[Any], str]], base: Path) -> list[Ent
 
 def _require_there(entries: Sequence[Entry]) -> None:
     paths = [x for one in entries for x in (one.image, *one.controls, one.mask) if isinstance(x, Path)]
-    _require_none([path for path in dict.fromkeys(paths) if not path.is_file()], "pictures are not there")
+    _require_none(
+        [path for path in dict.fromkeys(paths) if not os.path.isfile(path)], "pictures are not there"
+    )
 
 
 def _entry(what: str, row: Any, base: Path) -> Entry:

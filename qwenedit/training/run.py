@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +25,7 @@ from torch import Generator
 from qwenedit.checks import hinting
 from qwenedit.files import remove_leftovers, replacing_file, require_folder
 from qwenedit.foreign import read_json, shown
+from qwenedit.instruments.determinism import deterministic
 from qwenedit.layered import require_flat
 from qwenedit.memory.residency import require_staying
 from qwenedit.pipeline import QwenImageEdit, load
@@ -167,12 +168,16 @@ def _require_trainable(plan: Spec, pipe: QwenImageEdit, *, given: bool) -> None:
             f"the pipeline has LoRAs ({', '.join(pipe.loras)}), and all weights are to be trained: wanted "
             "them fused or unloaded, or a table [lora]"
         )
-    elif os.path.lexists(plan.output / "model") and not (plan.output / "spec.json").is_file():
-        raise ValueError(f"{shown(plan.output / 'model')} is there already, wanted another output")
+    elif pipe.folder is None:
+        raise ValueError("the pipeline was not made by load, so all its weights cannot be saved")
+    elif os.path.lexists(model := plan.output / "model"):
+        before = read_json(plan.output / "spec.json", optional=True).get("settings", {}).get("steps")
+        if before != plan.options.steps:
+            raise ValueError(f"{shown(model)} is there already: move it away, or take another output")
     if given:
         require_staying(pipe.mmdit, list(pipe.mmdit.parameters()), "training changes weights")
-        if pipe.dtype == torch.float16:
-            raise ValueError("the pipeline is in float16, which loses small gradients: wanted bfloat16")
+    if pipe.dtype == torch.float16:
+        raise ValueError("the model is in float16, which loses small gradients: wanted bfloat16")
 
 
 def _require_same_run(plan: Spec, contents: dict[str, str]) -> None:
@@ -237,7 +242,8 @@ class _Training:
                 raise ValueError(
                     f"steps is {plan.options.steps}, but {run.step} are done, wanted at least those"
                 )
-            with _in_training(self.pipe, checkpointing=plan.checkpointing):
+            pinned = deterministic(self.pipe) if plan.deterministic else nullcontext()
+            with pinned, _in_training(self.pipe, checkpointing=plan.checkpointing):
                 self._steps(run)
         except BaseException:
             if name is not None:
@@ -287,17 +293,14 @@ class _Training:
             assert self.plan.lora is not None
             self.pipe.save_lora_weights(file, name, layout=self.plan.lora.layout)
             return
-        if file.is_dir():  # whole, of a run that was stopped after it
+        if file.is_dir():  # of these steps, else `_require_trainable` had refused it
             return
         whole = self.pipe
         if whole.vision_language is None:
             whole = load(
-                self.plan.model,
-                device=self.pipe.device,
-                dtype=self.plan.dtype,
-                residency="stage",
+                self.plan.model, device=self.pipe.device, dtype=self.plan.dtype, residency="stage",
                 progress=False,
-            )
+            )  # fmt: skip
             whole.mmdit = self.pipe.mmdit
         whole.save_pretrained(file)
 
@@ -313,4 +316,4 @@ def _in_training(pipe: QwenImageEdit, *, checkpointing: bool) -> Iterator[None]:
         yield
     finally:
         mmdit.checkpointing, pipe.progress = before
-        mmdit.eval()
+        mmdit.eval().requires_grad_(False)

@@ -83,7 +83,7 @@ def test_a_patch_and_where_it_looks(two, folder):
         wanted = [own.sum(), own.max(), other.sum(), other.max()]
         assert [sum_own, top_own, sum_other, top_other] == pytest.approx([float(x) for x in wanted], rel=0.06)
     said = two.text("#said")
-    assert "row 2, column 4" in said and "block 4, mean of the heads" in said
+    assert "row 1, column 3" in said and "block 4, mean of the heads" in said
     before = two.js("document.querySelector('#attention canvas').toDataURL()")
     two.choose("#head", "2")
     assert "head 2" in two.text("#said")
@@ -119,7 +119,7 @@ def test_the_other_direction(two, folder):
     column = matrix[:, matrix.shape[1] - 16 + 2 * 4 + 1]
     assert in_caption(caption(two, 0, 0)) == pytest.approx([float(column[:16].max())], rel=0.06)
     assert "not kept" in caption(two, 0, 1)
-    assert "Who looks at the reference's cell in row 3, column 2" in two.text("#said")
+    assert "Who looks at the reference's cell in row 2, column 1" in two.text("#said")
     words = two.js("[...document.querySelectorAll('#attention .words')[0].children].map(x => x.textContent)")
     assert words[3:8] == ["make", " the", " circle", "␣", "红"] and words[1].startswith("picture 1")
     two.click("#attention .words button:nth-child(8)")
@@ -141,7 +141,7 @@ def test_steps_branches_and_both_runs_in_step(two, folder):
         wanted = [[*run["steps"][step]["pictures"].values(), run["result"]] for run in data]
         assert shown == [*wanted[0], *wanted[1]]
         sigma = data[0]["steps"][step]["sigma"]
-        assert two.text("#sigma") == f"{step + 1} of 4, σ {sigma:.3f}"
+        assert two.text("#sigma") == f"{step} of 0 to 3, σ {sigma:.3f}"
     before = caption(two, 0, 0)
     two.choose("#branch", "uncond")
     row = shares(folder / "two.html", 0, "uncond", 0, 3)[2 * 4 + 2]
@@ -158,7 +158,7 @@ def test_sizes_of_writes(two, folder):
     two.choose("#block", "2")
     said = two.js("[...document.querySelectorAll('#writes .readout')].map(one => one.textContent)")
     for text, sizes in zip(said, (first[2], second[2]), strict=True):
-        assert text.startswith("Step 2, block 2: ")
+        assert text.startswith("Step 1, block 2: ")
         got = [float(x) for x in re.findall(r"(?:stream|and|,) (\d+\.?\d*)", text.partition(":")[2])]
         assert got == pytest.approx(sizes, rel=0.006)
     assert second[2][0] == 0 < first[2][0]
@@ -194,14 +194,14 @@ def test_the_keyboard_alone(two):
     two.key("h")
     assert two.js("document.getElementById('head').value") == "0"
     two.key("d")
-    assert two.text("#said").startswith("Who looks at the target's cell in row 3, column 3")
+    assert two.text("#said").startswith("Who looks at the target's cell in row 2, column 2")
     two.js(f"document.querySelector({canvas(0, 0)!r}).focus()")
     two.key("ArrowUp")
     two.key("ArrowRight")
-    assert "row 2, column 4" in two.text("#said") and two.text("#sigma") == start
+    assert "row 1, column 3" in two.text("#said") and two.text("#sigma") == start
     for _ in range(5):
         two.key("ArrowUp")
-    assert "row 1, column 4" in two.text("#said")
+    assert "row 0, column 3" in two.text("#said")
     two.js("document.getElementById('theme').focus()")
     seen = []
     for _ in range(12):

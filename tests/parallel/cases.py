@@ -345,11 +345,12 @@ def refused(action):
 
 @contextlib.contextmanager
 def changed(weight):
+    before = weight[0].clone()
     weight[0] += 1
     try:
         yield
     finally:
-        weight[0] -= 1
+        weight[0] = before
 
 
 def here(process, context):

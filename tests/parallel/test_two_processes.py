@@ -105,9 +105,11 @@ def test_passes_in_float64(outcomes):
     assert max(value(outcomes, "float64").values()) <= 1e-14
 
 
-@pytest.mark.parametrize("network", ["transformer", "controlnet", "blockwise_controlnet"])
-def test_every_tap_is_whole_and_writes_act(outcomes, network):
-    assert value(outcomes, f"every_tap_of_{'the' if network == 'transformer' else 'a'}_{network}") == []
+@pytest.mark.parametrize(
+    "where", ["of_the_transformer", "of_a_controlnet", "of_a_blockwise_controlnet", "under_tensor"]
+)
+def test_every_tap_is_whole_and_writes_act(outcomes, where):
+    assert value(outcomes, f"every_tap_{where}") == []
 
 
 def test_control_add_is_whole(outcomes):
@@ -115,7 +117,8 @@ def test_control_add_is_whole(outcomes):
 
 
 def test_maps_a_few_heads_at_a_time(outcomes):
-    assert max(value(outcomes, "heads_at_a_time")) <= 1e-14
+    for mode in ("", "_under_tensor"):
+        assert max(value(outcomes, f"heads_at_a_time{mode}")) <= 1e-14
 
 
 def test_attention_maps(outcomes):

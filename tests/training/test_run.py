@@ -133,15 +133,15 @@ def test_it_is_a_loop_by_hand(tmp_path, pairs):
 
 
 def test_a_new_edit_is_learned(tmp_path):
-    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 40 steps."""
+    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 24 steps."""
     write_pairs(tmp_path, 20)
     spec = spec_of(
-        tmp_path, steps=40, batch=4, rate=2e-3, lora={"rank": 8},
-        validation={"every": 40, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
+        tmp_path, steps=24, batch=4, rate=4e-3, lora={"rank": 8},
+        validation={"every": 24, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
     )  # fmt: skip
     run(spec)
     first, last = (line["validation"] for line in log_of(tmp_path / "run") if "validation" in line)
-    assert last < 0.55 * first, (first, last)
+    assert last < 0.5 * first, (first, last)
 
 
 def batches(tmp_path, rows, pipe, **changed):
@@ -303,10 +303,12 @@ def test_all_weights(tmp_path, pairs, dtype, base):
     assert run(spec) == folder  # from the state
     again = qwenedit.load(folder, device="cpu", dtype=dtype, progress=False).mmdit.state_dict()
     assert all(torch.equal(x, again[name]) for name, x in weights.items())
+    with pytest.raises(ValueError, match="model is there already: move it away"):
+        run({**spec, "steps": 5})
 
 
 def test_averages_and_layouts(tmp_path, pairs):
-    spec = spec_in(tmp_path / "x", pairs, ema=0.9, lora={"rank": 2, "layout": "comfyui"})
+    spec = spec_in(tmp_path / "x", pairs, ema=0.9, deterministic=True, lora={"rank": 2, "layout": "comfyui"})
     file = run(spec)
     one, other = load_file(file), load_file(tmp_path / "x" / "lora_ema.safetensors")
     assert one.keys() == other.keys() and all(name.startswith("diffusion_model.") for name in one)
