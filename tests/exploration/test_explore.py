@@ -515,6 +515,27 @@ def test_numbers_that_are_none(tmp_path):
     )
 
 
+def test_an_estimate_that_the_vae_cannot_decode_is_black(edit, picture, tmp_path, monkeypatch):
+    """The picture was made by then: nothing of the run is lost."""
+    decode = Watched.decode
+
+    def overflowing(self, latents, grid):
+        pixels = decode(self, latents, grid)
+        return pixels if self.check_finite else pixels * math.nan
+
+    monkeypatch.setattr(Watched, "decode", overflowing)
+    (made,) = qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", num_inference_steps=1).images
+    (run,) = data_of(tmp_path / "a.html")["runs"]
+    assert picture_of(run["result"]).tobytes() == made.tobytes() and edit.check_finite
+    assert not any(picture_of(run["steps"][0]["pictures"]["x0"]).tobytes())
+
+
+def test_the_page_s_files_are_in_the_package():
+    content = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    files = [path.name for path in (Path(exploring.__file__).parent).glob("page.*") if path.suffix != ".py"]
+    assert len(files) == 3 and all(f'"{name}"' in content for name in files)
+
+
 def test_the_watched_pipeline_is_the_given_one(edit):
     watched = Watched.of(edit)
     assert watched.mmdit is edit.mmdit and watched.vae is edit.vae and watched.sampler is edit.sampler
