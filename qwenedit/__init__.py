@@ -14,6 +14,7 @@ from qwenedit.cli.process import ended_by_interrupts
 
 with ended_by_interrupts():  # torch takes seconds
     from qwenedit.encoding.conditioning import Conditioning
+    from qwenedit.instruments.activations import Activations
     from qwenedit.instruments.attention_maps import AttentionMaps, attention_map
     from qwenedit.instruments.determinism import deterministic
     from qwenedit.instruments.inversion import invert, picture_latents
@@ -35,12 +36,11 @@ if TYPE_CHECKING:
     from qwenedit.training.run import train
 
 __all__ = [
-    "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder", "References", "Result",
-    "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add", "attention_map", "batch",
-    "convention", "deterministic", "explore", "flow_matching_loss", "invert", "load", "patch_from",
-    "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip", "swapped", "tap_names",
-    "taps", "trace_ops", "train",
-    "zero",
+    "Activations", "AttentionMaps", "Conditioning", "Guidance", "Mask", "QwenImageEdit", "Recorder",
+    "References", "Result", "Seen", "Switches", "Time", "TrainingBatch", "VAEPath", "ablate", "add",
+    "attention_map", "batch", "convention", "deterministic", "explore", "flow_matching_loss", "invert",
+    "load", "patch_from", "picture_latents", "project_out", "scale_by", "scope", "share_from", "skip",
+    "swapped", "tap_names", "taps", "trace_ops", "train", "zero",
 ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from qwenedit.foreign import shown
 
 __all__ = [
     "OUTPUT_TYPES", "ProgressBar", "check_output_type", "check_run", "device_of", "dtype_of", "hinting",
-    "progress_bar", "real_number", "require_known", "warn", "warn_of_float16", "whole_number",
-    "without_reference_options",
+    "progress_bar", "real_number", "require_known", "require_numbers", "warn", "warn_of_float16",
+    "whole_number", "without_reference_options",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -121,6 +121,16 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
     if most is not None and number > most:
         raise ValueError(f"{name} is {number}, wanted at most {most}")
     return number
+
+
+def require_numbers(name: str, numbers: Collection[int] | None) -> None:
+    """Raise a ValueError unless it is None, or a collection of whole numbers of at least 0."""
+    if numbers is None or isinstance(numbers, range):
+        return
+    if not isinstance(numbers, Collection) or isinstance(numbers, str):
+        raise ValueError(f"{name} are {numbers!r}, wanted a collection of them, like range(0, 10)")
+    for number in numbers:
+        whole_number(f"one of {name}", number, least=0)
 
 
 def real_number(name: str, value: Any) -> float:

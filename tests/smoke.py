@@ -144,6 +144,13 @@ def masked() -> None:
     )
 
 
+def collected() -> None:
+    recorder = qwenedit.Recorder(to=Path("activations"), tokens="target")
+    with recorder, qwenedit.taps(pipe.mmdit, {"blocks.3.img_out": recorder}), recorder.edit("one"):
+        edit()
+    assert len(qwenedit.Activations("activations").where(edit="one")[:].x)
+
+
 def pairs() -> None:
     picture.save("a.png")
     Path("pairs.jsonl").write_text('{"image": "a.png", "control": "a.png", "caption": "keep it"}\n')
@@ -170,6 +177,7 @@ def listed() -> None:
 
 
 NAMES: dict[str, Callable[[], object]] = {
+    "Activations": collected,
     "AttentionMaps": attention,
     "Conditioning": lambda: pipe.sample(conditioning(), **RUN),
     "Guidance": switched(guidance=qwenedit.Guidance(norm="none")),

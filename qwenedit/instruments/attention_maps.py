@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qwenedit.instruments.records import Records, Wanted, key_of, require_numbers
+from qwenedit.checks import require_numbers
+from qwenedit.instruments.groups import token_groups
+from qwenedit.instruments.records import Records, Wanted, key_of
 from qwenedit.latents import Layout
 from qwenedit.networks.mmdit_layers import JointAttention
 from qwenedit.taps import Site, require_module, taps
@@ -25,18 +27,6 @@ from qwenedit.taps import Site, require_module, taps
 __all__ = ["AttentionMaps", "attention_map", "queries_and_keys", "token_groups"]
 
 CHUNK = 2**26  # the most attention scores in memory at once while a map is made
-
-
-def token_groups(layout: Layout) -> dict[str, slice]:
-    """The groups of the joint sequence by name, in order: text, target, reference 1, reference 2, ...
-
-    >>> token_groups(Layout(5, ((1, 2, 2), (1, 2, 3))))
-    {'text': slice(0, 5, None), 'target': slice(5, 9, None), 'reference 1': slice(9, 15, None)}
-    """
-    groups = {"text": slice(0, layout.text), "target": layout.in_joint(layout.target)}
-    for number, tokens in enumerate(layout.references, 1):
-        groups[f"reference {number}"] = layout.in_joint(tokens)
-    return groups
 
 
 def attention_map(

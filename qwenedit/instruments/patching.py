@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, TypedDict, overload
 import torch
 from torch import Tensor
 
-from qwenedit.checks import real_number
-from qwenedit.instruments.attention_maps import token_groups
-from qwenedit.instruments.records import Records, Wanted, key_of, require_numbers
+from qwenedit.checks import real_number, require_numbers
+from qwenedit.instruments.groups import in_group, require_tokens, stream_groups
+from qwenedit.instruments.records import Records, Wanted, key_of
 from qwenedit.taps import Site, TapFunction
 
 if TYPE_CHECKING:
@@ -59,13 +59,7 @@ class _Place:
         Wanted(self.steps, self.branch)  # checks them
         require_numbers("blocks", self.blocks)
         require_numbers("rows", self.rows)
-        if not isinstance(self.tokens, str):
-            require_numbers("tokens", self.tokens)
-        elif not re.fullmatch(r"text|target|reference( [1-9]\d*)?", self.tokens):
-            raise ValueError(
-                f"tokens is {self.tokens!r}, wanted 'text', 'target', 'reference', 'reference 2' or a list "
-                "of places"
-            )
+        require_tokens(self.tokens)
 
     def covers(self, site: Site) -> bool:
         if self.blocks is not None:
@@ -98,29 +92,15 @@ class _Place:
                 raise ValueError(f"tap {site.full} has {size} places, but tokens has {outside[0]}")
             chosen[list(self.tokens or ())] = True
             return chosen
-        groups = _groups(site)
+        groups = stream_groups(site)
         total = max((tokens.stop for tokens in groups.values()), default=0)
-        wanted = [group for name, group in groups.items() if f"{name} ".startswith(f"{self.tokens} ")]
+        wanted = [group for name, group in groups.items() if in_group(name, self.tokens)]
         if total != size or not wanted:
             there = ", ".join(groups) if total == size else f"{size} places that are no tokens of a stream"
             raise ValueError(f"tap {site.full} has {there or 'no tokens'}, but tokens is {self.tokens!r}")
         for tokens in wanted:
             chosen[tokens] = True
         return chosen
-
-
-def _groups(site: Site) -> dict[str, slice]:
-    """The groups of tokens in a tensor of the image or the text stream, which its name says."""
-    layout = site.labels.get("layout")
-    if layout is None:
-        raise ValueError(f"tap {site.full}: no label layout is in force, wanted scope(layout=Layout(...))")
-    streams = [part[:4] for part in site.full.split(".") if part.startswith(("img_", "txt_"))]
-    every = token_groups(layout)
-    text = every.pop("text")
-    if not streams:
-        return {}
-    image = {name: slice(one.start - text.stop, one.stop - text.stop) for name, one in every.items()}
-    return {"text": text} if streams[0] == "txt_" else image
 
 
 @dataclass(frozen=True)

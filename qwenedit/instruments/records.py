@@ -5,6 +5,13 @@
         pipe.edit(picture, "make the circle red")
     recorder["blocks.3.img_out", 5]
 
+Many edits become a data set of rows (activations.py) in a folder:
+
+    recorder = Recorder(to=Path("acts"), tokens="target", dtype=torch.bfloat16, every=5, sample=64)
+    with recorder, taps(pipe.mmdit, {"blocks.*.img_out": recorder}):
+        with recorder.edit("red circle"):
+            pipe.edit(picture, "make the circle red")
+
 Functions on one tap run outer context first: attach a recorder innermost to see the others' replacements.
 """
 
@@ -15,6 +22,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +31,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwenedit.checks import whole_number
-from qwenedit.files import header_and_metadata, is_leftover, read_tensors, replacing_file
+from qwenedit.checks import dtype_of, require_numbers, whole_number
+from qwenedit.files import header_and_metadata, read_tensors, replacing_file
 from qwenedit.foreign import parse_json, shown
-from qwenedit.taps import Site, current_labels
+from qwenedit.instruments.activation_writer import ActivationWriter
+from qwenedit.instruments.activations import shards_of
+from qwenedit.taps import Site, current_labels, scope
 
-__all__ = ["Key", "Recorder", "Records", "Wanted", "key_of", "require_numbers"]
+__all__ = ["Key", "Recorder", "Records", "Wanted", "key_of"]
 
 _FORMAT = "qwenedit record 1"
 
@@ -209,9 +219,11 @@ class Wanted:
     steps: Collection[int] | None
     branch: str | None
     where: Callable[[Site], bool] | None = None
+    every: int = 1  # n-th step, from step 0
 
     def __post_init__(self) -> None:
         require_numbers("steps", self.steps)
+        whole_number("every", self.every)
         if self.where is not None and not callable(self.where):
             raise ValueError(f"where is {type(self.where).__name__}, wanted a function of a Site")
         if self.branch not in (None, "cond", "uncond"):
@@ -219,24 +231,17 @@ class Wanted:
 
     def __call__(self, site: Site) -> bool:
         labels = site.labels
-        for name, wanted in (("step", self.steps), ("branch", self.branch and [self.branch])):
-            if wanted is None:
-                continue
-            if name not in labels:
+        steps, branch, every = self.steps, self.branch, self.every
+        for name, limited, fits in (
+            ("step", steps is not None, lambda step: step in (steps or ())),
+            ("step", every > 1, lambda step: step % every == 0),
+            ("branch", branch is not None, lambda one: one == branch),
+        ):
+            if limited and name not in labels:
                 raise ValueError(f"tap {site.full}: a {name} is wanted, but no label {name!r} is in force")
-            if labels[name] not in wanted:
+            if limited and not fits(labels[name]):
                 return False
         return self.where is None or self.where(site)
-
-
-def require_numbers(name: str, numbers: Collection[int] | None) -> None:
-    """Raise a ValueError unless it is None, or a collection of whole numbers of at least 0."""
-    if numbers is None or isinstance(numbers, range):
-        return
-    if not isinstance(numbers, Collection) or isinstance(numbers, str):
-        raise ValueError(f"{name} are {numbers!r}, wanted a collection of them, like range(0, 10)")
-    for number in numbers:
-        whole_number(f"one of {name}", number, least=0)
 
 
 class Recorder(Records):
@@ -251,13 +256,24 @@ class Recorder(Records):
             then change the record.
         padding: False leaves out the padding of the shorter texts in a batch. Tensors with text tokens then
             become one record for each row, with `rows` = (row,).
+        dtype: of the records; None: the tensors' own.
+        every: record every n-th step, from step 0.
+        tokens, sample: make a data set of rows of the folder `to`, in place of whole tensors:
+            tokens are "all", "text", "target", "reference" (all of them), "reference 2" or a list of places
+            in the tensor; `sample` draws that many of them for each forward and row of the batch, the same
+            ones in every block and whenever an edit of this name runs. Padding is left out.
 
     A folder gets one safetensors file per record, numbered in order and written whole or not at all: a run
     that is killed keeps its records. `Records.load` reads the folder.
 
+    A data set is written inside of `with recorder:`, and each edit inside of `with recorder.edit(name):`. A
+    recorder for a folder with activations goes on there: what is in `recorder.edits` need not run again.
+    `Activations(folder)` reads it, also meanwhile. All of its rows have one width.
+
     Raises:
-        ValueError: `to` is no device; the folder is not empty, or cannot be made or written; `to` with
-            detach=False; while recording, `steps` or `branch` where no such label is in force.
+        ValueError: `to` is no device; the folder is not empty, or cannot be made or written; `to` or `dtype`
+            with detach=False; `tokens` or `sample` without a folder, or for taps without such tokens; while
+            recording, `steps`, `branch` or `every` where no such label is in force.
 
     >>> from qwenedit.networks.mmdit_layers import MLP
     >>> from qwenedit.taps import scope, taps
@@ -281,23 +297,70 @@ class Recorder(Records):
         to: torch.device | str | Path | None = None,
         detach: bool = True,
         padding: bool = True,
+        tokens: str | Sequence[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+        every: int = 1,
+        sample: int | None = None,
     ) -> None:
         super().__init__()
-        if to is not None and not detach:
-            raise ValueError(
-                f"to is {to!r} with detach=False, wanted None: the graph's tensors stay where they are"
-            )
-        self._wanted = Wanted(steps, branch, where)
+        for name, value in (("to", to), ("dtype", dtype)):
+            if value is not None and not detach:
+                raise ValueError(
+                    f"{name} is {value!r} with detach=False, wanted None: the graph's tensors are kept"
+                )
+        self._wanted = Wanted(steps, branch, where, every)
         self._detach = detach
         self._padding = padding
-        self._folder = _new_folder(to) if isinstance(to, Path) else None
+        self._dtype = None if dtype is None else dtype_of(dtype, torch.device("cpu"))
+        self._writer = None
+        self._opened = ExitStack()
+        if tokens is not None or sample is not None:
+            if not isinstance(to, Path):
+                raise ValueError(
+                    f"to is {to!r} with tokens or sample, wanted the Path of a folder for a data set of them"
+                )
+            _make_folder(to, filled_with=shards_of)
+            self._writer = ActivationWriter(to, "all" if tokens is None else tokens, self._dtype, sample)
+        self._folder = None if self._writer or not isinstance(to, Path) else _make_folder(to)
         try:
             self._device = torch.device("cpu" if to is None or isinstance(to, Path) else to)
         except RuntimeError:
             raise ValueError(f"to is {to!r}, which is no device; for a folder pass Path({to!r})") from None
 
+    def __enter__(self) -> Recorder:
+        """Open the data set; its last rows are written when the `with` block ends."""
+        if self._writer is not None:
+            self._opened.enter_context(self._writer.opened())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @property
+    def edits(self) -> Collection[str]:
+        """The names of the edits that are in the data set, whole."""
+        return () if self._writer is None else self._writer.edits.keys()
+
+    @contextmanager
+    def edit(self, name: str) -> Iterator[None]:
+        """Name the edit that runs in a `with` block, for the data set and as the label `edit`.
+
+        Raises:
+            ValueError: of a data set: outside of `with recorder:`, or a name that it has already.
+        """
+        with scope(edit=name), nullcontext() if self._writer is None else self._writer.edit(name):
+            yield
+
+    def check(self, site: Site) -> None:
+        """Check that a tap has a data set's tokens; `taps` calls this before anything runs."""
+        if self._writer is not None:
+            self._writer.check(site)
+
     def __call__(self, x: Tensor, site: Site) -> None:
         if not self._wanted(site):
+            return
+        if self._writer is not None:
+            self._writer.add(x, site)
             return
         key, rows = key_of(site.full), None if self._padding else _rows_without_padding(x, site)
         if rows is None:
@@ -310,13 +373,14 @@ class Recorder(Records):
         if not self._detach:
             self._add(key, x)
         elif self._folder is None:
-            self._add(key, x.detach().to(self._device, copy=True))
+            self._add(key, x.detach().to(self._device, self._dtype or x.dtype, copy=True))
         else:
+            stored = x.detach().to("cpu", self._dtype or x.dtype)
             path = self._folder / f"{len(self):06d}-{key.name}.safetensors"
             parts = key[:-1] if key.control is None else key  # older versions read six
             metadata = {"format": _FORMAT, "key": json.dumps(parts)}
             with replacing_file(path) as temporary:
-                safetensors.torch.save_file({key.name: x.detach().cpu().contiguous()}, temporary, metadata)
+                safetensors.torch.save_file({key.name: stored.contiguous()}, temporary, metadata)
             self._add(key, path)
 
 
@@ -339,10 +403,12 @@ def _rows_without_padding(x: Tensor, site: Site) -> list[Tensor] | None:
     return [x[i : i + 1, :n] for i, n in enumerate(lengths)]
 
 
-def _new_folder(folder: Path) -> Path:
+def _make_folder(folder: Path, filled_with: Callable[[Path], Sequence[Path]] = lambda _: ()) -> Path:
+    """The folder, which is made if it is not there, and has nothing but the files of `filled_with`."""
     try:
         folder.mkdir(exist_ok=True)
-        filled = any(not is_leftover(path) for path in folder.iterdir())
+        known = filled_with(folder)
+        filled = any(path.name[0] != "." and path not in known for path in folder.iterdir())
     except OSError as error:
         raise ValueError(f"cannot record to {folder}: {error.strerror or error}") from error
     if filled:

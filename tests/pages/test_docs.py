@@ -29,6 +29,7 @@ MODULES = sorted(
 PUBLIC = (
     "qwenedit", "qwenedit.dialects", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
+    "qwenedit.instruments.activations", "qwenedit.instruments.alignment", "qwenedit.instruments.stepping",
     "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
     "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
     "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",
@@ -42,7 +43,7 @@ PUBLIC = (
 )  # fmt: skip
 PAGES = [
     page
-    for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "notebooks/*.md", "notebooks/*.ipynb")
     for page in sorted(ROOT.glob(pattern))
 ]
 PAGES.append(ROOT / "qwenedit" / "mini" / "checkpoint" / "README.md")
