@@ -407,6 +407,12 @@ def test_layered_is_refused(picture, tmp_path):
         qwenedit.explore(pipe, picture, PROMPT, tmp_path / "a.html")
 
 
+def test_a_run_that_processes_share_is_refused(edit, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(edit, "processes", object())
+    with pytest.raises(ValueError, match="loaded without parallel="):
+        qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html")
+
+
 def test_a_page_is_written_whole_or_not_at_all(edit, picture, tmp_path, monkeypatch):
     page = tmp_path / "edit.html"
     page.write_text("before")
