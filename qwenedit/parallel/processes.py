@@ -28,7 +28,9 @@ from qwenedit.foreign import shown
 from qwenedit.memory.residency import Modes
 from qwenedit.parallel.spec import AXES, ParallelSpec, checked_spec
 
-__all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "join", "leave", "meet"]
+__all__ = [
+    "PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "begin", "join", "leave", "meet", "own_device",
+]  # fmt: skip
 
 PATIENCE = 600.0  # seconds that a process waits for another, which may be loading weights
 TURN = 0.02  # seconds between two looks into the store
@@ -61,9 +63,15 @@ def meet(
     spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if spec is None:
         return None, device
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = own_device(device)
     return join(spec, device), device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's own device: of several GPUs of a machine, the one with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def join(spec: ParallelSpec, device: torch.device) -> Processes:
@@ -72,20 +80,30 @@ def join(spec: ParallelSpec, device: torch.device) -> Processes:
     Raises:
         ProcessLost: another process did not come.
     """
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
-        except (RuntimeError, ValueError) as error:
-            raise ProcessLost(
-                f"process {os.environ.get('RANK', '?')} of {spec.processes} did not meet the others at "
-                f"{shown(os.environ.get('MASTER_ADDR', 'MASTER_ADDR, which is not set'))}: "
-                f"{shown(str(error), 300)}"
-            ) from error
-        atexit.register(leave)
+    begin(device, spec.processes)
     return Processes(spec, device)
+
+
+def begin(device: torch.device, count: int) -> None:
+    """Start torch's process group of all processes, unless the caller has.
+
+    Raises:
+        ProcessLost: another process did not come.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(
+            f"process {os.environ.get('RANK', '?')} of {count} did not meet the others at "
+            f"{shown(os.environ.get('MASTER_ADDR', 'MASTER_ADDR, which is not set'))}: "
+            f"{shown(str(error), 300)}"
+        ) from error
+    atexit.register(leave)
 
 
 def leave() -> None:
