@@ -89,6 +89,11 @@ def explore(
     """
     require_flat(pipe.variant)
     page = require_page(output)
+    if pipe.processes is not None:
+        raise ValueError(
+            "explore looks inside one process's run, but processes share this pipeline's: load it "
+            "without parallel"
+        )
     requests = _requests(pipe, picture, prompt, edit_arguments, second)
     for request in requests:
         _check(pipe, request)
