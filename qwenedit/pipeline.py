@@ -394,7 +394,7 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
-        parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4" or "tensor=2".
+        parallel: how the processes that torchrun started share a run, like "cfg=2,ulysses=4" or "tensor=2".
             All make the same calls and get the same results (docs/scale.md).
         split_weights: each of these processes reads and keeps its part of the weights, and gathers a block's
             while it runs. Results are bitwise equal.
