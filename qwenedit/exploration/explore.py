@@ -201,8 +201,8 @@ def _looked(
     with inside:
         watched = Watched.of(pipe, budget=budget)
         facts = _facts(pipe, request)
-        made = request.run(watched)
-    return watched.looked(facts, made)
+        return watched.looked(facts, request.run(watched))
+    raise RuntimeError("the intervention's context manager swallowed an exception")
 
 
 def _facts(pipe: QwenImageEdit, request: Request) -> dict[str, str]:
