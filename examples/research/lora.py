@@ -17,7 +17,7 @@ INVERT = "invert the colours"
 
 
 @contextmanager
-def inverting(pipe, picture=None, steps=30):
+def inverting(pipe, picture=None, steps=20):
     picture = (picture or Image.open(EXAMPLE)).convert("RGB")
     pair = {"control": picture, "image": ImageOps.invert(picture), "caption": INVERT}
     others = set(pipe.loras)
@@ -34,7 +34,7 @@ def study(pipe, picture, _prompt, steps=20):
     found, before = {}, edited(pipe, picture, INVERT, steps)
     wanted = ImageOps.invert(picture.convert("RGB").resize(before.size))
     found["PSNR to the negative before training"] = distances(before, wanted)["psnr"]
-    for trained in (30, 100):
+    for trained in (20, 60):
         with inverting(pipe, picture, trained):
             result = edited(pipe, picture, INVERT, steps)
         found[f"PSNR to the negative after {trained} steps"] = distances(result, wanted)["psnr"]

@@ -1,7 +1,7 @@
-"""An ablation over own pictures: what do the reference latents do, measured by a metric of one's own?
+"""An ablation over own pictures: what is lost if the language model does not see the picture?
 
-The metric is warmth, red less blue; the grid has the path of appearance on and off. The folder `own_ablation`
-then has tables, figures and a page. research.toml has the same metric and the same axis.
+It is measured by a metric of one's own: warmth, red less blue. The folder `own_ablation` then has tables,
+figures and a page. research.toml has the same metric and the same axis.
 """
 
 from statistics import fmean
@@ -23,11 +23,11 @@ def study(pipe, picture, prompt, steps=20, folder="own_ablation"):
         "prompts": [prompt],
         "seeds": [0, 1, 2],
         "steps": steps,
-        "grid": {"references.latents": ["concatenated", "left_out"]},
+        "grid": {"seen.picture": ["seen", "blank"]},
     }
     sweep = qwenedit.ablate(spec, folder, pipe=pipe, metrics={"warmth": warmth})
     warm = [fmean(run["own"]["warmth"] for run in sweep.of_cell(cell)) for cell in (0, 1)]
-    return {"warmth": warm[0], "without references": warm[1], "the page": f"{folder}/report.html"}
+    return {"warmth": warm[0], "without the picture": warm[1], "the page": f"{folder}/report.html"}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@
     [grid]                                # all combinations are run, except those that contradict themselves
                                           # ("references.sigma" with "references.latents" = "left_out")
     "references.latents" = ["concatenated", "left_out"]     # a switch of `qwenedit.Switches`,
+    dialect = ["reference", "comfy"]                        # another tool's arithmetic (dialects.py),
     true_cfg_scale = [1, 4]                                 # or an argument, like steps,
     masked = [false, true]
     intervention = ["none", "halve"]                        # a name of [interventions],

@@ -215,6 +215,7 @@ def plan(options: argparse.Namespace) -> None:
     from qwenedit.memory.train_plan import Training, train_plan
 
     unread = ["--controlnet"] * bool(nets) + ["--parallel"] * bool(options.parallel)
+    unread += ["--split-weights"] * options.split_weights
     if options.train == "whole":
         unread += [f"--{name}" for name in ("rank", "targets") if name in how]
     if unread:

@@ -297,7 +297,7 @@ function readout(at, found, shown, observed, branch) {
     (step === shown.index ? "" : `, step ${step}, the nearest that is kept`);
   if (!found) {
     return mapOf(run) ? `This run has no ${state.chosen.kind === "word" ? `word “${state.chosen.text}”` : "such picture"}.`
-      : `No map: the step had no prediction of this branch (${where}).`;
+      : `There is no map of this branch in this step (${where}).`;
   }
   const {kind, picture = 0, text} = state.chosen, cell = kind === "word" ? null : chosenCell(run, picture);
   const name = kind === "word" ? `“${text.trim() || text}”` :

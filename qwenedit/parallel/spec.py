@@ -12,7 +12,7 @@ from qwenedit.checks import whole_number
 from qwenedit.foreign import shown
 from qwenedit.memory.residency import Modes
 
-__all__ = ["AXES", "ParallelSpec", "checked_spec", "fitting_spec", "spec_of"]
+__all__ = ["AXES", "ParallelSpec", "checked_spec", "fitting_spec", "processes_started", "spec_of"]
 
 AXES = ("cfg", "ulysses", "tensor")  # outermost first: neighbours in the last axes exchange the most
 
@@ -125,14 +125,19 @@ def checked_spec(
         return None
     if not dist.is_available():
         raise ValueError(f"parallel '{spec}' needs torch.distributed, which this torch was built without")
-    started = dist.is_initialized()
-    count = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
-    if count != spec.processes:
+    if (count := processes_started()) != spec.processes:
         raise ValueError(
             f"parallel '{spec}' wanted {spec.processes} processes, got {count}: start with torchrun "
             f"--nproc-per-node {spec.processes} -m qwenedit ..., or with torchrun and your script"
         )
     return spec
+
+
+def processes_started() -> int:
+    """How many processes torchrun, or the caller, has started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fitting_spec(

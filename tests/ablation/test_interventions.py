@@ -590,6 +590,20 @@ def test_configs_alphas_and_samplers_count_for_the_hash(pipe, lora):
     assert len(set(found)) == len(found)
 
 
+# a dialect
+
+
+def test_a_dialect_is_an_axis(tmp_path, pipe):
+    swept = run(
+        {**SMALL, "grid": {"dialect": ["reference", "diffsynth"], "true_cfg_scale": [1, 4]}}, tmp_path
+    )
+    assert [cell.switches.flat() for cell in swept.spec.cells] == 2 * [{}] + 2 * [{"dialect": "diffsynth"}]
+    for cell, picture in zip(swept.spec.cells, pictures(swept), strict=True):
+        dialect = qwenedit.Switches(dialect=cell.values.get("dialect", "reference"))
+        assert same(picture, edit(pipe, true_cfg_scale=cell.true_cfg_scale, switches=dialect).images[0])
+    assert len({picture.tobytes() for picture in pictures(swept)}) == 4
+
+
 # the sampler
 
 

@@ -88,15 +88,11 @@ def test_all_are_rows_of_one_sweep(tmp_path):
     }
     assert named == {f"research.{job}" for job in JOBS}
     shutil.copy(EXAMPLES / "scene.png", tmp_path)
-    spec |= {
-        "prompts": spec["prompts"][:1],
-        "steps": 2,
-        "grid": {"intervention": spec["grid"]["intervention"]},
-    }
+    spec |= {"prompts": spec["prompts"][:1], "steps": 2}
     swept = ablate(spec, tmp_path / "results", device="cpu", progress=False)
     assert not swept.failed and not swept.failed_metrics
     pictures = {Image.open(swept.folder / one["file"]).tobytes() for one in swept.records.values()}
-    assert len(pictures) == len(swept.records) == 6
+    assert len(pictures) == len(swept.records) == 12
     assert all(isinstance(one["own"]["warmth"], float) for one in swept.records.values())
 
 
@@ -106,3 +102,11 @@ def test_a_script_prints_what_it_finds(monkeypatch, capsys):
     runpy.run_module("research.vital_layers", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(" moves pixels by: 0." in line for line in lines)
+
+
+def test_the_list_has_every_example():
+    listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    files = [path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.*") if path.is_file()]
+    left_out = ("README.md", "scene.png")
+    wanted = [one for one in files if one not in left_out and one[-3:] != "pyc" and "__init__" not in one]
+    assert len(wanted) > 20 and [one for one in wanted if f"]({one})" not in listed] == []

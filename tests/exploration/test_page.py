@@ -12,13 +12,16 @@ from qwenedit import mini
 from tests.exploration.browser import BROWSER, Browser
 from tests.exploration.test_explore import cells_of, data_of, numbers, without_attention
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; $CHROME may name one")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; $CHROME may name one"),
+    pytest.mark.filterwarnings("ignore:the output's token grid"),
+]
 PROMPT = "make the circle 红色"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, edit):
-    """Two pages: of two runs, and of one without guidance and pictures."""
+    """Pages of two runs, of one without guidance and pictures, and of two that have little in common."""
     folder = tmp_path_factory.mktemp("pages")
     picture = Image.open(mini.EXAMPLE).convert("RGB")
     options = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
@@ -26,6 +29,9 @@ def folder(tmp_path_factory, edit):
     qwenedit.explore(edit, picture, PROMPT, folder / "two.html", second=second, **options)
     text = {"height": 48, "width": 80, "true_cfg_scale": 1.0, **options}
     qwenedit.explore(edit, None, "a red circle", folder / "one.html", **text)
+    other = {"height": 48, "width": 96, "num_inference_steps": 7, "true_cfg_scale": 1.0, "prompt": "绿"}
+    options["generator"].manual_seed(0)
+    qwenedit.explore(edit, picture, PROMPT, folder / "unlike.html", second=other, **options)
     return folder
 
 
@@ -246,6 +252,26 @@ def test_windows_of_every_width(browser, folder, width):
             f"e.getBoundingClientRect().right > {width} + 1).map(e => e.outerHTML.slice(0, 80))"
         )
         assert beyond == []
+
+
+def test_two_runs_that_have_little_in_common(browser, folder):
+    """They are compared at the same sigma, and at the same place of the picture."""
+    browser.errors.clear()
+    browser.open(folder / "unlike.html")
+    data = data_of(folder / "unlike.html")["runs"]
+    for step in range(4):
+        browser.choose("#step", f"{step}")
+        sigmas = [abs(one["sigma"] - data[0]["steps"][step]["sigma"]) for one in data[1]["steps"]]
+        wanted = data[1]["steps"][sigmas.index(min(sigmas))]["pictures"]["x0"]
+        assert browser.js("document.querySelectorAll('#steps .other img')[1].getAttribute('src')") == wanted
+    browser.click(canvas(0, 0), x=0.9, y=0.9)
+    said = browser.js("[...document.querySelectorAll('#attention .readout')].map(one => one.textContent)")
+    assert "row 3, column 3" in said[0] and "row 2, column 5" in said[1]
+    browser.choose("#branch", "uncond")
+    said = browser.js("[...document.querySelectorAll('#attention .readout')].map(one => one.textContent)")
+    assert "row 3, column 3" in said[0] and said[1] == "This run has no prediction of this branch."
+    assert "unguided" in browser.js("document.querySelector('#ratio .other').textContent")
+    assert browser.errors == []
 
 
 def test_a_run_from_text_alone(browser, folder):

@@ -43,7 +43,7 @@ PUBLIC = (
 )  # fmt: skip
 PAGES = [
     page
-    for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "notebooks/*.ipynb")
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "notebooks/*.md", "notebooks/*.ipynb")
     for page in sorted(ROOT.glob(pattern))
 ]
 PAGES.append(ROOT / "qwenedit" / "mini" / "checkpoint" / "README.md")

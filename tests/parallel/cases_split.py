@@ -378,3 +378,22 @@ def case_what_is_refused():
     told["move"] = message(lambda: pipe.to(torch.bfloat16))
     pipe.to("cpu")  # where it is
     return told
+
+
+def case_gradients_with_split_heads():
+    """Of what is given, and of weights."""
+    errors = {}
+    for name in ("masked", "zero_cond_t"):
+        (img, *others), changes = inputs(name, torch.float64)
+        plain, made = network(torch.float64, **changes), []
+        for mmdit in (parts_of(plain, by_heads), plain):
+            given = img.clone().requires_grad_()
+            weights = [mmdit.get_parameter(f"blocks.0.{x}.weight") for x in ("attn.img_out", "txt_mlp.up")]
+            for weight in weights:
+                weight.requires_grad_()
+            mmdit(given, *others).square().mean().backward()
+            made.append([given.grad, *(whole(weight.grad) for weight in weights)])
+            for weight in weights:
+                weight.requires_grad_(False)
+        errors[name] = max(relative_error(x, y) for x, y in zip(*made, strict=True))
+    return errors

@@ -46,6 +46,11 @@ def test_an_edit_with_split_heads_has_the_same_numbers(outcomes):
     assert max(errors) <= FP64, errors
 
 
+def test_gradients_pass_split_heads(outcomes):
+    errors = value(outcomes, "gradients_with_split_heads")
+    assert len(errors) == 2 and max(errors.values()) <= FP64, errors
+
+
 def test_what_is_computed_once_stays_so(outcomes):
     weights, heads, alone = value(outcomes, "what_is_computed_once")
     assert weights == heads == alone and alone[0] is False and alone[2]["step_invariant"] == 1

@@ -138,6 +138,21 @@ def test_runs_are_equal(outcomes):
     assert not {name: x for name, x in found.items() if x}
 
 
+def test_runs_with_split_weights_are_equal_or_refused(outcomes):
+    """With tensor parallelism sums over heads and inside MLPs are in another order."""
+    found = value(outcomes, "runs_with_split_weights")
+    rounding = found.pop("rounding to bfloat16")
+    refusals = {name: found.pop(name) for name in list(found) if isinstance(found[name], str)}
+    of_lora = refusals.pop("lora: tensor=2")
+    assert "splits layers, and a LoRA is beside them: call fuse_lora" in of_lora
+    modes = ("stage", "stream", "float8")
+    assert set(refusals) == {f"{name}: {mode}" for name in modes for mode in ("ulysses=2", "tensor=2")}
+    assert all("wanted residency='resident', modulation='live'" in text for text in refusals.values())
+    assert not {name: x for name, x in found.items() if x and name.endswith("ulysses=2")}
+    assert found.pop("bfloat16: tensor=2") < 2 * rounding
+    assert len(found) > 60 and max(found.values()) < 1e-5
+
+
 def test_layers_are_equal(outcomes):
     assert value(outcomes, "layers") == [0, 0]
 
@@ -185,6 +200,9 @@ def test_copies(outcomes):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("two threads", "another thread's run has not ended: processes share one run at a time"),
+        ("explore", "ValueError: explore looks inside one process's run"),
+        ("batch", "ValueError: batch makes edits in one process, .* give each process a shard"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
         ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),

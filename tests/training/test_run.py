@@ -18,6 +18,7 @@ from qwenedit.training.data import looked_at, read_entries
 from qwenedit.training.loss import TrainingBatch, flow_matching_loss, freeze_unreached
 from qwenedit.training.run import _wanted, batches_of_step, train
 from qwenedit.training.spec import read_spec
+from tests.tiny import checkpoint
 from tests.training.pairs import CAPTION, log_of, pictures, spec_of, write_pairs
 
 
@@ -275,6 +276,26 @@ def test_sizes_and_text_to_image_in_one_run(tmp_path):
     assert run(spec).is_file()
     smaller = {**spec, "output": str(tmp_path / "smaller"), "area": 32 * 32, "steps": 1, "data": rows[1:3]}
     assert run(smaller).is_file()
+
+
+@pytest.mark.parametrize(("kind", "zero_cond_t"), [("generate", False), ("edit", False), ("plus", True)])
+def test_every_variant(tmp_path, kind, zero_cond_t):
+    """Random weights in the official layout, in bfloat16, odd sizes, and a LoRA on every layer."""
+    drawn = [one.resize((131, 77)) for one in pictures(3)]
+    rows = [{"image": one, "caption": f"{k} 只猫"} for k, one in enumerate(drawn)]
+    if kind != "generate":
+        rows[0]["control"], rows[1]["control"] = drawn[1], drawn[2]
+    if kind == "plus":
+        rows[1]["control"] = [drawn[2], pictures(1)[0], drawn[0]]
+    model = checkpoint(kind, zero_cond_t=zero_cond_t)
+    spec = spec_of(
+        tmp_path, model=str(model), dtype="bfloat16", batch=3, steps=2, lora={"rank": 1},
+        convention="ai_toolkit", caption_dropout=0.3, validation={"rows": 1, "every": 1, "steps": 1},
+    )  # fmt: skip
+    file = run({**spec, "data": [*rows, rows[0]]})
+    pipe = qwenedit.load(model, device="cpu", dtype="bfloat16", progress=False)
+    pipe.load_lora_weights(file)
+    assert {line["step"] for line in log_of(tmp_path / "run")} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
