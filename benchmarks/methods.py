@@ -2,7 +2,7 @@
 
 The embedded model's edits under each intervention of examples/methods.toml: how many the oracle accepts, how
 well they preserve the rest, and how far they are from the source, each as the mean of paired differences to
-the plain edits with its interval. Prints a Markdown table; --out also replaces that of methods.md.
+the plain edits with its interval. Prints a Markdown table; --out also renews the rows of that in methods.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import Case, cases, verdicts_of
+from benchmarks.mini import SCALE, Case, cases, verdicts_of
 from benchmarks.report import table
 from benchmarks.samplers import edits
 from qwenedit.ablation.metrics import psnr
@@ -91,36 +91,50 @@ def shown(found: Estimate, name: str, *, sign: bool = True) -> str:
     return f"{value} ({low} to {high})"
 
 
+HEAD = ("", "paper", "lines", "success, points", "kept, dB", "distance to the source, dB")
+
+
+def written(page: Path, rows: dict[str, list[str]], count: int) -> None:
+    """Renew rows of the page's table; the others stay."""
+    text = page.read_text(encoding="utf-8")
+    before, start, rest = text.partition("<!-- methods -->\n")
+    old, end, after = rest.partition("<!-- end -->")
+    kept = [[cell.strip() for cell in line.split("|")[1:-1]] for line in old.splitlines() if "|" in line][2:]
+    every = {**{row[0]: row for row in kept}, **{row[0]: row for row in rows.values()}}
+    order = ["plain", *(link(name, file) for name, (_, file) in interventions().items())]
+    made = table(HEAD, [every[name] for name in order if name in every])
+    said = f"{count} held-out edits, {STEPS} steps, guidance {SCALE:g}."
+    with replacing_file(page) as temporary:
+        temporary.write_text(f"{before}{start}{said}\n\n{made}\n{end}{after}", encoding="utf-8")
+
+
+def link(name: str, file: Path) -> str:
+    return f"[{name}](../examples/methods/{file.name})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, help="number of edits (default: 60)")
-    parser.add_argument("--only", metavar="NAME", help="one of the methods")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="replace the table of methods.md")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods; all by default")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="renew their rows in methods.md")
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     pipe.progress = False
     todo = cases(options.count, DETERMINED, seed="methods")
     plain = measured(todo, edits(pipe, todo, STEPS))
     alone = [shown(compared(plain[name], [0.0] * len(todo)), name, sign=False) for name in MEASURES]
-    rows = [["plain", "", "", *alone]]
-    for name, (intervention, file) in interventions().items():
-        if options.only in (None, name):
-            with intervention(pipe):
-                found = measured(todo, edits(pipe, todo, STEPS))
-            differences = [shown(compared(found[one], plain[one]), one) for one in MEASURES]
-            link = f"[{name}](../examples/methods/{file.name})"
-            rows.append([link, paper(file), str(code_lines(file)), *differences])
-            print(rows[-1], flush=True)
-    head = ["", "paper", "lines", "success, points", "kept, dB", "distance to the source, dB"]
-    made = f"{options.count} held-out edits, {STEPS} steps, guidance 4.\n\n{table(head, rows)}"
-    print(made)
-    if options.out is not None:
-        page = options.out / "methods.md"
-        text = page.read_text(encoding="utf-8")
-        marked = r"(<!-- methods -->\n).*?(<!-- end -->)"
-        text = re.sub(marked, lambda match: f"{match[1]}{made}\n{match[2]}", text, flags=re.DOTALL)
-        with replacing_file(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    rows = {"plain": ["plain", "", "", *alone]}
+    known = interventions()
+    for name in options.only or known:
+        intervention, file = known[name]
+        with intervention(pipe):
+            found = measured(todo, edits(pipe, todo, STEPS))
+        differences = [shown(compared(found[one], plain[one]), one) for one in MEASURES]
+        rows[name] = [link(name, file), paper(file), str(code_lines(file)), *differences]
+        print(rows[name], flush=True)
+        if options.out is not None:
+            written(options.out / "methods.md", rows, options.count)
+    print(table(HEAD, list(rows.values())))
 
 
 if __name__ == "__main__":

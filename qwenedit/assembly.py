@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from qwenedit.memory.plan import choose
 from qwenedit.memory.residency import Modes, current_modes, remember
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.parallel.processes import Processes
-from qwenedit.parallel.ulysses import share_tokens
+from qwenedit.parallel.ulysses import share_out
 from qwenedit.sampling.scheduler import load_scheduler
 from qwenedit.system import System
 from qwenedit.verify import check_together
@@ -46,12 +46,12 @@ def assemble(
     controlnets: Sequence[Source],
     progress: bool,
     processes: Processes | None = None,
-    split_weights: bool = False,
+    split: Callable[[Sequence[Compared]], None] | None = None,
 ) -> Kind:
     """Check and load the components of a checkpoint and its ControlNets, as a system of this kind.
 
     `source` None is the embedded model; `files` is as for `compare_networks`. Of several `processes` each
-    calls this; with `split_weights`, or a spec with tensor, it reads its own part of the weights.
+    calls this. `split` splits networks, on the meta device, whose own parts this process then reads.
 
     Raises:
         ValueError: no such checkpoint, one of another family, or files that do not fit.
@@ -72,10 +72,8 @@ def assemble(
         processes.spec.require_heads(config.num_attention_heads)
         progress = progress and processes.rank == 0
     added = compare_controlnets(controlnets, config, variant, progress=progress)
-    if processes is not None and (split_weights or processes.spec.tensor > 1):
-        from qwenedit.parallel.split import split
-
-        split(compared, processes, weights=split_weights)
+    if split is not None:
+        split(compared)
         modes = Modes()  # the only ones that go with it
     if modes.residency == "auto":
         found = {one.report.component: one.found for one in compared}
@@ -98,7 +96,7 @@ def assemble(
     )
     system.progress = progress
     if processes is not None:
-        share_tokens(system.mmdit, processes)
+        share_out(system.mmdit, processes)
     add_controlnets(system, added)
     return system
 

@@ -27,7 +27,7 @@ from qwenedit.foreign import inner_name, parse_json, plain_file, printable_name,
 __all__ = [
     "FLOATS", "MAX_HEADER", "TensorInfo", "append_line", "component_headers", "header_and_metadata",
     "is_leftover", "new_folder", "read_header", "read_lines", "read_tensors", "remove_leftovers",
-    "replacing_file", "require_folder", "write_lines",
+    "replacing_file", "require_folder", "require_new", "write_lines",
 ]  # fmt: skip
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes that weights run in
@@ -236,11 +236,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: there is something at `path` already, other than an empty folder; or no folder to make it
             in.
     """
-    path = Path(path)
-    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        raise ValueError(f"{shown(path)} exists and is not an empty folder, wanted a new one to write to")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {shown(path)}: there is no folder {shown(path.absolute().parent)}")
+    path = require_new(path)
     temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=_TEMPORARY))
     try:
         yield temporary
@@ -252,6 +248,20 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder that `new_folder` can make.
+
+    Raises:
+        ValueError: as `new_folder`.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        raise ValueError(f"{shown(path)} exists and is not an empty folder, wanted a new one to write to")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {shown(path)}: there is no folder {shown(path.absolute().parent)}")
+    return path
 
 
 def require_folder(path: Path) -> None:

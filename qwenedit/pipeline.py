@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -411,10 +412,15 @@ def load(
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
     processes, device = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
+    splitting = None
+    if processes is not None and (split_weights or processes.spec.tensor > 1):
+        from qwenedit.parallel.split import split  # not in every torch
+
+        splitting = functools.partial(split, processes=processes, weights=split_weights)
     pipe = assemble(
         QwenImageEdit, source, revision=revision, device=device, dtype=dtype, modes=modes, files=files,
         text_encoder=text_encoder not in (False, None), controlnets=sources, progress=progress,
-        processes=processes, split_weights=split_weights,
+        processes=processes, split=splitting,
     )  # fmt: skip
     if compile:
         compile_blocks(pipe.mmdit)

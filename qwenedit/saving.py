@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwenedit.checks import progress_bar
-from qwenedit.files import is_leftover, new_folder
+from qwenedit.files import is_leftover, new_folder, require_new
 from qwenedit.foreign import read_json, shown
 from qwenedit.memory.reading import WeightFiles
 from qwenedit.memory.residency import origin_of, weight_value
@@ -24,7 +24,7 @@ from qwenedit.system import System
 from qwenedit.weights.configs import config_from, network_config
 from qwenedit.weights.formats import Stored, dequantise, read_weights
 from qwenedit.weights.keys import NETWORKS, ours_to_official
-from qwenedit.weights.slices import is_split
+from qwenedit.weights.slices import is_first, is_split, whole
 from qwenedit.weights.writing import write_json, write_weights
 
 __all__ = ["SHARD", "save"]
@@ -35,12 +35,21 @@ SHARD = 5 * 10**9  # bytes of a file, at most
 def save(system: System, folder: str | os.PathLike[str], shard: int = SHARD) -> None:
     """Write the system's checkpoint to a new folder, whole or not at all.
 
+    Of processes that share the system each calls this, and the first one writes.
+
     Raises:
         ValueError: LoRAs that are not fused; a system without its text encoder, or that `load` did not make;
             a folder that is not empty or cannot be made; files of the checkpoint that are gone.
     """
     networks = {"text_encoder": system.vision_language, "transformer": system.mmdit, "vae": system.vae}
     source = _require_whole(system, networks)
+    split = [network for network in networks.values() if network is not None and is_split(network)]
+    if (split or system.processes is not None) and not is_first():
+        if split:
+            require_new(folder)
+        for weight in (weight for network in split for weight in network.parameters()):
+            whole(weight)  # the first process asks for it, and this one has a part of it
+        return
     with new_folder(folder) as temporary:
         shutil.copy(source / "model_index.json", temporary)
         for name in ("tokenizer", "processor"):
@@ -76,11 +85,6 @@ def _require_whole(system: System, networks: dict[str, Any]) -> Path:
         raise ValueError(
             "LoRAs are beside the weights, which the official layout cannot hold: call fuse_lora or "
             "unload_lora_weights first; save_lora_weights writes a LoRA"
-        )
-    if any(is_split(network) for network in networks.values()):
-        raise ValueError(
-            "the weights are split over processes, and none has them all: load without split_weights and "
-            "tensor to save the pipeline"
         )
     if not system.folder.is_dir():
         raise ValueError(f"{shown(system.folder)}, from which tokenizer and configs are copied, is gone")

@@ -120,6 +120,11 @@ class Shards(Protocol):
     text, of the target and of the references. A network calls `begin` in each pass, then the others.
     """
 
+    @property
+    def splits_tokens(self) -> bool:
+        """False if each process has all tokens, and shares other dimensions."""
+        ...
+
     def begin(self, img: Tensor, txt: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
         """This process's tokens of both streams (B, S, D) and (B, T, D), and how many are the target's."""
         ...

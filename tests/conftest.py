@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torch.utils._device
 
 # Two threads in one process; one in each of pytest-xdist's workers, and in the processes that these start.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,9 +25,13 @@ FILES = [None]  # of tests, the newest last
 
 
 def pytest_runtest_setup(item):
-    """A file starts without modes of torch that another left behind: they change what layers hold."""
+    """A file starts without modes of torch that another left behind: they change what layers hold.
+
+    Gradients are on as well: an interrupt may come while torch turns them on again.
+    """
     if item.path != FILES[-1]:
         FILES.append(item.path)
+        torch.set_grad_enabled(True)
         while torch._C._len_torch_function_stack():
             torch._C._pop_torch_function_stack()
         torch.utils._device.CURRENT_DEVICE = None

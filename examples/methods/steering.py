@@ -27,6 +27,6 @@ def direction(pipe, block, prompts, picture, steps):
     return means[0] - means[1]
 
 
-def steering(pipe, scale=4.0, block=2, prompts=("make the circle blue", "make the circle red"), steps=4):
+def steering(pipe, scale=1.0, block=2, prompts=("make the circle blue", "make the circle red"), steps=4):
     vector = direction(pipe, block, prompts, Image.open(EXAMPLE), steps)
     return taps(pipe.mmdit, {f"blocks.{block}.img_out": add(vector, scale, branch="cond", tokens="target")})

@@ -111,7 +111,7 @@ def first_block_cache(mmdit: MMDiT, threshold: float) -> Iterator[FirstBlockCach
     """
     if not threshold >= 0:
         raise ValueError(f"threshold is {threshold}, wanted 0 or more")
-    if mmdit.shards is not None:
+    if mmdit.shards is not None and mmdit.shards.splits_tokens:
         raise ValueError(
             "first_block_cache decides by all tokens, of which each process has a share: load without "
             "ulysses (cfg=2 goes with it)"

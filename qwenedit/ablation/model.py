@@ -33,7 +33,7 @@ from qwenedit.weights.checkpoints import pieces_of, read_areas, read_variant
 from qwenedit.weights.configs import network_config
 from qwenedit.weights.lora_files import read_lora
 
-__all__ = ["Model", "pipe_fingerprint", "settings_of"]
+__all__ = ["Model", "pipe_fingerprint", "require_single", "settings_of"]
 
 _PIECE = 2**22  # values of a weight that are hashed at a time
 
@@ -113,6 +113,15 @@ class Model:
             sources=sources,
         )  # fmt: skip
         require_controls(switches, bool(call.control_image))
+
+
+def require_single(pipe: QwenImageEdit) -> None:
+    """Raise a ValueError for a pipeline whose runs several processes share: each would write the results."""
+    if pipe.processes is not None:
+        raise ValueError(
+            f"the pipe shares its runs with {pipe.processes.count - 1} other process(es), wanted one of "
+            "a single process: many edits are shared out by shard='i/n'"
+        )
 
 
 def settings_of(network: nn.Module) -> str:

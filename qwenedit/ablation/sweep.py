@@ -36,7 +36,7 @@ from qwenedit.ablation.intervening import acting, state_of
 from qwenedit.ablation.measures import Record
 from qwenedit.ablation.measuring import add_floor, measure
 from qwenedit.ablation.metrics import curves
-from qwenedit.ablation.model import Model, pipe_fingerprint
+from qwenedit.ablation.model import Model, pipe_fingerprint, require_single
 from qwenedit.ablation.report import write_report
 from qwenedit.ablation.results import PICTURES, RESULTS, Sweep, known_results, read_results
 from qwenedit.ablation.runs import Run, encoding_of, has_maps, runs_of
@@ -221,6 +221,7 @@ def _checked(
         given = [name for name, x in (("model", plan.model), ("device", device), ("dtype", dtype)) if x]
         if given:
             raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
+        require_single(pipe)
         parts = Model.of_pipe(pipe)
         parts.require_fitting(plan)
         where, wanted, model, name = pipe.device, pipe.dtype, pipe_fingerprint(pipe), "the given pipeline"

@@ -131,7 +131,8 @@ def _at(place: str, row: Any, line: Callable[[dict[str, Any]], dict[str, Any] | 
             raise ValueError(f"it is {shown(repr(row))}, wanted an object")
         value = line(row)
         if value is not None:  # names from elsewhere: pictures of the benchmark's own folder alone
-            inner_name(value["image"], "the picture")
+            for name in (value["image"], value.get("size_of", value["image"])):
+                inner_name(name, "the picture")
         return place, value
     except ValueError as error:
         return place, error

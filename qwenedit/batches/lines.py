@@ -9,7 +9,7 @@
 | `image` | the picture to edit, or a list of pictures; without it the picture is made from text alone |
 | `prompt` | what to change |
 | `seed` | of the noise, 0 by default |
-| `name` | of the result, a PNG in the folder; by default the line's number |
+| `name` | of the result, a PNG in the folder; by default the line's number in the list, like 0001 |
 | `negative_prompt`, `true_cfg_scale`, `steps`, `height`, `width`, `sampler`, `strength` | as for `edit` |
 | `mask`, `mask_crop` | `mask_image` and `padding_mask_crop` of `edit` |
 | `switches` | an object of switches by dotted name |

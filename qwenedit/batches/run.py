@@ -27,7 +27,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from qwenedit.ablation.intervening import lora
-from qwenedit.ablation.model import Model, pipe_fingerprint
+from qwenedit.ablation.model import Model, pipe_fingerprint, require_single
 from qwenedit.batches.lines import Edits, Line, lines_of, opened, raw_lines
 from qwenedit.call import Call
 from qwenedit.checks import device_of, dtype_of, progress_bar
@@ -121,6 +121,11 @@ def batch(
         ValueError: bad lines, or what the model cannot run; a folder that cannot be written, or a file in it
             that is in a result's place and is none.
     """
+    if pipe is not None and pipe.processes is not None:
+        raise ValueError(
+            "batch makes edits in one process, but processes share this pipeline's: load it without "
+            "parallel, and give each process a shard"
+        )
     if isinstance(edits, (str, os.PathLike)):
         raw, base = raw_lines(edits), Path(edits).parent
     else:
@@ -141,6 +146,7 @@ def batch(
         given = [name for name, x in (("model", model), ("device", device), ("dtype", dtype)) if x]
         if given:
             raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
+        require_single(pipe)
         maker = Maker(
             name="the given pipeline",
             parts=Model.of_pipe(pipe),
@@ -170,9 +176,7 @@ def make(
         known, results = _known(folder), record_file(folder, RECORDS, part)
         done = _done(mine, keys, folder, known)
         todo = [line for line in mine if line.file not in done]
-        kept = known if part is None else _read(results)
-        again = {line.file for line in todo}
-        write_lines(results, [record for file, record in kept.items() if file not in again])
+        write_lines(results, (known if part is None else _read(results)).values())  # none that was cut off
         if alone:
             _tidy(folder, mine)
         for line, record in _run(todo, keys, folder, maker, progress):

@@ -17,17 +17,25 @@ from qwenedit.switches import switch_lines
 
 __all__ = [
     "Once", "Switch", "batch", "checkpoint_options", "common_options", "controlnet_option", "count",
-    "device_options", "model_options", "path", "picture_options", "quiet_option", "run_options", "seed",
-    "shard_options", "side", "steps", "whole", "workers",
+    "device_options", "model_options", "parallel_options", "path", "picture_options", "quiet_option",
+    "run_options", "sampling_options", "seed", "shard_options", "side", "steps", "whole", "workers",
 ]  # fmt: skip
 
 
 def run_options(
     command: argparse.ArgumentParser, output: str = "OUT.png", what: str = "where the picture goes"
 ) -> None:
-    """Of every command that samples; `output` and `what` describe what it writes."""
+    """Of every command that makes one edit; `output` and `what` describe what it writes."""
     add = command.add_argument
     add("-o", "--output", type=path, required=True, metavar=output, help=what)
+    add("--seed", type=seed, metavar="N", help="seed of the noise (default: another picture every time)")
+    sampling_options(command)
+    parallel_options(command)
+
+
+def sampling_options(command: argparse.ArgumentParser) -> None:
+    """Of every command that samples."""
+    add = command.add_argument
     add("--model", metavar="ID_OR_FOLDER", help="hub id or local folder (default: the embedded model)")
     add("--revision", help="branch, tag or commit on the hub")
     _file_options(command)
@@ -35,7 +43,6 @@ def run_options(
     add("--sampler", choices=SAMPLERS, help="from noise to the picture (default: the checkpoint's, euler)")
     add("--true-cfg-scale", type=float, metavar="X", help="guidance scale (default: the preset's, 4.0)")
     add("--negative-prompt", metavar="T", help="what to steer away from (default: the preset's, a space)")
-    add("--seed", type=seed, metavar="N", help="seed of the noise (default: another picture every time)")
     add(
         "--lora",
         action="append",
@@ -62,6 +69,13 @@ def run_options(
         help="keep weights in 8 bits (half the memory of bfloat16, an approximation)",
     )
     add("--compile", action="store_true", help="compile the transformer's blocks on their first run")
+    device_options(command)
+    quiet_option(command)
+
+
+def parallel_options(command: argparse.ArgumentParser) -> None:
+    """Of commands that several processes share."""
+    add = command.add_argument
     add(
         "--parallel",
         metavar="AXIS=N,...",
@@ -72,8 +86,6 @@ def run_options(
         action="store_true",
         help="each of these processes keeps its part of the weights (same picture, less memory)",
     )
-    device_options(command)
-    quiet_option(command)
 
 
 def picture_options(command: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from qwenedit.cli.process import say
 from qwenedit.cli.workers import require_alone, work
 from qwenedit.family import PRESETS, preset_of
 from qwenedit.foreign import shown
+from qwenedit.inputs.pictures import open_picture
 from qwenedit.weights.checkpoints import pieces_of
 
 __all__ = ["LANGUAGES", "LAYOUTS", "batch"]
@@ -28,6 +29,11 @@ def batch(options: argparse.Namespace) -> int:
     from qwenedit.batches.run import RECORDS, Maker, edits_left, make
 
     require_alone(options)
+    if options.parallel is not None:
+        raise ValueError(
+            "--parallel shares one edit among processes, and batch has many: wanted --shard or --workers, "
+            "which give each process edits of its own"
+        )
     if options.layout is not None:
         raw, base = layout_lines(options.layout, options.edits, options.language), options.edits
     elif options.language is not None:
@@ -63,7 +69,10 @@ def _usual(options: argparse.Namespace) -> dict[str, Any]:
     """What lines have that do not say it themselves."""
     names = ("seed", "steps", "true_cfg_scale", "negative_prompt", "sampler", "height", "width")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {**given, "switches": options.switch}
+    switches = dict(options.switch)
+    for name in switches.keys() & {"references.picture", "seen.other"}:
+        switches[name] = open_picture(switches[name])  # relative to this folder, not to the list's
+    return {**given, "switches": switches}
 
 
 def _identity(options: argparse.Namespace, checkpoint: Path) -> str:

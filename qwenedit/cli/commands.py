@@ -30,7 +30,7 @@ from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.parallel.spec import checked_spec, spec_of
+from qwenedit.parallel.spec import checked_spec, fitting_spec, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -206,11 +206,16 @@ def plan(options: argparse.Namespace) -> None:
     if options.train is None:
         if how:
             raise ValueError(f"--{next(iter(how))} is of a training, wanted --train beside it")
-        say(plan(options.model, **_chosen(options, *names, "layers"), files=files, controlnets=nets))
+        spec = fitting_spec(options.parallel, split_weights=options.split_weights)
+        say(plan(
+            options.model, **_chosen(options, *names, "layers", "split_weights"), files=files,
+            controlnets=nets, parallel=spec,
+        ))  # fmt: skip
         return
     from qwenedit.memory.train_plan import Training, train_plan
 
-    unread = ["--controlnet"] * bool(nets)
+    unread = ["--controlnet"] * bool(nets) + ["--parallel"] * bool(options.parallel)
+    unread += ["--split-weights"] * options.split_weights
     if options.train == "whole":
         unread += [f"--{name}" for name in ("rank", "targets") if name in how]
     if unread:

@@ -19,6 +19,8 @@ def explore(options: argparse.Namespace) -> None:
     from qwenedit.exploration.explore import explore, require_page
 
     page = require_page(options.output)
+    if options.parallel is not None:
+        raise ValueError("--parallel does not go with explore, which looks inside one process's run")
     if options.num_images != 1:
         raise ValueError(f"--num-images is {options.num_images}, wanted 1: a page shows one picture of a run")
     pictures = [open_picture(path) for path in options.pictures] or None

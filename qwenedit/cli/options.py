@@ -28,10 +28,12 @@ from qwenedit.cli.arguments import (
     controlnet_option,
     device_options,
     model_options,
+    parallel_options,
     path,
     picture_options,
     quiet_option,
     run_options,
+    sampling_options,
     seed,
     shard_options,
     side,
@@ -176,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(commands.plan, "what memory a run takes, how it would fit, what it downloads")
     plan.description = "Headers of a hub id that is not on this machine are fetched, a megabyte or so."
     checkpoint_options(plan)
+    parallel_options(plan)
     for option, what in (("--device-memory", "an accelerator"), ("--host-memory", "the CPU")):
         plan.add_argument(option, metavar="SIZE", help=f"of {what}, like 24GiB (default: what is free)")
     for option in ("--height", "--width"):
@@ -261,9 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", choices=LAYOUTS, help="of a public benchmark, for whose scorer results are named")
     help = "make the edits in this language only (default: those that the benchmark's authors make)"
     add("--language", choices=LANGUAGES, help=help)
-    run_options(many, "FOLDER", "for the results; it may have some already")
+    help = "for the results; it may have some already"
+    add("-o", "--output", type=path, required=True, metavar="FOLDER", help=help)
+    add("--seed", type=seed, metavar="N", help="seed of the noise (default: 0)")
+    sampling_options(many)
     common_options(many)
     shard_options(many)
+    many.set_defaults(parallel=None, split_weights=False)  # edits are shared out, not each of them
 
     script = command(completion, "a script that completes this command line in a shell")
     script.description = (

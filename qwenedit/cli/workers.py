@@ -88,15 +88,22 @@ def device_words(workers: int, device: str | None) -> list[list[str]]:
 
 
 def _wait(started: list[Popen[bytes]], edits: int, folder: Path, stem: str, *, progress: bool) -> None:
-    def lines() -> int:
-        return sum(path.read_bytes().count(b"\n") for path in shard_files(folder, stem))
+    read: dict[Path, int] = {}
 
-    before = lines()
+    def new_lines() -> int:
+        count = 0
+        for path in shard_files(folder, stem):
+            with path.open("rb") as file:
+                file.seek(read.get(path, 0))
+                count += file.read().count(b"\n")
+                read[path] = file.tell()
+        return count
+
+    new_lines()  # of earlier runs
     with progress_bar(progress=progress, total=edits, desc=f"{len(started)} workers", unit="edit") as bar:
         while any(process.poll() is None for process in started):
-            time.sleep(0.1)
-            bar.n = min(max(lines() - before, 0), edits)
-            bar.refresh()
+            time.sleep(0.2)
+            bar.update(new_lines())
 
 
 def _say_why(number: int, status: int, output: IO[bytes]) -> None:

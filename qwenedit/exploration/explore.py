@@ -89,6 +89,11 @@ def explore(
     """
     require_flat(pipe.variant)
     page = require_page(output)
+    if pipe.processes is not None:
+        raise ValueError(
+            "explore looks inside one process's run, but processes share this pipeline's: load it "
+            "without parallel"
+        )
     requests = _requests(pipe, picture, prompt, edit_arguments, second)
     for request in requests:
         _check(pipe, request)
@@ -196,8 +201,8 @@ def _looked(
     with inside:
         watched = Watched.of(pipe, budget=budget)
         facts = _facts(pipe, request)
-        made = request.run(watched)
-    return watched.looked(facts, made)
+        return watched.looked(facts, request.run(watched))
+    raise RuntimeError("the intervention's context manager swallowed an exception")
 
 
 def _facts(pipe: QwenImageEdit, request: Request) -> dict[str, str]:

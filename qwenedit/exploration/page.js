@@ -115,6 +115,7 @@ function picture(uri, alt) {
 function makeFacts(at) {
   const {run, k} = at, list = make("dl", {class: "facts"}), before = new Map(runs[0].facts);
   for (const [name, text] of run.facts) {
+    if (name === "prompt" && runs.length === 1) continue;  // it is the title
     const changed = k && before.get(name) !== text;
     list.append(make("div", changed ? {class: "changed"} : {}, make("dt", {}, name), make("dd", {}, text.trim() ? text : `"${text}"`)));
   }
@@ -252,7 +253,7 @@ function drawSteps(at) {
     const uri = shown.pictures[name];
     image.style.visibility = uri ? "" : "hidden";
     if (uri && image.getAttribute("src") !== uri) image.src = uri;
-    image.alt = `${NAMES[name]}, step ${shown.index + 1}`;
+    image.alt = `${NAMES[name]}, step ${shown.index}`;
   }
 }
 
@@ -293,14 +294,14 @@ function readout(at, found, shown, observed, branch) {
   const {run} = at, step = run.observed.steps[observed], block = run.observed.blocks[now(run).block];
   if (!branch) return "This run has no prediction of this branch.";
   const where = `block ${block}, ${state.head === "mean" || run.observed.heads === 1 ? "mean of the heads" : `head ${state.head}`}` +
-    (step === shown.index ? "" : `, step ${step + 1}, the nearest that is kept`);
+    (step === shown.index ? "" : `, step ${step}, the nearest that is kept`);
   if (!found) {
     return mapOf(run) ? `This run has no ${state.chosen.kind === "word" ? `word “${state.chosen.text}”` : "such picture"}.`
-      : `No map: the step had no prediction of this branch (${where}).`;
+      : `There is no map of this branch in this step (${where}).`;
   }
   const {kind, picture = 0, text} = state.chosen, cell = kind === "word" ? null : chosenCell(run, picture);
   const name = kind === "word" ? `“${text.trim() || text}”` :
-    `the ${at.canvases[picture].name}'s cell in row ${cell[0] + 1}, column ${cell[1] + 1}`;
+    `the ${at.canvases[picture].name}'s cell in row ${cell[0]}, column ${cell[1]}`;
   const order = [...found.words.keys()].sort((a, b) => found.words[b] - found.words[a]).slice(0, 4);
   const words = order.map(k => `${at.buttons[k].textContent.trim()} ${percent(found.words[k])}`).join(", ");
   if (found.by) return `Who looks at ${name} (${where}). Words, most first: ${words}.`;
@@ -388,7 +389,7 @@ function drawWrites(at) {
   }
   const own = sizes[chosen];
   at.sizes.textContent = !own ? "No sizes of this branch in this step." :
-    `Step ${run.observed.steps[observed] + 1}, block ${chosen}: image stream ${number(own[0])} by attention, ${number(own[1])} by the MLP; ` +
+    `Step ${run.observed.steps[observed]}, block ${chosen}: image stream ${number(own[0])} by attention, ${number(own[1])} by the MLP; ` +
     `text stream ${number(own[2])} and ${number(own[3])}.`;
 }
 
@@ -410,14 +411,14 @@ function drawRatio(at) {
   if (chosen) text += `; at the chosen patch ${number(values[chosen[0] * ratio.cells[1] + chosen[1]])}`;
   at.ratio.setAttribute("aria-label", `norm ratios: ${text}`);
   const bar = make("span", {class: "scale"});
-  bar.style.background = `linear-gradient(to right, ${HEAT.map(c => `rgb(${c})`).join(", ")})`;
+  bar.style.background = $("heat").style.background;
   at.ratioCaption.replaceChildren(text, bar, `colours: ${number(low)} to ${number(high)}, over all steps`);
 }
 
 function draw() {
   const {shown} = now(runs[0]);
   $("step").value = state.step;
-  const said = `${shown.index + 1} of ${runs[0].predictions}, σ ${shown.sigma.toFixed(3)}`;
+  const said = `${shown.index} of 0 to ${runs[0].predictions - 1}, σ ${shown.sigma.toFixed(3)}`;
   $("sigma").textContent = said;
   $("step").setAttribute("aria-valuetext", `step ${said}`);
   $("branch").value = state.branch;
@@ -443,6 +444,8 @@ function options(select, values) {
 }
 const {blocks, heads, of_heads} = runs[0].observed;
 $("prompt").textContent = new Map(runs[0].facts).get("prompt");
+$("prompt").classList.toggle("long", $("prompt").textContent.length > 150);
+$("heat").style.background = `linear-gradient(to right, ${HEAT.map(c => `rgb(${c})`).join(", ")})`;
 $("step").max = runs[0].steps.length - 1;
 options($("branch"), Object.keys(BRANCHES).filter(name => runs.some(run => run.maps[name])).map(name => [name, BRANCHES[name]]));
 options($("block"), blocks.map(block => [block, `${block}`]));
@@ -450,6 +453,7 @@ options($("head"), [["mean", `mean of ${of_heads}`], ...Array.from({length: head
 state.block = blocks[Math.floor(blocks.length / 2)];
 state.step = Math.floor((runs[0].steps.length - 1) / 2);
 document.body.classList.toggle("two", runs.length > 1);
+document.body.style.setProperty("--columns", Math.min(3, Math.max(...runs.map(run => run.pictures.length))));
 if (!runs.some(run => run.steps.some(step => step.ratio))) $("guidance").remove();
 for (const at of panels) {
   makeFacts(at);

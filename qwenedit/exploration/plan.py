@@ -81,13 +81,8 @@ class Plan:
 
         Cells are counted in the order target, words, references. The layout may lack references that the
         plan has.
-
-        Raises:
-            ValueError: the layout has another text than the words are of.
         """
-        if layout.text != (stop := words[-1].stop):
-            raise ValueError(f"the transformer's text has {layout.text} tokens, wanted {stop}, the prompt's")
-        cells = torch.empty(layout.text + sum(math.prod(grid) for grid in layout.grids), dtype=torch.int64)
+        cells = torch.zeros(layout.text + sum(math.prod(grid) for grid in layout.grids), dtype=torch.int64)
         start = self.pictures[0].count
         for number, word in enumerate(words):
             cells[word.start : word.stop] = start + number

@@ -93,10 +93,10 @@ class Watched(QwenImageEdit):
 
     budget: int = MAPS
     checking: bool = False
-    _ids: list[ProcessorOutput] = field(default_factory=list)
-    _kept: list[tuple[int, float, dict[str, Tensor], Tensor | None]] = field(default_factory=list)
-    _writes: dict[Place, dict[str, float]] = field(default_factory=dict)
-    _maps: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _ids: list[ProcessorOutput] = field(init=False, default_factory=list)
+    _kept: list[tuple[int, float, dict[str, Tensor], Tensor | None]] = field(init=False, default_factory=list)
+    _writes: dict[Place, dict[str, float]] = field(init=False, default_factory=dict)
+    _maps: dict[Place, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
 
     @classmethod
     def of(cls, pipe: QwenImageEdit, **options: Any) -> Watched:
@@ -149,10 +149,12 @@ class Watched(QwenImageEdit):
             steps=self._shown, blocks=config.num_layers, heads=config.num_attention_heads, budget=self.budget,
         )  # fmt: skip
 
+        networks = self._sampling_networks(start)
+
         def looking(latents: Tensor, sigma: float, **only: bool) -> tuple[Tensor, Tensor | None]:
             if current_labels()["step"] not in self._plan.steps:
                 return predict(latents, sigma, **only)
-            if observed(self.mmdit):
+            if any(map(observed, networks)):
                 with self._attached():
                     return predict(latents, sigma, **only)
             predicted = predict(latents, sigma, **only)
@@ -197,9 +199,11 @@ class Watched(QwenImageEdit):
         self._writes.setdefault(_place(site), {})[site.name] = size
 
     def _see_attention(self, q: Tensor, k: Tensor, key_mask: Tensor | None, site: Site) -> None:
-        place, plan = _place(site), self._plan
+        place, plan, layout = _place(site), self._plan, site.labels["layout"]
         words = self._words[place[0]]
-        cells = plan.places(site.labels["layout"], words).to(q.device)
+        cells = plan.places(layout, words).to(q.device)
+        if layout.text != words[-1].stop or len(cells) != k.shape[1]:
+            return  # tokens that an intervention has added: nobody knows what they are
         pooled = pooled_attention(q, k, cells, *plan.size(len(words)), key_mask, mean_heads=plan.heads == 1)
         self._maps[place] = quantised(pooled)
 

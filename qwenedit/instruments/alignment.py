@@ -59,10 +59,10 @@ def align(pipe: System, prompt_a: str, prompt_b: str) -> Alignment:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int]]:
-    """The pairs of equal items of a longest common subsequence; of several, that with the earliest pairs.
+    """The pairs of equal items of a longest common subsequence.
 
-    >>> _common([1, 2, 3, 4], [1, 9, 3, 2, 4])
-    [(0, 0), (1, 3), (3, 4)]
+    >>> _common([1, 2, 3, 4], [1, 9, 3, 4, 2])
+    [(0, 0), (2, 2), (3, 3)]
     """
     longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]  # of a[i:] and b[j:]
     for i in reversed(range(len(a))):

@@ -32,8 +32,8 @@ __all__ = ["sampled_by", "source_latents", "source_tokens"]
 def sampled_by(pipe: System, sampler: Sampler) -> Iterator[None]:
     """Runs that name no sampler take this one, for the length of a `with` block.
 
-    A sampler may predict as often as it likes, replace the prediction that it gives to another one, and write
-    into its steps (`qwenedit.sampling.samplers` has the form).
+    A sampler may predict as often as it likes, hand on another prediction than its own, and write into its
+    steps (`qwenedit.sampling.samplers` has the form). All of it runs when the run's first step is asked for.
 
     Raises:
         ValueError: the sampler is no function.
@@ -52,7 +52,7 @@ def sampled_by(pipe: System, sampler: Sampler) -> Iterator[None]:
         preserve: Preserve | None = None,
     ) -> Iterator[Step]:
         taken.append(True)
-        return sampler(predict, latents, sigmas, guidance, preserve)
+        yield from sampler(predict, latents, sigmas, guidance, preserve)
 
     before, pipe.sampler = pipe.sampler, noted
     try:

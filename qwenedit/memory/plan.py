@@ -23,6 +23,7 @@ from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
 from qwenedit.memory.machine import device_free, gib, host_free, planned
 from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
+from qwenedit.memory.sharing import Spec, in_words, own_computed, own_parts
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
@@ -169,6 +170,8 @@ def plan(
     files: Mapping[str, Path] | None = None,
     text_encoder: bool = True,
     controlnets: Sequence[Source] = (),
+    parallel: Spec | None = None,
+    split_weights: bool = False,
 ) -> Plan:
     """Estimate what a run of a checkpoint needs, from headers; of an uncached hub id, also the download.
 
@@ -186,6 +189,7 @@ def plan(
         steps: number of timesteps whose precomputed modulation is kept.
         files, text_encoder: as for `compare_networks` and `load`.
         controlnets: of the run, which takes a control picture for each.
+        parallel, split_weights: of processes that share the run; the plan is then of each one's device.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, files that do not fit, or a hub that refuses.
@@ -205,7 +209,8 @@ def plan(
                 made = plan(
                     headers, device_memory=device_memory, host_memory=host_memory, device=device, dtype=dtype,
                     height=height, width=width, pictures=pictures, layers=layers, steps=steps,
-                    files=files, text_encoder=text_encoder, controlnets=controlnets,
+                    files=files, text_encoder=text_encoder, controlnets=controlnets, parallel=parallel,
+                    split_weights=split_weights,
                 )  # fmt: skip
         except HubError as error:
             if not error.unreached:
@@ -225,7 +230,14 @@ def plan(
     found |= {f"controlnet {number}": one.found for number, one in enumerate(nets, start=1)}
     sizes = network_sizes(found, wanted)
     computed = activations(folder, sketch, wanted, nets, layers=layers, on_cpu=on_cpu)
-    peaks = _peaks(_MODES, sizes, computed, _table(folder, wanted, steps))
+    modes: Sequence[Modes] = _MODES
+    if parallel is not None:
+        parallel.require_heads(network_config(folder, "transformer").num_attention_heads)
+        widths = _COMPUTED[on_cpu, _itemsize(wanted) == 2][0]
+        computed = own_computed(computed, sizes, widths, parallel, split_weights=split_weights)
+        sizes = network_sizes(own_parts(found, parallel, split_weights=split_weights), wanted)
+        modes = modes[:1] if split_weights or parallel.tensor > 1 else modes
+    peaks = _peaks(modes, sizes, computed, _table(folder, wanted, steps))
     downloads = [controlnet_download(net) for net in controlnets if find_controlnet(net) is None]
     made = Plan(
         str(source or "the embedded model"),
@@ -236,7 +248,8 @@ def plan(
         memory,
         "\n".join(downloads),
         run=f"{f'{layers} layers of ' * variant.layered}{sketch.size[0]}x{sketch.size[1]} from {pictures} "
-        f"picture{'s' * (pictures != 1)}{f' with {len(nets)} of control' * bool(nets)}",
+        f"picture{'s' * (pictures != 1)}{f' with {len(nets)} of control' * bool(nets)}"
+        f"{'' if parallel is None else in_words(parallel, split_weights=split_weights)}",
     )
     chosen = next((mode for mode in peaks if mode.storage is None and made.fits(mode)), None)
     return replace(made, mode=chosen)

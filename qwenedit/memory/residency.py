@@ -34,7 +34,7 @@ from qwenedit.memory.reading import WeightFiles
 from qwenedit.memory.streaming import Absent, BlockParts, Lock, Part, Place, Source, Streamed
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.loading import loading_bar
-from qwenedit.weights.slices import is_split
+from qwenedit.weights.slices import is_split, whole
 
 __all__ = [
     "BLOCK_LISTS", "MODULATIONS", "MODULATION_LAYERS", "RESIDENCIES", "STORAGES", "Modes", "as_loaded",
@@ -221,12 +221,14 @@ def _moved(dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any) -> 
 def weight_value(module: nn.Module, weight: Tensor) -> Tensor:
     """The values of a network's weight: its own, or if it is not in memory those in the checkpoint's files.
 
+    Of a weight that is split over processes every process asks at the same time.
+
     Raises:
         ValueError: a file of the checkpoint has changed or is gone.
     """
     managed = _managed(module)
     if managed is None or not isinstance(weight, Absent):
-        return weight
+        return whole(weight)
     (place,) = (place for place in managed.places if place.absent is weight)
     (value,) = managed.source.read([place])
     return value

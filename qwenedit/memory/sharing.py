@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from qwenedit.memory.residency import BLOCK_LISTS
+from qwenedit.memory.residency import BLOCK_LISTS, Modes
 from qwenedit.weights.formats import Stored
 
-__all__ = ["SPLIT_LAYERS", "SPLIT_NETWORKS", "Spec", "own_parts", "own_widths"]
+__all__ = ["SPLIT_LAYERS", "SPLIT_NETWORKS", "Spec", "in_words", "own_computed", "own_parts"]
 
 SPLIT_NETWORKS = ("transformer", "text_encoder")  # those that `split_weights` splits
 # What `tensor` splits in a block of the transformer: layers, and the dimension of their weights. Layers of
@@ -69,10 +69,34 @@ def _part(stored: Stored, dim: int, count: int) -> Stored:
     return replace(stored, shape=tuple(shape), bytes=size)
 
 
-def own_widths(widths: float, spec: Spec) -> float:
-    """Widths a token of the whole run that one process computes in sampling, in place of `widths`.
+class Size(Protocol):
+    """Bytes of a network's weights: `plan.NetworkSize`."""
 
-    Under `ulysses` the streams are whole before the first block and after the last: 2 widths.
+    @property
+    def rest(self) -> int: ...
+
+    def in_memory(self, mode: Modes) -> int: ...
+
+
+def own_computed(
+    computed: Mapping[str, int], sizes: Mapping[str, Size], widths: float, spec: Spec, *, split_weights: bool
+) -> dict[str, int]:
+    """Bytes that one process needs besides its weights, by stage, in place of the whole run's `computed`.
+
+    `widths` a token are computed in sampling; `tensor` splits those beyond `_WHOLE`. Under `ulysses` the
+    streams are whole before the first block and after the last: 2 widths. With `split_weights` two blocks
+    are gathered, the running one and the next, as in streaming, and what is in no block of the transformer.
     """
-    own = _WHOLE + (widths - _WHOLE) / spec.tensor if spec.tensor > 1 else widths
-    return own / spec.ulysses + 2 if spec.ulysses > 1 else own
+    own = _WHOLE + (widths - _WHOLE) / spec.tensor
+    own = own / spec.ulysses + (2 if spec.ulysses > 1 else 0)
+    made = {**computed, "sampling": round(computed["sampling"] * own / widths)}
+    if split_weights:
+        stream = Modes("stream")
+        made["sampling"] += sizes["transformer"].in_memory(stream)
+        if "text_encoder" in sizes:
+            made["text encoding"] += sizes["text_encoder"].in_memory(stream) - sizes["text_encoder"].rest
+    return made
+
+
+def in_words(spec: Spec, *, split_weights: bool) -> str:
+    return f", each of {spec.processes} processes ({spec}{', split weights' * split_weights})"

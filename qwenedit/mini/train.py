@@ -28,15 +28,15 @@ from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
 from qwenedit.mini.train_edit import train_edit
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import train_vae
-from qwenedit.mini.training import Options
+from qwenedit.mini.training import Stage
 from qwenedit.networks.vae import VAE
 from qwenedit.weights.loading import load_network
 
 TOWER = Path("tower") / "tower.safetensors"  # in RUN; the stage tower writes it, the stage edit reads it
 STAGES = {
-    "vae": Options(steps=3800, batch=40, rate=2.5e-3, warmup=200, report_every=100),
-    "tower": Options(steps=600, batch=256, rate=2e-3, matrix_rate=4e-3),
-    "edit": Options(steps=6000, batch=64, rate=1.5e-3, matrix_rate=3e-3),
+    "vae": Stage(steps=3800, batch=40, rate=2.5e-3, warmup=200, report_every=100),
+    "tower": Stage(steps=600, batch=256, rate=2e-3, matrix_rate=4e-3),
+    "edit": Stage(steps=6000, batch=64, rate=1.5e-3, matrix_rate=3e-3),
 }
 
 
@@ -68,9 +68,8 @@ def train(arguments: argparse.Namespace) -> None:
     model, device = run / "model", device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
     assert dtype is not None
-    options = replace(STAGES[stage], seed=arguments.seed, dtype=dtype, device=device)
-    if arguments.steps is not None:
-        options = replace(options, steps=arguments.steps)
+    steps = STAGES[stage].steps if arguments.steps is None else arguments.steps
+    options = replace(STAGES[stage], steps=steps, seed=arguments.seed, dtype=dtype, device=device)
     write_shared(model)
     tokens = tokens_of(model)
     if stage == "vae":

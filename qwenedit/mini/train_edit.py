@@ -24,7 +24,7 @@ from qwenedit.mini.build import AREA, SCHEDULER, TOKEN, TRANSFORMER, text_encode
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
-from qwenedit.mini.training import Options, Run, Weights, unfused_attention
+from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
 from qwenedit.networks.vae import VAE
@@ -124,7 +124,7 @@ def networks(tokens: Processor) -> Networks:
 
 def train_edit(
     folder: Path,
-    options: Options,
+    stage: Stage,
     tokens: Processor,
     vae: VAE,
     *,
@@ -140,40 +140,40 @@ def train_edit(
         make: makes the networks.
         blocks: of training pairs, held at a time.
     """
-    torch.manual_seed(options.seed)
-    student = Student(*make(tokens)).to(options.device)
+    torch.manual_seed(stage.seed)
+    student = Student(*make(tokens)).to(stage.device)
     freeze_unreached(student.mmdit)
     if tower is not None:
         student.vision_language.vision.load_state_dict(tower)
-    run = Run(folder, {"student": student}, options)
-    pool = Pool(World(tokens, vae, options.seed), blocks)
+    run = begin(folder, {"student": student}, stage)
+    pool = Pool(World(tokens, vae, stage.seed), blocks)
     drop = tokens.drop_index(EDIT)
     if compiled:
         student.mmdit.compile()
         student.vision_language.language.compile()
     for step, generator in run:
-        pool.slide(step * options.batch // (BLOCK * REUSE))
-        batch = pool.batch(options.batch, generator).to(options.device)
+        pool.slide(step * stage.batch // (BLOCK * REUSE))
+        batch = pool.batch(stage.batch, generator).to(stage.device)
         with unfused_attention(student):
             flow, grounding = student(batch, drop)
-        loss = flow + (0.5 if step < options.steps // 2 else 0.2) * grounding
-        run.update(loss, flow=flow, grounding=grounding)
+        loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
+        run.add(loss, flow=flow, grounding=grounding)
+        run.update()
         if run.step % JUDGE_EVERY == 0:
-            rates, pictures = held_out_success(averaged(tokens, vae, run.weights, make), 96)
+            weights = averaged(run, "student", student)
+            rates, pictures = held_out_success(pipeline_of(tokens, vae, weights, make), 96)
             run.log(success=rates)
             pictures.save(folder / "sheet.png")
-    return averaged(tokens, vae, run.weights, make)
+    return pipeline_of(tokens, vae, averaged(run, "student", student), make)
 
 
-def averaged(
-    tokens: Processor, vae: VAE, weights: Weights, make: Callable[[Processor], Networks]
+def pipeline_of(
+    tokens: Processor, vae: VAE, weights: dict[str, Tensor], make: Callable[[Processor], Networks]
 ) -> QwenImageEdit:
-    """The pipeline of the averaged weights, in float32 on the CPU."""
-    vision_language, mmdit = make(tokens)
-    vision_language.load_state_dict(weights.averaged("student.vision_language"))
-    mmdit.load_state_dict(weights.averaged("student.mmdit"))
-    for network in (vision_language, mmdit):
-        network.eval().requires_grad_(False)
+    """The pipeline of a student's weights, in float32 on the CPU."""
+    student = Student(*make(tokens)).eval().requires_grad_(False)
+    student.load_state_dict(weights)
+    vision_language, mmdit = student.vision_language, student.mmdit
     pipe = QwenImageEdit(
         vision_language=vision_language,
         vae=vae,

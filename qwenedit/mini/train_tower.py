@@ -19,7 +19,7 @@ from qwenedit.inputs.processor import Processor
 from qwenedit.mini.pairs import BLOCK, CELLS, contents, patches
 from qwenedit.mini.scenes import COLOURS, KINDS, paint, scenes
 from qwenedit.mini.train_edit import Networks, networks
-from qwenedit.mini.training import Options, Run, unfused_attention
+from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
 
 __all__ = ["train_tower"]
 
@@ -34,7 +34,7 @@ def block(seed: int, number: int) -> tuple[Tensor, Tensor]:
 
 def train_tower(
     folder: Path,
-    options: Options,
+    stage: Stage,
     tokens: Processor,
     *,
     make: Callable[[Processor], Networks] = networks,
@@ -46,27 +46,28 @@ def train_tower(
         make: makes the networks.
         blocks: of pictures, held at a time; at each step one comes and one goes.
     """
-    torch.manual_seed(options.seed)
-    tower = make(tokens)[0].vision.to(options.device)
-    head = nn.Linear(tower.config.out_hidden_size, len(KINDS) + len(COLOURS)).to(options.device)
-    run = Run(folder, {"tower": tower, "head": head}, options)
+    torch.manual_seed(stage.seed)
+    tower = make(tokens)[0].vision.to(stage.device)
+    head = nn.Linear(tower.config.out_hidden_size, len(KINDS) + len(COLOURS)).to(stage.device)
+    run = begin(folder, {"tower": tower, "head": head}, stage)
     held: dict[int, tuple[Tensor, Tensor]] = {}
-    grids = [(1, 2 * CELLS, 2 * CELLS)] * options.batch
+    grids = [(1, 2 * CELLS, 2 * CELLS)] * stage.batch
     for step, generator in run:
-        held = {n: held.get(n) or block(options.seed, n) for n in range(step, step + blocks)}
-        chosen = torch.randint(blocks * BLOCK, (options.batch,), generator=generator).tolist()
+        held = {n: held.get(n) or block(stage.seed, n) for n in range(step, step + blocks)}
+        chosen = torch.randint(blocks * BLOCK, (stage.batch,), generator=generator).tolist()
         pixels, labels = (
             torch.stack([held[step + i // BLOCK][part][i % BLOCK] for i in chosen]) for part in (0, 1)
         )
         # Half of the pictures are mirrored: each kind is its own mirror image.
-        mirrored = (torch.rand(options.batch, generator=generator) < 0.5)[:, None, None, None]
+        mirrored = (torch.rand(stage.batch, generator=generator) < 0.5)[:, None, None, None]
         pixels = torch.where(mirrored, pixels.flip(3), pixels)
         rows = labels.unflatten(1, (CELLS, CELLS))
-        labels = torch.where(mirrored, rows.flip(2), rows).flatten(1, 2).to(options.device)
+        labels = torch.where(mirrored, rows.flip(2), rows).flatten(1, 2).to(stage.device)
         with unfused_attention(tower):
-            x = tower(patches(pixels, tokens.config).to(options.device), grids)
+            x = tower(patches(pixels, tokens.config).to(stage.device), grids)
         answers = head(x).float().view(labels.shape)
         right = (answers[..., : len(KINDS)] > 0).eq(labels[..., : len(KINDS)] > 0.5).all(dim=-1)
         loss = F.binary_cross_entropy_with_logits(answers, labels)
-        run.update(loss, right=right.float().mean())
-    return run.weights.averaged("tower")
+        run.add(loss, right=right.float().mean())
+        run.update()
+    return averaged(run, "tower", tower)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, paint, random_request, scenes
-from qwenedit.mini.training import Options, Run, Weights
+from qwenedit.mini.training import Stage, averaged, begin
 from qwenedit.networks.vae import VAE, VAEConfig
 from qwenedit.training.loss import freeze_unreached
 
@@ -64,32 +64,31 @@ def loss_of(vae: VAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return square + 0.1 * absolute + KL_WEIGHT * kl, square, kl
 
 
-def train_vae(
-    folder: Path, options: Options, *, config: VAEConfig = AUTOENCODER, compiled: bool = False
-) -> VAE:
+def train_vae(folder: Path, stage: Stage, *, config: VAEConfig = AUTOENCODER, compiled: bool = False) -> VAE:
     """Train the VAE in `folder`, or resume there; returns the average, its latents' statistics measured."""
-    torch.manual_seed(options.seed)
+    torch.manual_seed(stage.seed)
     vae = VAE(config)
     initialise(vae)
     freeze_unreached(vae)
-    vae.to(options.device)
-    run = Run(folder, {"vae": vae}, options)
+    vae.to(stage.device)
+    run = begin(folder, {"vae": vae}, stage)
     function = torch.compile(loss_of) if compiled else loss_of
     for step, generator in run:
-        x = pictures(f"{options.seed} {step}", options.batch).to(options.device, options.dtype)
+        x = pictures(f"{stage.seed} {step}", stage.batch).to(stage.device, stage.dtype)
         shape = (len(x), config.z_dim, 1, *(side // config.spatial_factor for side in x.shape[2:]))
-        noise = torch.randn(shape, generator=generator).to(options.device)
+        noise = torch.randn(shape, generator=generator).to(stage.device)
         loss, square, kl = function(vae, x, noise)
-        run.update(loss, square=square, kl=kl)
-        if run.due(10 * options.report_every):
-            run.log(held_out_psnr=reconstruction_psnr(averaged(config, run.weights)))
-    return measured(averaged(config, run.weights))
+        run.add(loss, square=square, kl=kl)
+        run.update()
+        if run.due(10 * stage.report_every):
+            run.log(held_out_psnr=reconstruction_psnr(stored(config, averaged(run, "vae", vae))))
+    return measured(stored(config, averaged(run, "vae", vae)))
 
 
-def averaged(config: VAEConfig, weights: Weights) -> VAE:
-    """The averaged weights as the checkpoint stores them, in bfloat16, computing in float32 on the CPU."""
+def stored(config: VAEConfig, weights: dict[str, Tensor]) -> VAE:
+    """The weights as the checkpoint stores them, in bfloat16, computing in float32 on the CPU."""
     vae = VAE(config)
-    vae.load_state_dict({name: x.bfloat16().float() for name, x in weights.averaged("vae").items()})
+    vae.load_state_dict({name: x.bfloat16().float() for name, x in weights.items()})
     return vae.eval().requires_grad_(False)
 
 

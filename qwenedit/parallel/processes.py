@@ -8,14 +8,16 @@ in short turns, so that it can say who is missing, and why.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,9 @@ from qwenedit.foreign import shown
 from qwenedit.memory.residency import Modes
 from qwenedit.parallel.spec import AXES, ParallelSpec, checked_spec
 
-__all__ = ["PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "join", "leave", "meet"]
+__all__ = [
+    "PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "begin", "join", "leave", "meet", "own_device",
+]  # fmt: skip
 
 PATIENCE = 600.0  # seconds that a process waits for another, which may be loading weights
 TURN = 0.02  # seconds between two looks into the store
@@ -59,9 +63,15 @@ def meet(
     spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if spec is None:
         return None, device
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = own_device(device)
     return join(spec, device), device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's own device: of several GPUs of a machine, the one with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def join(spec: ParallelSpec, device: torch.device) -> Processes:
@@ -70,20 +80,30 @@ def join(spec: ParallelSpec, device: torch.device) -> Processes:
     Raises:
         ProcessLost: another process did not come.
     """
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
-        except (RuntimeError, ValueError) as error:
-            raise ProcessLost(
-                f"process {os.environ.get('RANK', '?')} of {spec.processes} did not meet the others at "
-                f"{shown(os.environ.get('MASTER_ADDR', 'MASTER_ADDR, which is not set'))}: "
-                f"{shown(str(error), 300)}"
-            ) from error
-        atexit.register(leave)
+    begin(device, spec.processes)
     return Processes(spec, device)
+
+
+def begin(device: torch.device, count: int) -> None:
+    """Start torch's process group of all processes, unless the caller has.
+
+    Raises:
+        ProcessLost: another process did not come.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(
+            f"process {os.environ.get('RANK', '?')} of {count} did not meet the others at "
+            f"{shown(os.environ.get('MASTER_ADDR', 'MASTER_ADDR, which is not set'))}: "
+            f"{shown(str(error), 300)}"
+        ) from error
+    atexit.register(leave)
 
 
 def leave() -> None:
@@ -101,7 +121,9 @@ class Processes:
         mesh: the processes as torch's `DeviceMesh`, with the axes' names.
     """
 
-    agreed = 0  # how many agreements this process has come to, in all of its pipelines
+    # of all pipelines of this process
+    agreed = 0  # how many agreements it has come to
+    threads: ClassVar[list[int]] = []  # whose runs have begun and not ended
 
     def __init__(self, spec: ParallelSpec, device: torch.device) -> None:
         self.spec = spec
@@ -144,14 +166,14 @@ class Processes:
         mine = {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
         self._tell("run", json.dumps({"about": mine, "state": self._state() if draws else None}))
         told = [json.loads(self._hear("run", other)) for other in range(self.count)]
-        for name in told[0]["about"]:
-            values = [one["about"].get(name, "nothing") for one in told]
-            for other, value in enumerate(values):
-                if value != values[0]:
-                    raise ProcessesDiffer(
-                        f"the processes differ in {name}: process {other} has {shown(value, 300)}, process 0 "
-                        f"{shown(values[0], 300)}; all of them need the same call"
-                    )
+        first = told[0]["about"]
+        for name, (other, one) in itertools.product(first, enumerate(told)):
+            if one["about"].get(name) != first[name]:
+                theirs, ours = _apart(one["about"].get(name, "nothing"), first[name])
+                raise ProcessesDiffer(
+                    f"the processes differ in {name}: process {other} has {shown(theirs, 300)}, process 0 "
+                    f"{shown(ours, 300)}; all of them need the same call"
+                )
         if draws:
             self._set_state(told[0]["state"])
 
@@ -184,7 +206,13 @@ class Processes:
 
         Args:
             agreed: the processes have agreed already.
+
+        Raises:
+            ValueError: a run of another thread has not ended. The exchanges of both would get mixed up.
         """
+        if any(thread != threading.get_ident() for thread in Processes.threads):
+            raise ValueError("another thread's run has not ended: processes share one run at a time")
+        Processes.threads.append(threading.get_ident())
         before = self.agreed - agreed
         try:
             yield
@@ -198,6 +226,8 @@ class Processes:
                 else:
                     self._fail_in_a_run(error)
             raise
+        finally:
+            Processes.threads.pop()
 
     def _fail_in_a_run(self, error: BaseException) -> None:
         """If all processes fail in the same run, their groups are in order. If this one is alone, they end:
@@ -286,6 +316,14 @@ def _own_group(numbers: torch.Tensor, axis: int) -> dist.ProcessGroup:
             own = group
     assert own is not None and math.prod(rows.shape) == numbers.numel()
     return own
+
+
+def _apart(one: str, other: str) -> tuple[str, str]:
+    """Two values as JSON; of two lists what only one of them has."""
+    a, b = (json.loads(text) if text.startswith("[") else None for text in (one, other))
+    if a is None or b is None or sorted(map(str, a)) == sorted(map(str, b)):
+        return one, other
+    return json.dumps([x for x in a if x not in b]), json.dumps([x for x in b if x not in a])
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from qwenedit.networks.low_rank import LowRankLinear
 from qwenedit.parallel.branches import SharedBranches
 from qwenedit.parallel.digest import about_run
 from qwenedit.parallel.processes import Processes
-from qwenedit.parallel.ulysses import share_tokens
+from qwenedit.parallel.ulysses import share_out
 from qwenedit.sampling.branches import Branches, one_after_the_other
 
 __all__ = ["agree", "guarded", "in_one_run", "shared"]
@@ -63,7 +63,7 @@ def agree(
             "unload_lora_weights first"
         )
     for network in networks:  # ControlNets may be put in at any time
-        share_tokens(network, processes)
+        share_out(network, processes)
     about = {"parallel": str(processes.spec), "micro_batch": micro_batch, **about_run(call, run, networks)}
     processes.agree(about, draws=run.generator is None)
 

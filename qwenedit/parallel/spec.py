@@ -12,7 +12,7 @@ from qwenedit.checks import whole_number
 from qwenedit.foreign import shown
 from qwenedit.memory.residency import Modes
 
-__all__ = ["AXES", "ParallelSpec", "checked_spec", "spec_of"]
+__all__ = ["AXES", "ParallelSpec", "checked_spec", "fitting_spec", "processes_started", "spec_of"]
 
 AXES = ("cfg", "ulysses", "tensor")  # outermost first: neighbours in the last axes exchange the most
 
@@ -113,13 +113,41 @@ def spec_of(parallel: Any) -> ParallelSpec | None:
 
 
 def checked_spec(
-    parallel: Any, *, compile: bool, split_weights: bool = False, modes: Modes | None = None
+    parallel: Any, *, compile: bool = False, split_weights: bool = False, modes: Modes | None = None
 ) -> ParallelSpec | None:
-    """`spec_of`, checked against the processes that were started, and against the other arguments of `load`.
+    """`fitting_spec`, checked against the processes that were started.
 
     Raises:
-        ValueError: as `spec_of`; another number of processes; or what excludes each other: compiled blocks
-            and such that exchange tensors, or split weights and memory modes that drop them.
+        ValueError: as `fitting_spec`; another number of processes.
+    """
+    spec = fitting_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
+    if spec is None:
+        return None
+    if not dist.is_available():
+        raise ValueError(f"parallel '{spec}' needs torch.distributed, which this torch was built without")
+    if (count := processes_started()) != spec.processes:
+        raise ValueError(
+            f"parallel '{spec}' wanted {spec.processes} processes, got {count}: start with torchrun "
+            f"--nproc-per-node {spec.processes} -m qwenedit ..., or with torchrun and your script"
+        )
+    return spec
+
+
+def processes_started() -> int:
+    """How many processes torchrun, or the caller, has started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fitting_spec(
+    parallel: Any, *, compile: bool = False, split_weights: bool = False, modes: Modes | None = None
+) -> ParallelSpec | None:
+    """`spec_of`, checked against the other arguments of `load`.
+
+    Raises:
+        ValueError: as `spec_of`; or what excludes each other: compiled blocks and such that exchange tensors,
+            or split weights and memory modes that drop them.
     """
     spec = spec_of(parallel)
     if spec is None:
@@ -135,15 +163,6 @@ def checked_spec(
         raise ValueError(
             f"compile=True does not go with parallel '{spec}', whose blocks exchange tensors: wanted one of "
             "the two, or cfg alone"
-        )
-    if not dist.is_available():
-        raise ValueError(f"parallel '{spec}' needs torch.distributed, which this torch was built without")
-    started = dist.is_initialized()
-    count = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
-    if count != spec.processes:
-        raise ValueError(
-            f"parallel '{spec}' wanted {spec.processes} processes, got {count}: start with torchrun "
-            f"--nproc-per-node {spec.processes} -m qwenedit ..., or with torchrun and your script"
         )
     return spec
 

@@ -10,7 +10,7 @@ run or once a step stays so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import nn
@@ -29,9 +29,10 @@ from qwenedit.memory.residency import BLOCK_LISTS
 from qwenedit.memory.sharing import SPLIT_LAYERS, SPLIT_NETWORKS
 from qwenedit.networks.mmdit import Block, MMDiT
 from qwenedit.parallel.processes import Processes
+from qwenedit.weights.formats import Stored
 from qwenedit.weights.report import Compared
 
-__all__ = ["split", "split_heads", "split_weights"]
+__all__ = ["require_plain", "split", "split_heads", "split_weights"]
 
 
 def split(compared: Sequence[Compared], processes: Processes, *, weights: bool) -> None:
@@ -48,25 +49,29 @@ def split(compared: Sequence[Compared], processes: Processes, *, weights: bool) 
     for module, found, report in compared:
         if report.component not in names:
             continue
-        strange = next((stored for stored in found.values() if not stored.plain), None)
-        if strange is not None:
-            raise ValueError(
-                f"split weights are read in parts, but {shown(strange.key)} of {strange.path} is stored as "
-                f"{strange.dtype}: wanted bfloat16, float16 or float32, or parallel without tensor and "
-                "split_weights"
-            )
+        require_plain(found)
         if weights:
             split_weights(module, report.component, mesh)
         else:
             split_heads(cast(MMDiT, module), mesh)
 
 
-def split_weights(network: nn.Module, component: str, mesh: DeviceMesh) -> None:
+def require_plain(found: Mapping[str, Stored]) -> None:
+    """Raise a ValueError unless parts of these weights can be read."""
+    if (strange := next((stored for stored in found.values() if not stored.plain), None)) is not None:
+        raise ValueError(
+            f"split weights are read in parts, but {shown(strange.key)} of {strange.path} is stored as "
+            f"{strange.dtype}: wanted bfloat16, float16 or float32, or weights that are not split"
+        )
+
+
+def split_weights(network: nn.Module, component: str, mesh: DeviceMesh, *, keep_rest: bool = True) -> None:
     """Split every weight of the blocks by its first dimension over the processes of a mesh with one axis.
 
     A block's weights are gathered when it is called, and dropped after it. The adaLN layers of a transformer
     block are gathered apart, so only once a step. The rest of the transformer is gathered in the first
-    forward, and stays; that of the text encoder is not split.
+    forward, and stays, unless `keep_rest` is False, as in training, where it changes; that of the text
+    encoder is not split.
 
     Source: `torch.distributed.fsdp.fully_shard`; the arithmetic is that of one process.
     """
@@ -76,7 +81,7 @@ def split_weights(network: nn.Module, component: str, mesh: DeviceMesh) -> None:
             for module in (*apart, block):
                 _shard(module, mesh, drop=True)
     if component == "transformer":
-        _shard(network, mesh, drop=False)
+        _shard(network, mesh, drop=not keep_rest)
     _note_hooks(network)
 
 

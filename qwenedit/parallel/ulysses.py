@@ -11,12 +11,16 @@ references'. Around attention the processes exchange, so that each has all token
 All tokens come in the order of one process, [text, target, references]. Key mask and RoPE need no change, and
 any number of tokens works. What is computed once a run or a step is computed whole, by every process.
 
+Tensor parallelism (split.py) needs no exchange here. But taps see whole tensors in both: heads and the MLP's
+inside are gathered for them.
+
 Source: DeepSpeed-Ulysses (arXiv 2309.14509). diffusers joins the streams before it exchanges, which leaves
 the tokens in the order of the processes; we exchange the shares of each stream and then join.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,23 +36,27 @@ from qwenedit.networks.mmdit_layers import JointAttention
 from qwenedit.parallel.processes import Processes
 from qwenedit.taps import Tapped, current_labels, scope
 
-__all__ = ["UlyssesShards", "share_tokens"]
+__all__ = ["OwnShards", "share_out"]
 
 # Streams of tokens, in the order of the joint sequence.
 TXT, TARGET, REFERENCES = "txt", "target", "references"
 IMG, JOINT = (TARGET, REFERENCES), (TXT, TARGET, REFERENCES)
 
 
-def share_tokens(network: nn.Module, processes: Processes) -> None:
-    """Have the processes share the tokens of a transformer's, or a ControlNet's, forwards."""
-    if processes.spec.ulysses == 1 or getattr(network, "shards", None) is not None:
-        return
-    shares = Shares(processes)
+def share_out(network: nn.Module, processes: Processes) -> None:
+    """Have the processes share the tokens of a transformer's, or a ControlNet's, forwards.
 
-    def put(module: Tapped, heads: int = 0, **letters: Sequence[str]) -> None:
-        module.shards = UlyssesShards(
-            shares, {name.replace("any", "*"): s for name, s in letters.items()}, heads
-        )
+    Taps then see whole tensors; of a transformer that tensor parallelism splits, heads and MLPs, too.
+    """
+    spec, tensor = processes.spec, processes.spec.tensor if isinstance(network, MMDiT) else 1
+    if spec.ulysses * tensor == 1 or getattr(network, "shards", None) is not None:
+        return
+
+    shares = Shares(processes, tensor)
+
+    def put(module: Tapped, heads: int = 0, *, even: str = "", **streams: Sequence[str]) -> None:
+        of_letters = {letter.replace("any", "*"): names for letter, names in streams.items()}
+        module.shards = OwnShards(shares, of_letters, even if tensor > 1 else "", heads)
 
     for module in network.modules():
         if isinstance(module, (MMDiT, ControlNet)):
@@ -59,17 +67,21 @@ def share_tokens(network: nn.Module, processes: Processes) -> None:
             put(module, S=(TARGET,))
         elif isinstance(module, Block):
             put(module, S=IMG, T=(TXT,))
-            put(module.img_mlp, any=IMG)
-            put(module.txt_mlp, any=(TXT,))
+            put(module.img_mlp, even="E", any=IMG)
+            put(module.txt_mlp, even="E", any=(TXT,))
         elif isinstance(module, JointAttention):
-            put(module, module.heads // processes.spec.ulysses, S=IMG, T=(TXT,))
+            put(module, module.heads // (spec.ulysses * tensor), even="H", S=IMG, T=(TXT,))
 
 
 @dataclass(eq=False)
 class Shares:
-    """The number of tokens that each process holds of each stream, in the network's current pass."""
+    """The number of tokens that each process holds of each stream, in the network's current pass.
+
+    `tensor` is the number of processes that share the network's heads and MLPs.
+    """
 
     processes: Processes
+    tensor: int
     counts: dict[str, list[int]] = field(default_factory=dict)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Shares:
@@ -102,7 +114,9 @@ class Shares:
         pieces = [x.split(self.held(streams, k), dim) for k, x in enumerate(parts)]
         return torch.cat([of_process[s] for s in range(len(streams)) for of_process in pieces], dim)
 
-    def exchange(self, send: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
+    def exchange(
+        self, send: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str, axis: str = "ulysses"
+    ) -> list[Tensor]:
         """Send the k-th tensor to the k-th process; returns what each of them sent, of the given shapes.
 
         Raises:
@@ -111,16 +125,16 @@ class Shares:
         """
         if any(x.requires_grad for x in send):
             raise ValueError(
-                "gradients do not cross processes: wrap the run in torch.no_grad(), or load without ulysses"
+                f"gradients do not cross processes: wrap the run in torch.no_grad(), or load without {axis}"
             )
         like, sizes = send[0], [torch.Size(shape).numel() for shape in shapes]
         buffer, received = torch.cat([x.reshape(-1) for x in send]), like.new_empty(sum(sizes))
         width = like.element_size()  # bytes: not every backend knows every dtype
-        with self.processes.waiting("ulysses", what):
+        with self.processes.waiting(axis, what):
             dist.all_to_all_single(
                 received.view(torch.uint8), buffer.view(torch.uint8),
                 [size * width for size in sizes], [x.numel() * width for x in send],
-                group=self.processes.group("ulysses"),
+                group=self.processes.group(axis),
             )  # fmt: skip
         pieces = received.split(sizes)
         return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -133,17 +147,23 @@ class Shares:
 
 
 @dataclass(frozen=True, eq=False)
-class UlyssesShards:
+class OwnShards:
     """What a module of the network holds of its tensors: a `taps.Shards`.
 
     Attributes:
-        letters: which streams are shared in a tap of this module, by the letter of its shape comment.
-        heads: those of this process, in attention. Where heads are shared, tokens are whole.
+        streams: which tokens are shared in a tap of this module, by the letter of its shape comment.
+        even: the letter that tensor parallelism splits, or "".
+        heads: the number of this process's heads, in attention. Where heads are shared, tokens are whole.
     """
 
     shares: Shares
-    letters: Mapping[str, Sequence[str]]
+    streams: Mapping[str, Sequence[str]]
+    even: str = ""
     heads: int = 0
+
+    @property
+    def splits_tokens(self) -> bool:
+        return self.shares.count > 1
 
     def begin(self, img: Tensor, txt: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
         shares = self.shares
@@ -152,6 +172,13 @@ class UlyssesShards:
             TARGET: shares.of(target),
             REFERENCES: shares.of(img.shape[1] - target),
         }
+        if not self.splits_tokens:
+            return img, txt, target
+        if shares.tensor > 1 and min(*shares.counts[TXT], *shares.counts[TARGET]) == 0:
+            raise ValueError(
+                f"{txt.shape[1]} tokens of text and {target} of the target do not go with parallel "
+                f"'{shares.processes.spec}': wanted at least {shares.count} of each, or no tensor"
+            )
         own = shares.place
         return (
             shares.cut(img, 1, IMG)[own],
@@ -160,6 +187,8 @@ class UlyssesShards:
         )
 
     def end(self, img: Tensor, *, target_only: bool) -> Tensor:
+        if not self.splits_tokens:
+            return img
         return self.shares.gathered(img, 1, (TARGET,) if target_only else IMG, "the velocity")
 
     def own_target(self, x: Tensor) -> Tensor:
@@ -171,6 +200,8 @@ class UlyssesShards:
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         counts = self.shares.counts
         lengths = [sum(counts[TXT]), sum(counts[TARGET]) + sum(counts[REFERENCES])]
+        if not self.splits_tokens:
+            return q, k, v, lengths
         if target_only:
             (q,), (k, v) = self._joined([q], (TARGET,)), self._joined([k, v], JOINT)
         else:
@@ -188,6 +219,8 @@ class UlyssesShards:
 
     def part(self, *streams: Tensor) -> list[Tensor]:
         shares, names = self.shares, (TARGET,) if len(streams) == 1 else JOINT
+        if not self.splits_tokens:
+            return list(streams)
         send = shares.cut(torch.cat(streams, dim=1), 1, names)
         shape = send[shares.place].shape
         parts = shares.exchange(send, [shape] * shares.count, "tokens after attention")
@@ -197,30 +230,86 @@ class UlyssesShards:
         )
 
     def applied(self, function: Callable[[Tensor], Tensor], x: Tensor, shape: str) -> Tensor:
-        letters, shares = shape.split(), self.shares
-        if self.heads and "H" in letters:
-            return self._applied_to_heads(function, x, letters.index("H"))
-        dim = next((k for k, letter in enumerate(letters) if letter in self.letters), None)
-        if dim is None:
-            return function(x)
-        streams = self.letters[letters[dim]]
-        whole = shares.gathered(x, dim, streams, "a tap's tensor")
+        letters = shape.split()
+        if "H" in letters and "heads" in current_labels():
+            return self._applied_to_heads(function, x)
+        ways = self._ways(letters)
+        whole = x
+        for way in ways:
+            whole = way.whole(whole)
         changed = function(whole)
-        return x if changed is whole else shares.cut(changed, dim, streams)[shares.place]
+        if changed is whole:
+            return x
+        for way in reversed(ways):
+            changed = way.own(changed)
+        return changed
 
-    def _applied_to_heads(self, function: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
-        shares = self.shares
-        if (part := current_labels().get("heads")) is None:
-            whole = torch.cat(shares.exchange([x] * shares.count, [x.shape] * shares.count, "heads"), dim)
-            changed = function(whole)
-            return x if changed is whole else changed.chunk(shares.count, dim)[shares.place]
-        for process in range(shares.count):  # a map of all heads at once would be too large
-            there = x if process == shares.place else torch.empty_like(x)
-            group, start = shares.processes.group("ulysses"), process * self.heads
-            with shares.processes.waiting("ulysses", "a part of the heads"):
-                dist.broadcast(there.view(torch.uint8), group=group, group_src=process)
+    def _ways(self, letters: list[str]) -> list[_Tokens | _Even]:
+        """How a tensor is shared, by its letters; what was shared last comes first."""
+        ways: list[_Tokens | _Even] = []
+        for dim, letter in enumerate(letters):
+            if letter == "H" and self.splits_tokens:
+                ways.append(_Even(self.shares, dim, "ulysses"))
+            elif letter in self.streams and "H" not in letters and self.splits_tokens:
+                ways.append(_Tokens(self.shares, dim, self.streams[letter]))
+            if letter == self.even:
+                ways.append(_Even(self.shares, dim, "tensor"))
+        return ways
+
+    def _applied_to_heads(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """One process's heads after another's: a map of all heads at once would be too large."""
+        processes, part = self.shares.processes, current_labels()["heads"]
+        counts = {"tensor": self.shares.tensor, "ulysses": self.shares.count}
+        axes = [axis for axis, count in counts.items() if count > 1]
+        own, here = x, tuple(processes.place(axis) for axis in axes)
+        for number, place in enumerate(itertools.product(*(range(counts[axis]) for axis in axes))):
+            there = x
+            for axis, process in zip(reversed(axes), reversed(place), strict=True):
+                there = self._from(there, axis, process)
+            start = number * self.heads
             with scope(heads=slice(start + part.start, start + part.stop)):
                 changed = function(there)
-            if process == shares.place:
-                own = changed
+            own = changed if place == here else own
         return own
+
+    def _from(self, x: Tensor, axis: str, process: int) -> Tensor:
+        """The tensor of the axis's process with this number, which has the same shape."""
+        processes = self.shares.processes
+        x = x if processes.place(axis) == process else torch.empty_like(x)
+        x = x.contiguous()
+        with processes.waiting(axis, "a part of the heads"):
+            dist.broadcast(x.view(torch.uint8), group=processes.group(axis), group_src=process)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """A dimension of tokens, of which each process has a share of every stream."""
+
+    shares: Shares
+    dim: int
+    streams: Sequence[str]
+
+    def whole(self, x: Tensor) -> Tensor:
+        return self.shares.gathered(x, self.dim, self.streams, "a tap's tensor")
+
+    def own(self, x: Tensor) -> Tensor:
+        return self.shares.cut(x, self.dim, self.streams)[self.shares.place]
+
+
+@dataclass(frozen=True, eq=False)
+class _Even:
+    """A dimension of which each process along an axis has as much."""
+
+    shares: Shares
+    dim: int
+    axis: str
+
+    def whole(self, x: Tensor) -> Tensor:
+        count = self.shares.processes.group(self.axis).size()
+        parts = self.shares.exchange([x] * count, [x.shape] * count, "a tap's tensor", self.axis)
+        return torch.cat(parts, self.dim)
+
+    def own(self, x: Tensor) -> Tensor:
+        processes = self.shares.processes
+        return x.chunk(processes.group(self.axis).size(), self.dim)[processes.place(self.axis)]

@@ -95,7 +95,7 @@ def read_entries(data: Path | Sequence[Mapping[str, Any]], base: Path) -> list[E
     """
     if not isinstance(data, Path):
         entries = [_entry(f"row {k}", row, base) for k, row in enumerate(data, start=1)]
-    elif data.is_dir():
+    elif os.path.isdir(data):
         entries = list(_of_folder(data))
     else:
         lines = enumerate(read_text(data, "data").split("\n"), start=1)
@@ -127,7 +127,7 @@ def edits_of(edits: Sequence[tuple[Sequence[Any], str]], base: Path) -> list[Ent
 
 def _require_there(entries: Sequence[Entry]) -> None:
     paths = [x for one in entries for x in (one.image, *one.controls, one.mask) if isinstance(x, Path)]
-    _require_none([path for path in dict.fromkeys(paths) if not path.is_file()], "pictures are not there")
+    _require_none([path for path in dict.fromkeys(paths) if not os.path.isfile(path)], "pictures are missing")
 
 
 def _entry(what: str, row: Any, base: Path) -> Entry:
@@ -188,11 +188,11 @@ def _of_folder(folder: Path) -> Iterator[Entry]:
     controls = [_pictures(folder / name) for name in names]
     masks = _pictures(folder / "mask") if (folder / "mask").is_dir() else {}
     texts = {path.stem: path for path in sorted(folder.glob("*.txt"))}
-    _require_none([folder / f"{name}.txt" for name in images if name not in texts], "captions are not there")
+    _require_none([folder / f"{name}.txt" for name in images if name not in texts], "captions are missing")
     for name, of in zip(names, controls, strict=True):
-        _require_none([folder / name / one for one in images if one not in of], "controls are not there")
+        _require_none([folder / name / one for one in images if one not in of], "controls are missing")
     for found in (texts, *controls, masks):
-        _require_none([path for one, path in found.items() if one not in images], "files belong to no image")
+        _require_none([path for one, path in found.items() if one not in images], "files are of no image")
     for name, image in images.items():
         yield Entry(
             name=shown(image),
@@ -217,7 +217,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
 def _require_none(found: Sequence[Path], what: str) -> None:
     if found:
         more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
-        raise ValueError(f"{len(found)} {what}: {', '.join(map(shown, found[:_MOST]))}{more}")
+        raise ValueError(f"{what} ({len(found)}): {', '.join(map(shown, found[:_MOST]))}{more}")
 
 
 def picture_of(given: Given) -> Image.Image:

@@ -30,6 +30,7 @@ from qwenedit.checks import ProgressBar, progress_bar, real_number, whole_number
 from qwenedit.files import append_line, read_lines, replacing_file, write_lines
 from qwenedit.foreign import shown
 from qwenedit.taps import NonFiniteError
+from qwenedit.weights.slices import whole
 
 __all__ = ["MOST_SEED", "SCHEDULES", "Options", "Run", "Weights", "adamw", "learning_rate"]
 
@@ -165,7 +166,8 @@ class Weights:
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), math.inf if clip is None else clip)
+        most = math.inf if clip is None else clip
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters.values(), most))
         if bool(norm.isfinite()):
             for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -290,7 +292,7 @@ class Run:
                 with _seeded(seed * 1_000_003 + step, self.device):
                     yield step, Generator().manual_seed(seed * 1_000_003 + step)
                 self.bar.update()
-                if time.monotonic() - saved > self.options.save_every or self.step == steps:
+                if self.save_due(saved):
                     self.save()
                     saved = time.monotonic()
 
@@ -344,6 +346,10 @@ class Run:
         """Seconds of training, those before it was resumed included."""
         return self.seconds + time.monotonic() - self.started
 
+    def save_due(self, saved: float) -> bool:
+        """True at the last step, and if it is time since the last save."""
+        return time.monotonic() - saved > self.options.save_every or self.step == self.options.steps
+
     def save(self) -> None:
         """Write the state, whole or not at all."""
         state = {**self.weights.state(), "step": self.step, "seconds": self.elapsed()}
@@ -352,16 +358,28 @@ class Run:
 
     def _resume(self) -> None:
         """Go on from the state in the folder, without what the log says of later steps: they come again."""
-        file, last = self.folder / "state.pt", -1
-        if file.is_file():
-            state = _read(file)
+        last = -1
+        if (state := self._saved()) is not None:
             self.weights.restore(state)
             self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
             last = self.step
+        self._cut_log(last)
+
+    def _cut_log(self, last: int) -> None:
         log = self.folder / "log.jsonl"
         lines = read_lines(log, lambda line: {"step": int(line["step"]), **line}, "line of a log")
         if any(line["step"] > last for line in lines):
             write_lines(log, [line for line in lines if line["step"] <= last])
+
+    def _saved(self) -> dict[str, Any] | None:
+        """The saved state, if there is one."""
+        if any(self.folder.glob("state-*")):
+            raise ValueError(
+                f"{shown(self.folder)} has a state of several processes: go on with torchrun, or give "
+                "another output"
+            )
+        file = self.folder / "state.pt"
+        return _read(file) if file.is_file() else None
 
     def _require_finite(self, parts: Mapping[str, float]) -> None:
         if not all(map(math.isfinite, parts.values())):

@@ -13,11 +13,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator
@@ -25,8 +25,10 @@ from torch import Generator
 from qwenedit.checks import hinting
 from qwenedit.files import remove_leftovers, replacing_file, require_folder
 from qwenedit.foreign import read_json, shown
+from qwenedit.instruments.determinism import deterministic
 from qwenedit.layered import require_flat
 from qwenedit.memory.residency import require_staying
+from qwenedit.parallel.spec import processes_started
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.shards import only_one
 from qwenedit.training.cache import Cache, Wanted, encoders_of, joined, weights_of
@@ -37,6 +39,9 @@ from qwenedit.training.spec import Spec, read_spec
 from qwenedit.training.validation import held_out_losses, sheet_of, wanted_by
 from qwenedit.version import __version__
 from qwenedit.weights.lora_targets import target_layers
+
+if TYPE_CHECKING:
+    from qwenedit.training.together import Together
 
 __all__ = ["batches_of_step", "train"]
 
@@ -67,7 +72,11 @@ def train(
             where they are; a folder that has another run. All of this before anything is encoded.
         NonFiniteError: the loss, naming the step. The last saved state stays.
     """
-    plan = read_spec(spec)
+    plan, together = read_spec(spec), None
+    if processes_started() > 1:
+        together = _together(plan, device, given=pipe is not None)
+        device, progress = together.device, progress and together.first
+    first = together is None or together.first
     learned, held = _split(plan, read_entries(plan.data, plan.base))
     if pipe is None:
         encoding = load(plan.model, device=device, dtype=plan.dtype, residency="stage", progress=progress)
@@ -83,25 +92,53 @@ def train(
     rows, others = (looked_at(part, encoding.variant, areas, progress=progress) for part in (learned, held))
     require_folder(plan.output)
     plan.output.mkdir(parents=True, exist_ok=True)
-    with only_one(plan.output, "training") as alone:
+    with only_one(plan.output, "training") if first else nullcontext(False) as alone:
         if alone:
             remove_leftovers(plan.output, plan.output / SHEETS)
         identity = {"model": weights_of(encoding.mmdit), "encoders": encoders_of(encoding)}
-        _require_same_run(plan, {**identity, "data": digest_of([*rows, *others])})
+        with nullcontext(True) if together is None else together.first_alone() as writes:
+            contents = {**identity, "data": digest_of([*rows, *others])}
+            _require_same_run(plan, contents, write=writes)
         cache = Cache(plan.cache, identity["encoders"])
         wanted = [_wanted(plan, row) for row in rows]
         if plan.validation is not None:
             wanted += wanted_by(plan.validation, others)
-        cache.encode(encoding, wanted, progress=progress)
+        with nullcontext(True) if together is None else together.first_alone() as encodes:
+            if encodes:
+                cache.encode(encoding, wanted, progress=progress)
         cache.require_sound(wanted, progress=progress)
         if pipe is None:
             device = encoding.device
             del encoding
-            pipe = load(
-                plan.model, device=device, dtype=plan.dtype, residency="resident", text_encoder=False,
-                progress=progress,
+            pipe = (
+                load(
+                    plan.model, device=device, dtype=plan.dtype, residency="resident", text_encoder=False,
+                    progress=progress,
+                )
+                if together is None
+                else together.load(plan.model, plan.dtype, progress=progress)
             )  # fmt: skip
-        return _Training(plan, pipe, cache, rows, others, progress).run()
+        return _Training(plan, pipe, cache, rows, others, progress, together).run()
+
+
+def _together(plan: Spec, device: torch.device | str | None, *, given: bool) -> Together:
+    """Meet the processes that torchrun started.
+
+    Raises:
+        ValueError: a given pipeline, whose weights each process has whole; a step without a micro-batch for
+            each process.
+    """
+    count = processes_started()
+    if given:
+        raise ValueError(f"there are a pipe and {count} processes, wanted the spec's model: it is split")
+    if plan.accumulate < count:
+        raise ValueError(
+            f"accumulate is {plan.accumulate}, wanted at least {count}, the number of processes, which share "
+            "out a step's micro-batches: a smaller batch leaves the step the same"
+        )
+    from qwenedit.training.together import Together  # not in every torch
+
+    return Together(device)
 
 
 def batches_of_step(
@@ -167,16 +204,20 @@ def _require_trainable(plan: Spec, pipe: QwenImageEdit, *, given: bool) -> None:
             f"the pipeline has LoRAs ({', '.join(pipe.loras)}), and all weights are to be trained: wanted "
             "them fused or unloaded, or a table [lora]"
         )
-    elif os.path.lexists(plan.output / "model") and not (plan.output / "spec.json").is_file():
-        raise ValueError(f"{shown(plan.output / 'model')} is there already, wanted another output")
+    elif pipe.folder is None:
+        raise ValueError("the pipeline was not made by load, so all its weights cannot be saved")
+    elif os.path.lexists(model := plan.output / "model"):
+        before = read_json(plan.output / "spec.json", optional=True).get("settings", {}).get("steps")
+        if before != plan.options.steps:
+            raise ValueError(f"{shown(model)} is there already: move it away, or take another output")
     if given:
         require_staying(pipe.mmdit, list(pipe.mmdit.parameters()), "training changes weights")
-        if pipe.dtype == torch.float16:
-            raise ValueError("the pipeline is in float16, which loses small gradients: wanted bfloat16")
+    if pipe.dtype == torch.float16:
+        raise ValueError("the model is in float16, which loses small gradients: wanted bfloat16")
 
 
-def _require_same_run(plan: Spec, contents: dict[str, str]) -> None:
-    """Write down what is trained, or compare it with what the folder has.
+def _require_same_run(plan: Spec, contents: dict[str, str], *, write: bool) -> None:
+    """Compare what is trained with what the folder has, and `write` it down.
 
     Without a fall of the learning rate a run may be made longer.
 
@@ -195,6 +236,8 @@ def _require_same_run(plan: Spec, contents: dict[str, str]) -> None:
                 for name in different
             )
             raise ValueError(f"{shown(plan.output)} has another run: {listed}; wanted another output folder")
+    if not write:
+        return
     with replacing_file(file) as temporary:
         text = json.dumps({"qwenedit": __version__, **now}, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -215,6 +258,7 @@ class _Training:
     rows: list[Row]
     others: list[Row]
     progress: bool
+    together: Together | None
 
     def run(self) -> Path:
         """Train what is left, and write the result."""
@@ -232,12 +276,14 @@ class _Training:
         live = {key: x for key, x in live.items() if x.requires_grad}
         optimisers = adamw(plan.rate, betas=plan.betas, eps=plan.eps, weight_decay=plan.weight_decay)
         try:
-            run = Run(plan.output, live, plan.options, optimisers, progress=self.progress)
+            made = Run if self.together is None else self.together.run
+            run = made(plan.output, live, plan.options, optimisers, progress=self.progress)
             if run.step > plan.options.steps:
                 raise ValueError(
                     f"steps is {plan.options.steps}, but {run.step} are done, wanted at least those"
                 )
-            with _in_training(self.pipe, checkpointing=plan.checkpointing):
+            pinned = deterministic(self.pipe) if plan.deterministic else nullcontext()
+            with pinned, _in_training(self.pipe, checkpointing=plan.checkpointing):
                 self._steps(run)
         except BaseException:
             if name is not None:
@@ -250,7 +296,8 @@ class _Training:
         if run.step == 0:
             self._validate(run)
         for step, generator in run:
-            for batch, share in batches_of_step(plan, self.cache, self.rows, step, generator):
+            batches = batches_of_step(plan, self.cache, self.rows, step, generator)
+            for batch, share in batches if self.together is None else self.together.own(list(batches)):
                 run.add(flow_matching_loss(self.pipe, batch, plan.convention), share)
             run.update()
             if plan.validation is not None and run.due(plan.validation.every):
@@ -262,7 +309,8 @@ class _Training:
         if validation is None:
             return
         (run.folder / SHEETS).mkdir(exist_ok=True)
-        file = run.folder / SHEETS / f"{run.step:06d}.png"
+        first = self.together is None or self.together.first
+        file = run.folder / SHEETS / f"{run.step:06d}.png" if first else None
         mmdit.eval()
         with run.weights.averaged():
             losses = held_out_losses(self.pipe, validation, self.cache, self.others, self.plan.convention)
@@ -285,19 +333,18 @@ class _Training:
     def _save(self, name: str | None, file: Path) -> None:
         if name is not None:
             assert self.plan.lora is not None
+            if self.together is not None and not self.together.first:
+                return
             self.pipe.save_lora_weights(file, name, layout=self.plan.lora.layout)
             return
-        if file.is_dir():  # whole, of a run that was stopped after it
+        if file.is_dir():  # of these steps, else `_require_trainable` had refused it
             return
         whole = self.pipe
         if whole.vision_language is None:
             whole = load(
-                self.plan.model,
-                device=self.pipe.device,
-                dtype=self.plan.dtype,
-                residency="stage",
+                self.plan.model, device=self.pipe.device, dtype=self.plan.dtype, residency="stage",
                 progress=False,
-            )
+            )  # fmt: skip
             whole.mmdit = self.pipe.mmdit
         whole.save_pretrained(file)
 
@@ -313,4 +360,4 @@ def _in_training(pipe: QwenImageEdit, *, checkpointing: bool) -> Iterator[None]:
         yield
     finally:
         mmdit.checkpointing, pipe.progress = before
-        mmdit.eval()
+        mmdit.eval().requires_grad_(False)

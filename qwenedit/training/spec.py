@@ -16,6 +16,7 @@
     area = 1048576                        # pixels of a picture; left out: the checkpoint's
     dtype = "bfloat16"                    # of the arithmetic: or "float32"; left out: as for `load`
     checkpointing = false                 # memory for time
+    deterministic = false                 # under `qwenedit.deterministic`: equal bits on an accelerator
     caption_dropout = 0.0                 # share of captions that are replaced by " "
     convention = "qwenedit"               # a trainer's choices, which these replace one by one:
     posterior = "mode"                    # or "sample"
@@ -129,6 +130,7 @@ class Spec:
     area: int | None
     dtype: str | None
     checkpointing: bool
+    deterministic: bool
     caption_dropout: float
     convention: Convention
     lora: Lora | None
@@ -201,6 +203,7 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
         "area": take("area", None, whole_number),
         "dtype": take("dtype", None, _one_of(DTYPES)),
         "checkpointing": take("checkpointing", False, _flag),
+        "deterministic": take("deterministic", False, _flag),
         "caption_dropout": take("caption_dropout", 0.0, _share),
     }
     loop: dict[str, Any] = {

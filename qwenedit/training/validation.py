@@ -67,7 +67,7 @@ def held_out_losses(
 
 
 def sheet_of(
-    pipe: QwenImageEdit, validation: Validation, cache: Cache, rows: Sequence[Row], file: Path
+    pipe: QwenImageEdit, validation: Validation, cache: Cache, rows: Sequence[Row], file: Path | None
 ) -> None:
     """Run the rows' edits, and write a picture: for each its controls, the result and, if there is one, the
     image that was wanted.
@@ -84,6 +84,8 @@ def sheet_of(
         wanted = [] if row.entry.image is None else [picture_of(row.entry.image)]
         pictures = [*map(picture_of, row.entry.controls), *made.images, *wanted]
         lines.append((row.entry.caption, [_fitted(one) for one in pictures]))
+    if file is None:  # another process writes it
+        return
     with replacing_file(file) as temporary:
         sheet(lines, scale=1).save(temporary)
 

@@ -10,24 +10,40 @@ import math
 from typing import Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["is_split", "own_part", "part_bytes", "placed_like", "put_back", "whole", "write_whole"]
+__all__ = [
+    "is_first",
+    "is_split",
+    "is_split_weight",
+    "own_part",
+    "part_bytes",
+    "placed_like",
+    "put_back",
+    "whole",
+    "write_whole",
+]
 
 
 def is_split(module: nn.Module) -> bool:
     """True if a weight of the module is split over processes."""
-    return any(_split(weight) for weight in module.parameters())
+    return any(is_split_weight(weight) for weight in module.parameters())
 
 
-def _split(weight: Tensor) -> TypeGuard[Any]:
+def is_first() -> bool:
+    """True in the first of several processes, and in one that is alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def is_split_weight(weight: Tensor) -> TypeGuard[Any]:
     # By an attribute, not by its type: torch.distributed need not be imported, nor be there at all.
     return hasattr(weight, "placements")
 
 
 def own_part(weight: Tensor) -> tuple[slice, ...] | None:
     """The slices of a weight that this process holds, one a dimension; None if it holds the whole."""
-    if not _split(weight):
+    if not is_split_weight(weight):
         return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -45,7 +61,7 @@ def part_bytes(weight: Tensor, size: int) -> int:
 
 def placed_like(value: Tensor, weight: Tensor) -> nn.Parameter:
     """A parameter with this process's values, which is split like `weight`, if that is split."""
-    if _split(weight):
+    if is_split_weight(weight):
         value = type(weight).from_local(
             value, weight.device_mesh, weight.placements,
             run_check=False, shape=weight.shape, stride=weight.stride(),
@@ -62,14 +78,14 @@ def put_back(network: nn.Module) -> None:
 
 def whole(weight: Tensor) -> Tensor:
     """All values of a weight. Of a split one every process asks at the same time."""
-    full: Tensor = weight.full_tensor() if _split(weight) else weight
+    full: Tensor = weight.full_tensor() if is_split_weight(weight) else weight
     return full
 
 
 @torch.no_grad()
 def write_whole(weight: Tensor, value: Tensor) -> None:
     """Write all values of a weight; of a split one this process writes its own part."""
-    if _split(weight):
+    if is_split_weight(weight):
         weight.to_local().copy_(value[own_part(weight)])
     else:
         weight.copy_(value)

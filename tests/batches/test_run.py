@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -225,7 +226,7 @@ def test_a_failing_edit_is_recorded_and_the_others_go_on(tmp_path, counted):
     assert "0002.png" not in results(tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["lost", "cut off", "without its record"])
+@pytest.mark.parametrize("harm", ["lost", "cut off", "without its record", "another's"])
 def test_what_is_not_whole_is_made_again(tmp_path, counted, harm):
     make(LINES[:2], tmp_path)
     before, path = results(tmp_path), tmp_path / "0002.png"
@@ -233,6 +234,8 @@ def test_what_is_not_whole_is_made_again(tmp_path, counted, harm):
         path.unlink()
     elif harm == "cut off":
         path.write_bytes(before["0002.png"][:-40])
+    elif harm == "another's":
+        path.write_bytes(before["0001.png"])
     else:
         records_file = tmp_path / "records.jsonl"
         records_file.write_bytes(records_file.read_bytes()[:-10])
@@ -279,6 +282,16 @@ def test_what_the_model_cannot_run_is_found_before_any_weight_is_read(tmp_path, 
 def test_a_pipe_is_the_model(edit, tmp_path):
     with pytest.raises(ValueError, match="there are a pipe and device, wanted the pipe's own"):
         batch(LINES, tmp_path, pipe=edit, device="cpu")
+
+
+@pytest.mark.parametrize("run", ["batch", "ablate"])
+def test_a_pipe_of_several_processes_is_refused(edit, tmp_path, monkeypatch, run):
+    """Each of them would write the results, and wait for the others."""
+    monkeypatch.setattr(edit, "processes", SimpleNamespace(count=4))
+    edits = LINES if run == "batch" else {"pictures": ["mini:0"]}
+    with pytest.raises(ValueError, match=r"shares its runs with 3 other process\(es\).*by shard='i/n'"):
+        getattr(qwenedit, run)(edits, tmp_path / "new", pipe=edit)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_records_file_of_something_else_is_left_alone(tmp_path):

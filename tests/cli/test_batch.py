@@ -78,6 +78,19 @@ def test_options_are_for_lines_that_do_not_say_it(edits):
     assert not keys & {x["key"] for x in records()} and pixels("one.png") != pixels("out/0001.png")
 
 
+@pytest.mark.usefixtures("edits")
+def test_a_switchs_picture_is_named_from_here_or_beside_the_list():
+    Path("lists").mkdir()
+    Image.open("in.png").rotate(90).save("lists/other.png")
+    line = {"prompt": "x", "image": "../in.png"}
+    own = {**line, "switches": {"seen.picture": "other", "seen.other": "other.png"}}
+    Path("lists/edits.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(own)}")
+    words = ("--switch", "seen.picture=other", "--switch", "seen.other=lists/other.png", *QUICK)
+    assert run("batch", "lists/edits.jsonl", "-o", "out", *words) == 0
+    assert run("edit", "in.png", "x", "-o", "one.png", "--seed", 0, *words) == 0
+    assert pixels("one.png") == pixels("out/0001.png") == pixels("out/0002.png")
+
+
 def test_a_preset_is_for_all_lines(edits):
     edits.write_text('{"prompt": "x"}')
     assert run("batch", edits, "-o", "out", "--preset", "lightning-4", "--quiet", "--device", "cpu") == 0

@@ -32,9 +32,10 @@ from qwenedit.inputs.pictures import to_pil
 from qwenedit.mini import EXAMPLE
 from tests.support import assert_close
 
-STEPS = 4
+STEPS = 5
 PROMPTS = ["make the circle red", "把方块移到左边"]  # of different lengths
 METHODS = {name: function for name, (function, _) in interventions().items()}
+FEWER = {"same seed": partial(drift, edits=3, fresh=False), "fresh seeds": partial(drift, edits=3)}
 NOTHING = {  # each method at the strength 0
     "kv inject": partial(kv_inject, alpha=0),
     "masactrl": partial(masactrl, steps=()),
@@ -123,7 +124,7 @@ def test_a_strength_of_0_gives_the_plain_run_bit_by_bit(pipe, plain, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_it_changes_every_row_and_leaves_no_trace(pipe, plain, name):
     before = state_of(pipe)
-    with METHODS[name](pipe):
+    with {**METHODS, **FEWER}[name](pipe):
         images = run(pipe)
     moved = (images - plain).abs().amax(dim=(1, 2, 3))
     if name in ("concept attention", "first block"):  # the first changes nothing, the second nothing so early
@@ -138,9 +139,9 @@ def test_a_row_is_what_it_is_alone(pipe, name):
     """As `micro_batch` promises, whatever runs beside it."""
     pipe.micro_batch = 1
     try:
-        with METHODS[name](pipe):
+        with {**METHODS, **FEWER}[name](pipe):
             batch = run(pipe, steps=2)
-        with METHODS[name](pipe):
+        with {**METHODS, **FEWER}[name](pipe):
             alone = run(pipe, PROMPTS[:1], steps=2)
     finally:
         pipe.micro_batch = None
@@ -159,7 +160,7 @@ def lean():
 def test_it_runs_in_bfloat16_and_with_streamed_weights(lean, name):
     found = []
     for pipe in lean:
-        with METHODS[name](pipe):
+        with {**METHODS, **FEWER}[name](pipe):
             found.append(run(pipe, PROMPTS[:1], steps=2))
     assert torch.equal(*found) and found[0].isfinite().all()
 
@@ -265,10 +266,13 @@ def test_rf_inversions_controller_leads_to_the_source_and_from_its_inversion(pip
     with torch.no_grad(), rf_inversion(pipe, gamma=0, eta=0):
         first = next(pipe.steps(conditioning, **options))
     assert torch.equal(first.latents, inverted.after)
-    with torch.no_grad(), rf_inversion(pipe, gamma=0.5, eta=0):
-        half = next(pipe.steps(conditioning, **options)).latents
-        noise = next(pipe.steps(conditioning, **options, sampler="euler")).latents
-    assert not torch.equal(half, inverted.after) and not torch.equal(half, noise)
+    options["generator"].manual_seed(0)
+    with torch.no_grad(), rf_inversion(pipe, gamma=1 - 1e-6, eta=0):
+        almost = next(pipe.steps(conditioning, **options)).latents
+    options["generator"].manual_seed(0)
+    noise = next(pipe.steps(conditioning, **options)).latents
+    assert_close(almost, noise, 1e-4)
+    assert not torch.equal(almost, noise)
 
 
 def test_rf_solver_edit_replays_the_values_of_the_inversion(pipe, conditioning, source):
@@ -308,17 +312,17 @@ def test_a_slider_moves_the_prompt_alone_and_the_colour_with_it(pipe):
     vector = direction(pipe, ["make the circle blue"], ["make the circle red"])
     assert float(vector.norm()) == pytest.approx(1)
     blues = []
-    for scale in (0.0, 4.0, 12.0):
+    for scale in (0.0, 8.0, 16.0):
         before, after = Recorder(), Recorder()
-        with taps(pipe.vision_language, {"out": before}), slider(pipe, scale):
+        with slider(pipe, scale), taps(pipe.vision_language, {"out": before}, first=True):
             with taps(pipe.vision_language, {"out": after}):
                 (image,) = run(pipe, ["make the circle red"], steps=8)
         assert torch.equal(before["out", None, "uncond"], after["out", None, "uncond"])
         moved = after["out", None, "cond"] - before["out", None, "cond"]
-        assert_close(moved.norm(dim=-1), torch.full(moved.shape[:2], scale), 1e-4) if scale else None
+        assert (moved.norm(dim=-1) - scale).abs().max() < 1e-3
         circle = image[:, 18:26, 15:23].mean((1, 2))
         blues.append(float(circle[2] - circle[0]))
-    assert blues[0] < blues[1] < blues[2] and blues[0] < 0
+    assert blues[0] + 0.01 < blues[1] < 0 < blues[2]
 
 
 def test_keys_without_rope_are_those_before_it(pipe):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.ablation.first_block_cache import first_block_cache
 from qwenedit.ablation.intervening import state_of
 from qwenedit.exploration import explore as exploring
 from qwenedit.exploration.page import MOST, write_page
@@ -22,6 +23,7 @@ from qwenedit.exploration.plan import SIDE, evenly, plan_of
 from qwenedit.exploration.watching import WRITES, Looked, Shown, Watched
 from qwenedit.exploration.words import Word
 from qwenedit.inputs.pictures import to_pil
+from qwenedit.taps import swapped
 from tests.tiny import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the output's token grid")
@@ -190,18 +192,20 @@ def test_the_picture_is_that_of_edit(edit, picture, tmp_path, name):
 
 
 def test_a_run_that_nothing_observes_stays_so(edit, picture, tmp_path, monkeypatch):
-    """The run's own predictions are the unobserved ones: their last block computes the target alone."""
+    """The run goes on with the unobserved predictions, whose last block computes the target alone."""
+    options = {"num_inference_steps": 2, "true_cfg_scale": 1.0}
+    wanted = edit.edit(picture, PROMPT, generator=seeded(), **options).images[0]
     seen = []
     forward = type(edit.mmdit).forward
 
     def noted(self, *args, **options):
         seen.append(options["target_only"])
-        return forward(self, *args, **options)
+        return forward(self, *args, **options) + (0 if options["target_only"] else 1)
 
     monkeypatch.setattr(type(edit.mmdit), "forward", noted)
     noted.__module__ = forward.__module__
-    qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", num_inference_steps=2, true_cfg_scale=1)
-    assert seen == [True, False] * 2
+    result = qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", generator=seeded(), **options)
+    assert seen == [True, False] * 2 and result.images[0].tobytes() == wanted.tobytes()
 
 
 def test_text_to_image(edit, tmp_path):
@@ -313,6 +317,52 @@ def test_an_intervention_that_counts_is_not_disturbed(edit, picture, tmp_path):
         generator=seeded(), num_inference_steps=3,
     )  # fmt: skip
     assert result.images[1].tobytes() == wanted.tobytes()
+
+
+def test_blocks_that_an_intervention_leaves_out(edit, picture, tmp_path):
+    """In the steps in which the cache skips them, they have no map and no sizes."""
+
+    def cached(pipe):
+        return first_block_cache(pipe.mmdit, threshold=10.0)
+
+    options = {"num_inference_steps": 2, "true_cfg_scale": 1.0}
+    with cached(edit) as cache:
+        wanted = edit.edit(picture, PROMPT, generator=seeded(), **options).images[0]
+    assert cache.skipped
+    result = qwenedit.explore(
+        edit, picture, PROMPT, tmp_path / "a.html", second={"intervention": cached},
+        generator=seeded(), **options,
+    )  # fmt: skip
+    assert result.images[1].tobytes() == wanted.tobytes()
+    _, second = data_of(tmp_path / "a.html")["runs"]
+    assert [[bool(one) for one in maps] for maps in second["maps"]["cond"]] == [
+        [True] * 6,
+        [True] + [False] * 5,
+    ]
+    assert [sizes is None for sizes in second["writes"]["cond"][1]] == [False] + [True] * 5
+
+
+def test_tokens_that_an_intervention_adds_have_no_map(edit, picture, tmp_path):
+    def longer(pipe):
+        return swapped(pipe.mmdit, "txt_in", lambda old: Longer(old))
+
+    class Longer(torch.nn.Module):
+        def __init__(self, old):
+            super().__init__()
+            self.old = old
+
+        def forward(self, x):
+            return self.old(torch.cat([x, x[:, :1]], dim=1))
+
+    qwenedit.explore(
+        edit, picture, PROMPT, tmp_path / "a.html", second={"intervention": longer}, num_inference_steps=1
+    )
+    first, second = data_of(tmp_path / "a.html")["runs"]
+    assert [one is None for one in (first["maps"]["cond"][0][0], second["maps"]["cond"][0][0])] == [
+        False,
+        True,
+    ]
+    assert second["writes"]["cond"][0][0]
 
 
 # ---- what is refused

@@ -12,13 +12,16 @@ from qwenedit import mini
 from tests.exploration.browser import BROWSER, Browser
 from tests.exploration.test_explore import cells_of, data_of, numbers, without_attention
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; $CHROME may name one")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine; $CHROME may name one"),
+    pytest.mark.filterwarnings("ignore:the output's token grid"),
+]
 PROMPT = "make the circle 红色"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, edit):
-    """Two pages: of two runs, and of one without guidance and pictures."""
+    """Pages of two runs, of one without guidance and pictures, and of two that have little in common."""
     folder = tmp_path_factory.mktemp("pages")
     picture = Image.open(mini.EXAMPLE).convert("RGB")
     options = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0)}
@@ -26,6 +29,9 @@ def folder(tmp_path_factory, edit):
     qwenedit.explore(edit, picture, PROMPT, folder / "two.html", second=second, **options)
     text = {"height": 48, "width": 80, "true_cfg_scale": 1.0, **options}
     qwenedit.explore(edit, None, "a red circle", folder / "one.html", **text)
+    other = {"height": 48, "width": 96, "num_inference_steps": 7, "true_cfg_scale": 1.0, "prompt": "绿"}
+    options["generator"].manual_seed(0)
+    qwenedit.explore(edit, picture, PROMPT, folder / "unlike.html", second=other, **options)
     return folder
 
 
@@ -83,7 +89,7 @@ def test_a_patch_and_where_it_looks(two, folder):
         wanted = [own.sum(), own.max(), other.sum(), other.max()]
         assert [sum_own, top_own, sum_other, top_other] == pytest.approx([float(x) for x in wanted], rel=0.06)
     said = two.text("#said")
-    assert "row 2, column 4" in said and "block 4, mean of the heads" in said
+    assert "row 1, column 3" in said and "block 4, mean of the heads" in said
     before = two.js("document.querySelector('#attention canvas').toDataURL()")
     two.choose("#head", "2")
     assert "head 2" in two.text("#said")
@@ -119,7 +125,7 @@ def test_the_other_direction(two, folder):
     column = matrix[:, matrix.shape[1] - 16 + 2 * 4 + 1]
     assert in_caption(caption(two, 0, 0)) == pytest.approx([float(column[:16].max())], rel=0.06)
     assert "not kept" in caption(two, 0, 1)
-    assert "Who looks at the reference's cell in row 3, column 2" in two.text("#said")
+    assert "Who looks at the reference's cell in row 2, column 1" in two.text("#said")
     words = two.js("[...document.querySelectorAll('#attention .words')[0].children].map(x => x.textContent)")
     assert words[3:8] == ["make", " the", " circle", "␣", "红"] and words[1].startswith("picture 1")
     two.click("#attention .words button:nth-child(8)")
@@ -141,7 +147,7 @@ def test_steps_branches_and_both_runs_in_step(two, folder):
         wanted = [[*run["steps"][step]["pictures"].values(), run["result"]] for run in data]
         assert shown == [*wanted[0], *wanted[1]]
         sigma = data[0]["steps"][step]["sigma"]
-        assert two.text("#sigma") == f"{step + 1} of 4, σ {sigma:.3f}"
+        assert two.text("#sigma") == f"{step} of 0 to 3, σ {sigma:.3f}"
     before = caption(two, 0, 0)
     two.choose("#branch", "uncond")
     row = shares(folder / "two.html", 0, "uncond", 0, 3)[2 * 4 + 2]
@@ -158,7 +164,7 @@ def test_sizes_of_writes(two, folder):
     two.choose("#block", "2")
     said = two.js("[...document.querySelectorAll('#writes .readout')].map(one => one.textContent)")
     for text, sizes in zip(said, (first[2], second[2]), strict=True):
-        assert text.startswith("Step 2, block 2: ")
+        assert text.startswith("Step 1, block 2: ")
         got = [float(x) for x in re.findall(r"(?:stream|and|,) (\d+\.?\d*)", text.partition(":")[2])]
         assert got == pytest.approx(sizes, rel=0.006)
     assert second[2][0] == 0 < first[2][0]
@@ -194,14 +200,14 @@ def test_the_keyboard_alone(two):
     two.key("h")
     assert two.js("document.getElementById('head').value") == "0"
     two.key("d")
-    assert two.text("#said").startswith("Who looks at the target's cell in row 3, column 3")
+    assert two.text("#said").startswith("Who looks at the target's cell in row 2, column 2")
     two.js(f"document.querySelector({canvas(0, 0)!r}).focus()")
     two.key("ArrowUp")
     two.key("ArrowRight")
-    assert "row 2, column 4" in two.text("#said") and two.text("#sigma") == start
+    assert "row 1, column 3" in two.text("#said") and two.text("#sigma") == start
     for _ in range(5):
         two.key("ArrowUp")
-    assert "row 1, column 4" in two.text("#said")
+    assert "row 0, column 3" in two.text("#said")
     two.js("document.getElementById('theme').focus()")
     seen = []
     for _ in range(12):
@@ -246,6 +252,26 @@ def test_windows_of_every_width(browser, folder, width):
             f"e.getBoundingClientRect().right > {width} + 1).map(e => e.outerHTML.slice(0, 80))"
         )
         assert beyond == []
+
+
+def test_two_runs_that_have_little_in_common(browser, folder):
+    """They are compared at the same sigma, and at the same place of the picture."""
+    browser.errors.clear()
+    browser.open(folder / "unlike.html")
+    data = data_of(folder / "unlike.html")["runs"]
+    for step in range(4):
+        browser.choose("#step", f"{step}")
+        sigmas = [abs(one["sigma"] - data[0]["steps"][step]["sigma"]) for one in data[1]["steps"]]
+        wanted = data[1]["steps"][sigmas.index(min(sigmas))]["pictures"]["x0"]
+        assert browser.js("document.querySelectorAll('#steps .other img')[1].getAttribute('src')") == wanted
+    browser.click(canvas(0, 0), x=0.9, y=0.9)
+    said = browser.js("[...document.querySelectorAll('#attention .readout')].map(one => one.textContent)")
+    assert "row 3, column 3" in said[0] and "row 2, column 5" in said[1]
+    browser.choose("#branch", "uncond")
+    said = browser.js("[...document.querySelectorAll('#attention .readout')].map(one => one.textContent)")
+    assert "row 3, column 3" in said[0] and said[1] == "This run has no prediction of this branch."
+    assert "unguided" in browser.js("document.querySelector('#ratio .other').textContent")
+    assert browser.errors == []
 
 
 def test_a_run_from_text_alone(browser, folder):

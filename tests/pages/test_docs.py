@@ -29,7 +29,7 @@ MODULES = sorted(
 PUBLIC = (
     "qwenedit", "qwenedit.dialects", "qwenedit.encoding.conditioning", "qwenedit.family",
     "qwenedit.inputs.geometry", "qwenedit.inputs.pictures", "qwenedit.inputs.processor",
-    "qwenedit.instruments.activations",
+    "qwenedit.instruments.activations", "qwenedit.instruments.alignment", "qwenedit.instruments.stepping",
     "qwenedit.instruments.attention_maps", "qwenedit.instruments.determinism",
     "qwenedit.instruments.inversion", "qwenedit.instruments.patching", "qwenedit.instruments.records",
     "qwenedit.instruments.trace", "qwenedit.latents", "qwenedit.layered", "qwenedit.lora",

@@ -13,6 +13,8 @@ import functools
 import json
 import os
 import pickle
+import tempfile
+import threading
 import time
 
 import torch
@@ -36,6 +38,7 @@ FOLDERS = json.loads(os.environ.get("QWENEDIT_TEST_FOLDERS", "{}"))
 PROMPT = "把圆变成红色"
 LONG = "模糊，低画质, blurry"  # a single text token in a process takes another matrix kernel
 MODES = ("cfg=2", "ulysses=2")
+SPLIT = (("ulysses=2", {"split_weights": True}), ("tensor=2", {}))
 
 
 def drawn(width, height, seed=0):
@@ -159,6 +162,21 @@ def case_runs():
         alone = run(None, **options)
         for mode in MODES:
             found[f"{name}: {mode}"] = close(alone, run(mode, **options))
+    return found
+
+
+def case_runs_with_split_weights():
+    """Each by how far it is from one process's, or by the message that refuses it."""
+    found = {}
+    for name, options in RUNS.items():
+        alone = run(None, **options)
+        for mode, load in SPLIT:
+            one = {**options, "load": {**options.get("load", {}), **load}}
+            try:
+                found[f"{name}: {mode}"] = close(alone, run(mode, **one))
+            except ValueError as error:
+                found[f"{name}: {mode}"] = str(error)
+    found["rounding to bfloat16"] = close(run(None), run(None, **RUNS["bfloat16"]).float())
     return found
 
 
@@ -345,11 +363,12 @@ def refused(action):
 
 @contextlib.contextmanager
 def changed(weight):
+    before = weight[0].clone()
     weight[0] += 1
     try:
         yield
     finally:
-        weight[0] -= 1
+        weight[0] = before
 
 
 def here(process, context):
@@ -363,7 +382,8 @@ def case_refusals():
     rank, identity = dist.get_rank(), {"blocks.0.img_out": lambda _x, _site: None}
 
     def tapped(system):
-        with here(1, qwenedit.taps(system.mmdit, identity)):
+        every = {"*.img_mid": lambda _x, _site: None}
+        with qwenedit.taps(system.mmdit, every), here(1, qwenedit.taps(system.mmdit, identity)):
             edited(system)
 
     def other_weights(system):
@@ -374,7 +394,23 @@ def case_refusals():
         with first_block_cache(ulysses.mmdit, 0.1):
             edited(ulysses)
 
+    def threaded():
+        conditioning = cfg.condition([OTHER], PROMPT)
+        with torch.no_grad():
+            steps = cfg.steps(conditioning, num_inference_steps=2, generator=seeded())
+            next(steps)
+        told = []
+        thread = threading.Thread(target=lambda: told.append(refused(lambda: edited(cfg))))
+        thread.start()
+        thread.join()
+        list(steps)
+        raise RuntimeError(told[0])
+
+    folder = tempfile.mkdtemp()
     return {
+        "two threads": refused(threaded),
+        "explore": refused(lambda: qwenedit.explore(cfg, OTHER, PROMPT, f"{folder}/page.html")),
+        "batch": refused(lambda: qwenedit.batch([], folder, pipe=ulysses)),
         "no guidance": refused(lambda: edited(cfg, true_cfg_scale=1.0)),
         "no guidance in one": refused(lambda: edited(cfg, negative_prompt=" " if rank else None)),
         "a tap in one": refused(lambda: tapped(ulysses)),

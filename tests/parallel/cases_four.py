@@ -7,7 +7,19 @@ import torch.distributed as dist
 
 import qwenedit
 from tests.parallel.cases import RUNS, close, edited, pipe, refused, run
-from tests.parallel.cases_networks import CPU, ParallelSpec, difference, join, passes
+from tests.parallel.cases_networks import (
+    CONFIG,
+    CPU,
+    MMDiT,
+    ParallelSpec,
+    case_every_tap_of_the_transformer,
+    case_heads_at_a_time,
+    difference,
+    inputs,
+    join,
+    pair,
+    passes,
+)
 
 CHOSEN = (
     "plain", "bfloat16", "zero_cond_t", "prompts of a batch", "stochastic", "mask", "controls",
@@ -28,8 +40,28 @@ def case_mesh():
     return everyones
 
 
+ALL, BOTH = ParallelSpec(ulysses=4), ParallelSpec(ulysses=2, tensor=2)
+every_tap, heads_at_a_time = case_every_tap_of_the_transformer, case_heads_at_a_time
+del case_every_tap_of_the_transformer, case_heads_at_a_time  # they are for two processes
+
+
 def case_passes():
-    return passes(torch.float64, 4)
+    return [max(passes(torch.float64, spec).values()) for spec in (ALL, BOTH)]
+
+
+def case_too_few_tokens():
+    """torch shares no matrix out for no rows."""
+    _, shared = pair(MMDiT, CONFIG, torch.float64, BOTH)
+    return refused(lambda: shared(*inputs([(1, 2, 2)], 1, torch.float64)))
+
+
+def case_taps_of_tokens_and_heads():
+    return every_tap(BOTH)
+
+
+def case_heads():
+    """One at a time in the process that has one, or both at once."""
+    return heads_at_a_time(BOTH)
 
 
 def case_runs():

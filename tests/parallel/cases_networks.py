@@ -15,7 +15,8 @@ from qwenedit.networks.controlnet import ControlNet, ControlNetConfig, spread
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
 from qwenedit.parallel.processes import join
 from qwenedit.parallel.spec import ParallelSpec
-from qwenedit.parallel.ulysses import share_tokens
+from qwenedit.parallel.split import split_heads
+from qwenedit.parallel.ulysses import share_out
 from qwenedit.taps import scope, tap_names, taps
 from tests.support import randomise_
 
@@ -29,14 +30,19 @@ CPU = torch.device("cpu")
 
 
 @functools.cache
-def processes(count=2):
-    return join(ParallelSpec(ulysses=count), CPU)
+def processes(spec):
+    return join(spec, CPU)
 
 
-def pair(kind, config, dtype=torch.float32, count=2):
-    """A network, and one with the same weights whose tokens the processes share."""
+ULYSSES, TENSOR = ParallelSpec(ulysses=2), ParallelSpec(tensor=2)
+
+
+def pair(kind, config, dtype=torch.float32, spec=ULYSSES):
+    """A network, and one with the same weights that the processes share."""
     nets = [randomise_(kind(config), 3).to(dtype).requires_grad_(False) for _ in range(2)]
-    share_tokens(nets[1], processes(count))
+    if spec.tensor > 1:
+        split_heads(nets[1], processes(spec).mesh["tensor"])
+    share_out(nets[1], processes(spec))
     return nets
 
 
@@ -69,10 +75,12 @@ PASSES = {
 
 
 @torch.no_grad()
-def passes(dtype, count=2):
+def passes(dtype, spec=ULYSSES):
     found = {}
     for name, (config, grids, length, mask) in PASSES.items():
-        one, shared = pair(MMDiT, config, dtype, count)
+        if spec.tensor > 1 and name in ("one text token", "one image token"):
+            continue  # see `case_too_few_tokens`
+        one, shared = pair(MMDiT, config, dtype, spec)
         case = inputs(grids, length, dtype)
         added = torch.zeros(2, dtype=torch.int64) if config.use_additional_t_cond else None
         found[name] = difference(one(*case, mask, added), shared(*case, mask, added))
@@ -154,10 +162,14 @@ def is_unread(name):
     return re.fullmatch(r"blocks\.1\.(attn\.)?txt_(q|q_rot|heads|attn_out|mlp_in|mlp\.mlp_hidden)", name)
 
 
-def case_every_tap_of_the_transformer():
+def case_every_tap_of_the_transformer(spec=ULYSSES):
     config = dataclasses.replace(CONFIG, zero_cond_t=True)
     case = inputs(UNEVEN, 7, torch.float64)
-    return every_tap(lambda: pair(MMDiT, config, torch.float64), lambda net: net(*case, PADDED))
+    return every_tap(lambda: pair(MMDiT, config, torch.float64, spec), lambda net: net(*case, PADDED))
+
+
+def case_every_tap_under_tensor():
+    return case_every_tap_of_the_transformer(TENSOR)
 
 
 def case_control_add_is_whole():
@@ -216,9 +228,9 @@ def case_every_tap_of_a_blockwise_controlnet():
     return every_tap(lambda: pair(BlockwiseControlNet, config, torch.float64), run)
 
 
-def case_heads_at_a_time():
+def case_heads_at_a_time(spec=ULYSSES):
     """With maps a few heads at a time, functions see the heads that the label names."""
-    one, shared = pair(MMDiT, CONFIG, torch.float64)
+    one, shared = pair(MMDiT, CONFIG, torch.float64, spec)
     case, most = inputs(UNEVEN, 7, torch.float64), mmdit_layers.MAX_MAP
     outputs, maps = [], []
     for net, at_once in ((one, 4), (shared, 1)):
@@ -237,6 +249,10 @@ def case_heads_at_a_time():
             mmdit_layers.MAX_MAP = most
         maps.append(found)
     return [difference(*outputs), difference(*maps)]
+
+
+def case_heads_at_a_time_under_tensor():
+    return case_heads_at_a_time(TENSOR)
 
 
 def case_instruments_of_attention():

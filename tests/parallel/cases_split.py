@@ -14,7 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qwenedit
 from qwenedit import mini
+from qwenedit.memory.plan import network_sizes
+from qwenedit.memory.sharing import own_parts
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
+from qwenedit.parallel.spec import spec_of
 from qwenedit.parallel.split import split_heads, split_weights
 from qwenedit.taps import observed, tap_names, taps
 from qwenedit.weights import loading
@@ -169,6 +172,21 @@ def read_by(**options):
     pairs = zip(weights(pipe), weights(plain), strict=True)
     equal = all(one == other and torch.equal(whole(x), y) for (one, x), (other, y) in pairs)
     return equal, own, all_of
+
+
+def planned_by(parallel, **options):
+    """The bytes of the networks' own weights, and those that are planned."""
+    pipe = load(parallel=parallel, **options)
+    compared = loading.compare_networks(mini.CHECKPOINT, ["transformer", "text_encoder", "vae"])
+    found = {one.report.component: one.found for one in compared}
+    parts = own_parts(found, spec_of(parallel), split_weights=bool(options))
+    sizes = network_sizes(parts, torch.float32)
+    held = sum(getattr(x, "_local_tensor", x).nbytes for _, x in weights(pipe))
+    return [held, sum(one.all for one in sizes.values())]
+
+
+def case_planned():
+    return [planned_by("cfg=2", split_weights=True), planned_by("tensor=2")]
 
 
 def share(own, all_of, *start):
@@ -360,3 +378,22 @@ def case_what_is_refused():
     told["move"] = message(lambda: pipe.to(torch.bfloat16))
     pipe.to("cpu")  # where it is
     return told
+
+
+def case_gradients_with_split_heads():
+    """Of what is given, and of weights."""
+    errors = {}
+    for name in ("masked", "zero_cond_t"):
+        (img, *others), changes = inputs(name, torch.float64)
+        plain, made = network(torch.float64, **changes), []
+        for mmdit in (parts_of(plain, by_heads), plain):
+            given = img.clone().requires_grad_()
+            weights = [mmdit.get_parameter(f"blocks.0.{x}.weight") for x in ("attn.img_out", "txt_mlp.up")]
+            for weight in weights:
+                weight.requires_grad_()
+            mmdit(given, *others).square().mean().backward()
+            made.append([given.grad, *(whole(weight.grad) for weight in weights)])
+            for weight in weights:
+                weight.requires_grad_(False)
+        errors[name] = max(relative_error(x, y) for x, y in zip(*made, strict=True))
+    return errors

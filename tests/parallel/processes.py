@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 20.0  # seconds that a process waits for another
+START, PATIENCE = 120.0, 30.0  # seconds that a process waits for another: to start, then in each exchange
 LIMIT = 400.0  # seconds for all cases of a file
 
 
@@ -50,14 +50,16 @@ def environment(count: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(count)]
 
 
-def run_cases(file: str, count: int, folders: Mapping[str, Path]) -> dict[str, list[Outcome]]:
+def run_cases(file: str, count: int, folders: Mapping[str, Path] | None = None) -> dict[str, list[Outcome]]:
     """The outcomes of all cases of tests/parallel/FILE.py, by name, for each of `count` processes.
 
     `folders` are checkpoints, which the cases find by their names.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.parallel.processes", file, folder]
-        known = {"QWENEDIT_TEST_FOLDERS": json.dumps({name: str(one) for name, one in folders.items()})}
+        known = {
+            "QWENEDIT_TEST_FOLDERS": json.dumps({name: str(one) for name, one in (folders or {}).items()})
+        }
         started = [subprocess.Popen(command, env=one | known, cwd=ROOT) for one in environment(count)]
         try:
             for process in started:
@@ -83,8 +85,11 @@ def main(file: str, folder: str) -> None:
     import torch
 
     from qwenedit.parallel import processes
+    from qwenedit.parallel.spec import ParallelSpec
 
     torch.set_num_threads(1)
+    processes.PATIENCE = START
+    processes.join(ParallelSpec(ulysses=int(os.environ["WORLD_SIZE"])), torch.device("cpu"))
     processes.PATIENCE = PATIENCE
     cases = importlib.import_module(f"tests.parallel.{file}")
     told = {}

@@ -22,7 +22,18 @@ def test_the_order_of_the_mesh(outcomes):
 
 
 def test_passes_with_fewer_tokens_than_processes(outcomes):
-    assert max(value(outcomes, "passes").values()) <= 1e-14
+    """By tokens alone, and by tokens and heads."""
+    assert max(value(outcomes, "passes")) <= 1e-14
+
+
+def test_too_few_tokens_are_refused(outcomes):
+    message = "1 tokens of text and 4 of the target do not go with parallel 'ulysses=2,tensor=2'"
+    assert message in value(outcomes, "too_few_tokens")
+
+
+def test_taps_are_whole_where_tokens_and_heads_are_shared(outcomes):
+    assert value(outcomes, "taps_of_tokens_and_heads") == []
+    assert max(value(outcomes, "heads")) <= 1e-14
 
 
 def test_runs_are_equal(outcomes):

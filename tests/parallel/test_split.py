@@ -10,7 +10,7 @@ FP64 = 1e-14  # of the largest value: a sum of parts in another order, over a fe
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run_cases("cases_split", 2)
+    return run_cases("cases_split", 2, {})
 
 
 def test_split_weights_give_the_same_bits_whatever_is_called(outcomes):
@@ -31,6 +31,11 @@ def test_each_process_reads_its_own_part(outcomes):
     assert equal and 0.5 <= blocks <= 0.55
 
 
+def test_each_process_has_the_weights_that_are_planned(outcomes):
+    for held, planned in value(outcomes, "planned"):
+        assert held == planned
+
+
 def test_an_edit_with_split_weights_has_the_same_bits(outcomes):
     equal = value(outcomes, "edit_with_split_weights")
     assert len(equal) == 6 and all(equal.values()), equal
@@ -39,6 +44,11 @@ def test_an_edit_with_split_weights_has_the_same_bits(outcomes):
 def test_an_edit_with_split_heads_has_the_same_numbers(outcomes):
     errors = value(outcomes, "edit_with_split_heads")
     assert max(errors) <= FP64, errors
+
+
+def test_gradients_pass_split_heads(outcomes):
+    errors = value(outcomes, "gradients_with_split_heads")
+    assert len(errors) == 2 and max(errors.values()) <= FP64, errors
 
 
 def test_what_is_computed_once_stays_so(outcomes):
@@ -68,7 +78,7 @@ def test_a_lora_is_fused_into_split_heads(outcomes):
         ("fp8", "transformer_blocks.1.attn.to_q.weight"),
         ("fp8 in heads", "is stored as float8_e4m3fn: wanted bfloat16, float16 or float32"),
         ("stage", "which 'stage' does not: wanted residency='resident'"),
-        ("float8", "which 'resident, float8' does not"),
+        ("float8", "which 'auto, float8' does not"),
         ("precomputed", "which 'auto, precomputed' does not"),
         ("compile", "compile=True does not go with split_weights=True"),
         ("both", "both split the weights: wanted one of them"),

@@ -105,9 +105,11 @@ def test_passes_in_float64(outcomes):
     assert max(value(outcomes, "float64").values()) <= 1e-14
 
 
-@pytest.mark.parametrize("network", ["transformer", "controlnet", "blockwise_controlnet"])
-def test_every_tap_is_whole_and_writes_act(outcomes, network):
-    assert value(outcomes, f"every_tap_of_{'the' if network == 'transformer' else 'a'}_{network}") == []
+@pytest.mark.parametrize(
+    "where", ["of_the_transformer", "of_a_controlnet", "of_a_blockwise_controlnet", "under_tensor"]
+)
+def test_every_tap_is_whole_and_writes_act(outcomes, where):
+    assert value(outcomes, f"every_tap_{where}") == []
 
 
 def test_control_add_is_whole(outcomes):
@@ -115,7 +117,8 @@ def test_control_add_is_whole(outcomes):
 
 
 def test_maps_a_few_heads_at_a_time(outcomes):
-    assert max(value(outcomes, "heads_at_a_time")) <= 1e-14
+    for mode in ("", "_under_tensor"):
+        assert max(value(outcomes, f"heads_at_a_time{mode}")) <= 1e-14
 
 
 def test_attention_maps(outcomes):
@@ -133,6 +136,21 @@ def test_runs_are_equal(outcomes):
     found = value(outcomes, "runs")
     assert len(found) > 70
     assert not {name: x for name, x in found.items() if x}
+
+
+def test_runs_with_split_weights_are_equal_or_refused(outcomes):
+    """With tensor parallelism sums over heads and inside MLPs are in another order."""
+    found = value(outcomes, "runs_with_split_weights")
+    rounding = found.pop("rounding to bfloat16")
+    refusals = {name: found.pop(name) for name in list(found) if isinstance(found[name], str)}
+    of_lora = refusals.pop("lora: tensor=2")
+    assert "splits layers, and a LoRA is beside them: call fuse_lora" in of_lora
+    modes = ("stage", "stream", "float8")
+    assert set(refusals) == {f"{name}: {mode}" for name in modes for mode in ("ulysses=2", "tensor=2")}
+    assert all("wanted residency='resident', modulation='live'" in text for text in refusals.values())
+    assert not {name: x for name, x in found.items() if x and name.endswith("ulysses=2")}
+    assert found.pop("bfloat16: tensor=2") < 2 * rounding
+    assert len(found) > 60 and max(found.values()) < 1e-5
 
 
 def test_layers_are_equal(outcomes):
@@ -182,6 +200,9 @@ def test_copies(outcomes):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("two threads", "another thread's run has not ended: processes share one run at a time"),
+        ("explore", "ValueError: explore looks inside one process's run"),
+        ("batch", "ValueError: batch makes edits in one process, .* give each process a shard"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
         ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),

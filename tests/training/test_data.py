@@ -96,13 +96,13 @@ def test_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda x: (x / "b.txt").unlink(), r"1 captions are not there: .*b\.txt"),
-        (lambda x: (x / "c.txt").write_text("x"), r"1 files belong to no image: .*c\.txt"),
-        (lambda x: (x / "control" / "a.webp").unlink(), r"1 controls are not there: .*control/a"),
-        (lambda x: (x / "a.png").rename(x / "control" / "c.png"), r"belong to no image"),
+        (lambda x: (x / "b.txt").unlink(), r"captions are missing \(1\): .*b\.txt"),
+        (lambda x: (x / "c.txt").write_text("x"), r"files are of no image \(1\): .*c\.txt"),
+        (lambda x: (x / "control" / "a.webp").unlink(), r"controls are missing \(1\): .*control/a"),
+        (lambda x: (x / "a.png").rename(x / "control" / "c.png"), r"are of no image"),
         (lambda x: (x / "control").rename(x / "control_2"), r"controls \[2\], wanted control, control_2"),
         (lambda x: (x / "a.jpg").write_bytes((x / "a.png").read_bytes()), "have one name"),
-        (lambda x: [path.unlink() for path in x.glob("?.*")], "files belong to no image"),
+        (lambda x: [path.unlink() for path in x.glob("?.*")], "files are of no image"),
     ],
 )
 def test_bad_folders(tmp_path, harm, message):
@@ -143,14 +143,14 @@ def test_all_missing_pictures_are_listed(tmp_path):
     rows[1]["image"] = "no 3.png"
     rows[1]["mask"] = "no 4.png"
     write_table(tmp_path, rows)
-    with pytest.raises(ValueError, match=r"4 pictures are not there: .*no 1.*no 2.*no 3.*no 4"):
+    with pytest.raises(ValueError, match=r"pictures are missing \(4\): .*no 1.*no 2.*no 3.*no 4"):
         read_entries(tmp_path / "pairs.jsonl", tmp_path)
     write_table(tmp_path, [])
     with pytest.raises(ValueError, match="no rows"):
         read_entries(tmp_path / "pairs.jsonl", tmp_path)
     with pytest.raises(ValueError, match="no such data"):
         read_entries(tmp_path / "pears.jsonl", tmp_path)
-    with pytest.raises(ValueError, match=r"1 pictures are not there: .*cat"):
+    with pytest.raises(ValueError, match=r"pictures are missing \(1\): .*cat"):
         edits_of([(("cat.png",), "x")], tmp_path)
 
 

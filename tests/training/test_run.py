@@ -18,6 +18,7 @@ from qwenedit.training.data import looked_at, read_entries
 from qwenedit.training.loss import TrainingBatch, flow_matching_loss, freeze_unreached
 from qwenedit.training.run import _wanted, batches_of_step, train
 from qwenedit.training.spec import read_spec
+from tests.tiny import checkpoint
 from tests.training.pairs import CAPTION, log_of, pictures, spec_of, write_pairs
 
 
@@ -133,15 +134,15 @@ def test_it_is_a_loop_by_hand(tmp_path, pairs):
 
 
 def test_a_new_edit_is_learned(tmp_path):
-    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 40 steps."""
+    """20 pairs of an edit that the model lacks: the loss of rows that it never saw halves in 24 steps."""
     write_pairs(tmp_path, 20)
     spec = spec_of(
-        tmp_path, steps=40, batch=4, rate=2e-3, lora={"rank": 8},
-        validation={"every": 40, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
+        tmp_path, steps=24, batch=4, rate=4e-3, lora={"rank": 8},
+        validation={"every": 24, "rows": 4, "steps": 1, "true_cfg_scale": 1.0},
     )  # fmt: skip
     run(spec)
     first, last = (line["validation"] for line in log_of(tmp_path / "run") if "validation" in line)
-    assert last < 0.55 * first, (first, last)
+    assert last < 0.5 * first, (first, last)
 
 
 def batches(tmp_path, rows, pipe, **changed):
@@ -277,6 +278,26 @@ def test_sizes_and_text_to_image_in_one_run(tmp_path):
     assert run(smaller).is_file()
 
 
+@pytest.mark.parametrize(("kind", "zero_cond_t"), [("generate", False), ("edit", False), ("plus", True)])
+def test_every_variant(tmp_path, kind, zero_cond_t):
+    """Random weights in the official layout, in bfloat16, odd sizes, and a LoRA on every layer."""
+    drawn = [one.resize((131, 77)) for one in pictures(3)]
+    rows = [{"image": one, "caption": f"{k} 只猫"} for k, one in enumerate(drawn)]
+    if kind != "generate":
+        rows[0]["control"], rows[1]["control"] = drawn[1], drawn[2]
+    if kind == "plus":
+        rows[1]["control"] = [drawn[2], pictures(1)[0], drawn[0]]
+    model = checkpoint(kind, zero_cond_t=zero_cond_t)
+    spec = spec_of(
+        tmp_path, model=str(model), dtype="bfloat16", batch=3, steps=2, lora={"rank": 1},
+        convention="ai_toolkit", caption_dropout=0.3, validation={"rows": 1, "every": 1, "steps": 1},
+    )  # fmt: skip
+    file = run({**spec, "data": [*rows, rows[0]]})
+    pipe = qwenedit.load(model, device="cpu", dtype="bfloat16", progress=False)
+    pipe.load_lora_weights(file)
+    assert {line["step"] for line in log_of(tmp_path / "run")} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_weights(tmp_path, pairs, dtype, base):
     """The folder loads as the official layout, with its average beside it."""
@@ -303,10 +324,12 @@ def test_all_weights(tmp_path, pairs, dtype, base):
     assert run(spec) == folder  # from the state
     again = qwenedit.load(folder, device="cpu", dtype=dtype, progress=False).mmdit.state_dict()
     assert all(torch.equal(x, again[name]) for name, x in weights.items())
+    with pytest.raises(ValueError, match="model is there already: move it away"):
+        run({**spec, "steps": 5})
 
 
 def test_averages_and_layouts(tmp_path, pairs):
-    spec = spec_in(tmp_path / "x", pairs, ema=0.9, lora={"rank": 2, "layout": "comfyui"})
+    spec = spec_in(tmp_path / "x", pairs, ema=0.9, deterministic=True, lora={"rank": 2, "layout": "comfyui"})
     file = run(spec)
     one, other = load_file(file), load_file(tmp_path / "x" / "lora_ema.safetensors")
     assert one.keys() == other.keys() and all(name.startswith("diffusion_model.") for name in one)

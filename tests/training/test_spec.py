@@ -1,15 +1,23 @@
 """The spec of a training run: defaults, the trainers' choices, and one clear error for whatever is wrong."""
 
+import copy
 import dataclasses
+import datetime
+import math
 from pathlib import Path
+from random import Random
 
 import pytest
 
+import qwenedit.training.spec as module
+from qwenedit.foreign import read_toml
 from qwenedit.training.conventions import Timestep, Weighting, convention
+from qwenedit.training.data import read_entries
 from qwenedit.training.noise_levels import Shift
 from qwenedit.training.spec import read_spec
 
 ROOT = Path(__file__).parents[2]
+EVERYTHING = "\n".join(line[4:] for line in module.__doc__.split("\n") if line.startswith("    "))
 LEAST = {"data": "x.jsonl", "output": "run", "steps": 3, "rate": 1e-3}
 
 
@@ -26,11 +34,8 @@ def test_defaults():
 
 def test_a_file_of_everything(tmp_path):
     """Every key of the module's own text, with paths relative to the file."""
-    import qwenedit.training.spec as module
-
-    lines = [line[4:] for line in module.__doc__.split("\n") if line.startswith("    ")]
     file = tmp_path / "spec.toml"
-    file.write_text("\n".join(lines))
+    file.write_text(EVERYTHING)
     (tmp_path / "Qwen" / "Qwen-Image-Edit-2511").mkdir(parents=True)
     spec = read_spec(file)
     assert spec.model == str(tmp_path / "Qwen" / "Qwen-Image-Edit-2511")
@@ -129,3 +134,28 @@ def test_a_file_is_named(tmp_path):
     file.write_text("steps = \n")
     with pytest.raises(ValueError, match=r"x\.toml is not a TOML file"):
         read_spec(file)
+
+
+STRANGE = [
+    None, 0, -1, 2**70, math.nan, math.inf, "", "x", "\0", "\x1b[31m", "\ud800", "a" * 5000, [], [[]], [None],
+    {}, {"a": 1}, True, datetime.date(2020, 1, 1), b"x",
+]  # fmt: skip
+
+
+def test_whatever_a_spec_and_its_rows_hold_the_error_is_one_line(tmp_path):
+    rng = Random(0)
+    (tmp_path / "spec.toml").write_text(EVERYTHING)
+    everything = read_toml(tmp_path / "spec.toml")
+    refused = 0
+    for _ in range(1500):
+        spec, row = copy.deepcopy(everything), {"image": "a.png", "control": "a.png", "caption": "x"}
+        table = spec if rng.random() < 0.5 else rng.choice([x for x in spec.values() if isinstance(x, dict)])
+        table[rng.choice([*table, "zz", 3])] = rng.choice(STRANGE)
+        row[rng.choice([*row, "mask", "control_path_0", "zz", 3])] = rng.choice(STRANGE)
+        for read in (lambda spec=spec: read_spec(spec), lambda row=row: read_entries([row], tmp_path)):
+            try:
+                read()
+            except ValueError as error:
+                assert str(error).isprintable()
+                refused += 1
+    assert refused > 2000
