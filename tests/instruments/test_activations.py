@@ -247,6 +247,11 @@ def test_it_says_what_it_is(small):
         "  taps: blocks.*.img_out, blocks.*.txt_out",
         "  branches: cond, uncond",
     ]
+    recorder = Recorder(to=small.folder, tokens="all")
+    text = f"Recorder: a data set in {small.folder}, tokens all: 2 edits, "
+    assert repr(recorder) == f"{text}not open"
+    with recorder:
+        assert repr(recorder) == f"{text}open"
 
 
 # ---- files
