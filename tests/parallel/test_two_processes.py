@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import torch
 
+from qwenedit.memory.residency import Modes
+from qwenedit.parallel.processes import meet
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
 from tests.parallel.processes import run_cases, value
 from tests.tiny import checkpoint
@@ -68,6 +71,12 @@ def test_another_number_of_processes_is_refused_with_the_remedy():
     wanted = "wanted 4 processes, got 1: start with torchrun --nproc-per-node 4 -m qwenedit"
     with pytest.raises(ValueError, match=wanted):
         checked_spec("cfg=2,ulysses=2", compile=False)
+
+
+def test_other_devices_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="parallel 'cfg=2' on the device mps, wanted cpu or cuda"):
+        meet("cfg=2", torch.device("mps"), compile=False, split_weights=False, modes=Modes())
 
 
 def test_compiled_blocks_exchange_nothing():
