@@ -394,12 +394,10 @@ def load(
             with a scale per row and widened block by block. It takes half of bfloat16's memory and is an
             approximation: pixels of the embedded model's edits in 20 steps change by 0.002 of white on
             average and by up to 0.06.
-        parallel: how the processes that torchrun started share each run, like "cfg=2,ulysses=4": by branch of
-            guidance, by tokens, and with tensor=N by heads and weights, which changes last digits. All make
-            the same calls and get the same results (docs/scale.md).
-        split_weights: each of these processes keeps its part of the transformer's and the text encoder's
-            weights, and gathers a block's while it runs. Results are bitwise equal. With this, and with
-            tensor, each process reads only its own part from the files.
+        parallel: how the processes that torchrun started share a run, like "cfg=2,ulysses=4" or "tensor=2".
+            All make the same calls and get the same results (docs/scale.md).
+        split_weights: each of these processes reads and keeps its part of the weights, and gathers a block's
+            while it runs. Results are bitwise equal.
 
     Raises:
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with

@@ -115,12 +115,12 @@ class Model:
         require_controls(switches, bool(call.control_image))
 
 
-def require_single(pipe: QwenImageEdit) -> None:
+def require_single(pipe: QwenImageEdit, what: str) -> None:
     """Raise a ValueError for a pipeline whose runs several processes share: each would write the results."""
     if pipe.processes is not None:
         raise ValueError(
-            f"the pipe shares its runs with {pipe.processes.count - 1} other process(es), wanted one of "
-            "a single process: many edits are shared out by shard='i/n'"
+            f"{what} makes edits in one process, but processes share this pipeline's: load it without "
+            "parallel, and give each process a shard"
         )
 
 

@@ -221,7 +221,7 @@ def _checked(
         given = [name for name, x in (("model", plan.model), ("device", device), ("dtype", dtype)) if x]
         if given:
             raise ValueError(f"there are a pipe and {' and '.join(given)}, wanted the pipe's own")
-        require_single(pipe)
+        require_single(pipe, "ablate")
         parts = Model.of_pipe(pipe)
         parts.require_fitting(plan)
         where, wanted, model, name = pipe.device, pipe.dtype, pipe_fingerprint(pipe), "the given pipeline"

@@ -29,7 +29,7 @@ def batch(options: argparse.Namespace) -> int:
     from qwenedit.batches.run import RECORDS, Maker, edits_left, make
 
     require_alone(options)
-    if options.parallel is not None:
+    if options.parallel is not None or options.split_weights:
         raise ValueError(
             "--parallel shares one edit among processes, and batch has many: wanted --shard or --workers, "
             "which give each process edits of its own"

@@ -269,8 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, metavar="N", help="seed of the noise (default: 0)")
     sampling_options(many)
     common_options(many)
+    parallel_options(many)  # to say what is meant instead
     shard_options(many)
-    many.set_defaults(parallel=None, split_weights=False)  # edits are shared out, not each of them
 
     script = command(completion, "a script that completes this command line in a shell")
     script.description = (

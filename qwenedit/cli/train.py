@@ -11,5 +11,8 @@ __all__ = ["train"]
 
 def train(options: argparse.Namespace) -> None:
     from qwenedit.training.run import train
+    from qwenedit.weights.slices import is_first
 
-    say(train(options.spec, device=options.device, progress=not options.quiet))
+    written = train(options.spec, device=options.device, progress=not options.quiet)
+    if is_first():  # of several processes
+        say(written)

@@ -64,6 +64,7 @@ def work(options: argparse.Namespace, edits: int, folder: Path, stem: str) -> No
         finally:
             for process in started:
                 process.terminate()
+            for process in started:
                 process.wait()
         for number, (process, output) in enumerate(zip(started, outputs, strict=True)):
             if process.returncode != 0:

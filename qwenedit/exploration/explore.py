@@ -85,9 +85,14 @@ def explore(
     Returns the pictures, one for each run. The first is that of `edit` with these arguments, bit by bit.
 
     Raises:
-        ValueError: bad input, of either run, before any network runs; a page that cannot be written.
+        ValueError: bad input, of either run, before any network runs; a page that cannot be written; a
+            checkpoint that makes layers; a pipe whose runs several processes share.
     """
     require_flat(pipe.variant)
+    if pipe.processes is not None:
+        raise ValueError(
+            "explore looks inside one process's run, wanted a pipe that is loaded without parallel="
+        )
     page = require_page(output)
     if pipe.processes is not None:
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwenedit.checks import progress_bar
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.encoding.encode import Encoder
 from qwenedit.exploration.plan import MAPS, SHOWN, SIDE, Plan, evenly, plan_of
@@ -105,20 +106,24 @@ class Watched(QwenImageEdit):
 
     def looked(self, facts: dict[str, str], result: Image.Image) -> Looked:
         """What was seen of the run, which is over; the VAE decodes it here, one picture at a time."""
+        self.check_finite = False  # an estimate that overflows in the VAE is black on the page
         (references,), (grids,) = self._references.reference_latents, self._references.reference_grids
+        decoding = progress_bar(self._kept, progress=self.progress, desc="decoding")
+        steps = [
+            Shown(
+                index, sigma, {name: self._picture(x, self._ran.grid) for name, x in latents.items()}, ratio
+            )
+            for index, sigma, latents, ratio in decoding
+        ]
         return Looked(
             facts, self._ran.grid, self._ran.predictions, self._plan, self._words,
             [self._picture(x[None], grid) for x, grid in zip(references, grids, strict=True)],
-            result,
-            [
-                Shown(index, sigma, {k: self._picture(x, self._ran.grid) for k, x in of.items()}, ratio)
-                for index, sigma, of, ratio in self._kept
-            ],
-            self._writes, self._maps,
+            result, steps, self._writes, self._maps,
         )  # fmt: skip
 
     def _picture(self, latents: Tensor, grid: Grid) -> Image.Image:
-        (picture,) = to_pil(self.decode(latents.to(self.device, self.dtype), grid).cpu())
+        pixels = self.decode(latents.to(self.device, self.dtype), grid)
+        (picture,) = to_pil(pixels.nan_to_num(0.0).cpu())
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         return picture
 

@@ -63,6 +63,10 @@ class ActivationWriter:
         self._choices: dict[tuple[Any, ...], _Chosen] = {}  # of the edit
         self._look()
 
+    def __str__(self) -> str:
+        edits = f"{len(self.edits):,} edits, {'open' if self._open else 'not open'}"
+        return f"a data set in {shown(self._folder)}, tokens {shown(self._tokens)}: {edits}"
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Write into the folder for the length of a `with` block; at its end, the last shard."""

@@ -327,6 +327,9 @@ class Recorder(Records):
         except RuntimeError:
             raise ValueError(f"to is {to!r}, which is no device; for a folder pass Path({to!r})") from None
 
+    def __repr__(self) -> str:
+        return super().__repr__() if self._writer is None else f"{type(self).__name__}: {self._writer}"
+
     def __enter__(self) -> Recorder:
         """Open the data set; its last rows are written when the `with` block ends."""
         if self._writer is not None:

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from qwenedit.checks import dtype_of, whole_number
-from qwenedit.family import Variant
 from qwenedit.foreign import shown
 from qwenedit.inputs import geometry
 from qwenedit.memory.machine import gib, planned
@@ -175,24 +174,14 @@ def train_plan(
             )
         return replace(made, source=str(source), download=download)
     folder = find_local(source, revision)
-    variant = read_variant(folder)
-    if variant.layered:
-        raise ValueError("a training is of edits, wanted another checkpoint than Qwen-Image-Layered")
-    pictures = int(variant.takes_pictures) if pictures is None else pictures
-    pictures = whole_number(f"pictures for {variant.name}", pictures, least=0, most=variant.max_pictures)
+    sketch, encoded = _sizes(folder, pictures, height, width)
     compared = compare_networks(folder, list(COMPONENTS), files)
     (mmdit,) = (one.module for one in compared if isinstance(one.module, MMDiT))
-    sizes = {
-        name: one.all
-        for name, one in network_sizes({x.report.component: x.found for x in compared}, wanted).items()
-    }
-    sketch = _sizes(folder, variant, pictures, height, width)
-    on_cpu = place.type == "cpu"
-    peaks = {"text encoding": activations(folder, sketch, wanted, on_cpu=on_cpu)["text encoding"]}
-    encoded = _sizes(folder, variant, max(1, pictures), height, width)  # the edited picture, too
-    peaks["VAE encode"] = activations(folder, encoded, wanted, on_cpu=on_cpu)["VAE encode"]
-    peaks["text encoding"] += sizes["text_encoder"]
-    peaks["VAE encode"] += sizes["vae"]
+    networks = network_sizes({one.report.component: one.found for one in compared}, wanted)
+    sizes = {name: one.all for name, one in networks.items()}
+    on_cpu, peaks = place.type == "cpu", {}
+    for stage, of, name in (("text encoding", sketch, "text_encoder"), ("VAE encode", encoded, "vae")):
+        peaks[stage] = sizes[name] + activations(folder, of, wanted, on_cpu=on_cpu)[stage]
     text, img = run_tokens(folder, sketch)
     step = _Step(mmdit, training, sizes, text, img)
     made = TrainPlan(
@@ -203,20 +192,36 @@ def train_plan(
         "CPU" if on_cpu else "accelerator",
         "as stored" if wanted is None else str(wanted).removeprefix("torch."),
         memory,
-        run=f"{training}, {sketch.size[0]}x{sketch.size[1]} from {pictures} picture{'s' * (pictures != 1)}",
+        run=f"{training}, {sketch.size[0]}x{sketch.size[1]} from {len(sketch.pictures)} picture"
+        f"{'s' * (len(sketch.pictures) != 1)}",
     )
     return replace(made, checkpointing=next((way for way in made.peaks if made.fits(way)), None))
 
 
 def _sizes(
-    folder: Path, variant: Variant, pictures: int, height: int | None, width: int | None
-) -> geometry.Geometry:
-    """The sizes of an edit all of whose pictures have the same."""
+    folder: Path, pictures: int | None, height: int | None, width: int | None
+) -> tuple[geometry.Geometry, geometry.Geometry]:
+    """The sizes of an edit all of whose pictures have the same, and with at least one, for the VAE's encoder.
+
+    Text to image has none, but the picture that is learned is encoded, too.
+
+    Raises:
+        ValueError: a Qwen-Image-Layered checkpoint, or bad sizes.
+    """
+    variant = read_variant(folder)
+    if variant.layered:
+        raise ValueError("a training is of edits, wanted another checkpoint than Qwen-Image-Layered")
+    pictures = int(variant.takes_pictures) if pictures is None else pictures
+    pictures = whole_number(f"pictures for {variant.name}", pictures, least=0, most=variant.max_pictures)
     areas = read_areas(folder, variant)
     side = round(areas.vae**0.5)
     size = width or side, height or side
     areas = replace(areas, vae=size[0] * size[1])
-    return geometry.plan([size] * pictures, areas=areas, height=height, width=width)
+    sketch, encoded = (
+        geometry.plan([size] * count, areas=areas, height=height, width=width)
+        for count in (pictures, max(1, pictures))
+    )
+    return sketch, encoded
 
 
 class _Step:

@@ -155,8 +155,7 @@ class MMDiT(Tapped):
                 f"a control acts after each of {self.config.num_layers} blocks, but they run as "
                 f"{len(self.blocks)}, as in first_block_cache: wanted one of the two"
             )
-        img = self.tap("latents", img, "B S C")
-        target, references = img.split([lengths[0], sum(lengths[1:])], dim=1)
+        target, references = self.tap("latents", img, "B S C").split([lengths[0], sum(lengths[1:])], dim=1)
         if cache is None:
             fixed = self.step_invariant(references, txt, grids, txt_mask)
         else:

@@ -197,7 +197,7 @@ class Processes:
         """
         x = x.detach().clone(memory_format=torch.contiguous_format)
         with self.waiting(None, what):
-            dist.broadcast(x.view(torch.uint8) if x.dtype != torch.bool else x, 0)
+            dist.broadcast(x.view(torch.uint8), 0)
         return x
 
     @contextmanager
@@ -230,19 +230,24 @@ class Processes:
             Processes.threads.pop()
 
     def _fail_in_a_run(self, error: BaseException) -> None:
-        """If all processes fail in the same run, their groups are in order. If this one is alone, they end:
-
-        what is on its way in them belongs to the run.
-        """
+        """Leave the others, unless all of them fail in this run, as with NaN: then nothing is on its way."""
         self._tell("stopped", _in_a_line(error))
         keys, until = [self._key("stopped", other) for other in range(self.count)], time.monotonic() + 2
         while not _store().check(keys):
             if time.monotonic() > until:
-                _store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
-                if self.device.type == "cpu":  # closes the connections, which the others notice
-                    leave()
+                self._leave(error)
                 return
             time.sleep(TURN)
+
+    def _leave(self, error: BaseException) -> None:
+        """Say why the groups cannot be used any more, and close the connections, which the others notice.
+
+        On GPUs an exchange does not notice: there torchrun ends all processes when one has ended.
+        """
+        with suppress(RuntimeError):  # the store may be gone with the process that held it
+            _store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
+        if self.device.type == "cpu":
+            leave()
 
     @contextmanager
     def waiting(self, axis: str | None, what: str) -> Iterator[None]:
@@ -255,21 +260,24 @@ class Processes:
             yield
         except (RuntimeError, ValueError) as error:
             together = dist.get_process_group_ranks(None if axis is None else self.group(axis))
-            others = [process for process in together if process != self.rank]
-            raise ProcessLost(
-                f"process {self.rank} waited for process {', '.join(map(str, others))} to exchange {what}: "
-                f"{self._why(others) or shown(str(error), 300)}"
-            ) from error
+            others = ", ".join(str(process) for process in together if process != self.rank)
+            lost = ProcessLost(
+                f"process {self.rank} waited for process {others} to exchange {what}: "
+                f"{self._why() or shown(str(error), 300)}"
+            )
+            self._leave(lost)
+            raise lost from error
 
-    def _why(self, others: list[int]) -> str:
-        """What the processes said when they failed, which they may say after the connection breaks."""
+    def _why(self) -> str:
+        """What the process said that failed first, which it may say after its connections break."""
         until = time.monotonic() + 1
-        while time.monotonic() < until:
-            for other in others:
-                if (failed := self._failure(other)) is not None:
-                    return f"process {other} failed with {failed}"
+        while True:
+            failed = {process: self._failure(process) for process in range(self.count)}
+            said = [f"process {process} failed with {text}" for process, text in failed.items() if text]
+            first = [text for text in said if ProcessLost.__name__ not in text]
+            if first or time.monotonic() > until:
+                return next(iter([*first, *said]), "")
             time.sleep(TURN)
-        return ""
 
     def _key(self, kind: str, process: int) -> str:
         return f"qwenedit/{kind}/{self.agreed}/{process}"

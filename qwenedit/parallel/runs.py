@@ -50,19 +50,26 @@ def agree(
     """Require that all processes are about to do the same run. One without a generator draws the same noise.
 
     Raises:
-        ValueError: they are not; cfg=2 without guidance; or tensor with a LoRA that is not fused.
+        ValueError: they are not; cfg=2 without guidance; tensor with a LoRA that is not fused; or a network
+            that another pipeline shares otherwise.
         ProcessLost: a process failed before, or did not come.
     """
+    networks = list(dict.fromkeys(networks))
+    for network in networks:  # ControlNets may be put in at any time, from other pipelines, too
+        shards: Any = getattr(network, "shards", None)
+        if shards is not None and shards.shares.processes is not processes:
+            raise ValueError(
+                "a network of this run is shared in another pipeline's way: load it for this one"
+            )
     if processes is None:
         return
     processes.spec.require_guidance(run.guidance is not None)
-    networks = list(dict.fromkeys(networks))
     if processes.spec.tensor > 1 and any(isinstance(x, LowRankLinear) for x in networks[0].modules()):
         raise ValueError(
             f"parallel '{processes.spec}' splits layers, and a LoRA is beside them: call fuse_lora or "
             "unload_lora_weights first"
         )
-    for network in networks:  # ControlNets may be put in at any time
+    for network in networks:
         share_out(network, processes)
     about = {"parallel": str(processes.spec), "micro_batch": micro_batch, **about_run(call, run, networks)}
     processes.agree(about, draws=run.generator is None)

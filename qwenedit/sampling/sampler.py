@@ -108,7 +108,7 @@ class Step:
     def check(self) -> None:
         """Raise NonFiniteError if a prediction has NaN or infinity; if guidance has, on reading `velocity`.
 
-        Everything is checked at once: on an accelerator a check waits for all work that was queued before.
+        All at once, since a check waits for an accelerator. A velocity that the sampler has written stays.
         """
         self._checked = True
         guided = self._guided()
@@ -116,8 +116,7 @@ class Step:
         branches = {branch: x for branch, x in named.items() if x is not None}
         every = [*branches.values(), *([] if guided is self._cond else [guided])]
         if torch.isfinite(torch.cat(every)).all():
-            if self._velocity is None:  # else the sampler has written one
-                self._velocity = self._preserved(guided)
+            self._velocity = self._preserved(guided) if self._velocity is None else self._velocity
             return
         for branch, velocity in branches.items():
             require_finite(

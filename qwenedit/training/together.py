@@ -56,13 +56,14 @@ class Together:
         ProcessLost: another process did not come.
     """
 
+    turns = 0  # of the first process alone, in all of this process's trainings
+
     def __init__(self, device: torch.device | str | None) -> None:
         self.device = own_device(device_of(device))
         begin(self.device, processes_started())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0
         self.mesh = init_device_mesh(self.device.type, (self.count,))
-        self._turns = 0
         # torch warns that the velocity is a view, which nothing here writes to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
 
@@ -87,8 +88,8 @@ class Together:
         Raises:
             ProcessLost: the first process failed.
         """
-        self._turns += 1
-        key, store = f"qwenedit/train/{self._turns}", _get_default_store()
+        Together.turns += 1
+        key, store = f"qwenedit/train/{Together.turns}", _get_default_store()
         if self.first:
             try:
                 yield True

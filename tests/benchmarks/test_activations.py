@@ -37,5 +37,5 @@ def test_a_recording_is_learned_from(edit, tmp_path):
     for rows in (deep.where(step=0, branch="cond"), deep):  # less than a batch, and all
         torch.manual_seed(0)
         up, down = activations.autoencoder(rows)
-        errors.append(float((down(torch.relu(up(x))) - x).pow(2).sum()))
+        errors.append(float((down(torch.relu(up(x))) - x).pow(2).sum().detach()))
     assert errors[1] < 0.9 * errors[0]

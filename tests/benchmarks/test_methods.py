@@ -4,6 +4,8 @@ import math
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import methods
 from qwenedit.ablation.statistics import estimate
 
@@ -45,3 +47,11 @@ def test_lines_of_code_are_those_beside_docstring_and_imports(tmp_path):
     assert methods.paper(file) == "[2605.01480](https://arxiv.org/abs/2605.01480)"
     file.write_text('"""None."""\n')
     assert methods.paper(file) == "–"
+
+
+@pytest.mark.parametrize("name", methods.interventions())
+def test_the_page_has_a_row_for_each(name):
+    page = (methods.SPEC.parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    _, file = methods.interventions()[name]
+    (row,) = [line for line in page.splitlines() if methods.link(name, file) in line]
+    assert f"| {methods.code_lines(file)} |" in row and methods.paper(file) in row

@@ -367,6 +367,8 @@ def test_teacache_skips_steps_that_change_little_and_starts_afresh(pipe):
             assert torch.equal(run(pipe, steps=10), cached) and cache.skipped == count
         far.append((count, float((cached - plain).abs().mean())))
     assert far[0] < far[1] and 0 < far[0][1] < 0.05
+    with teacache(pipe, 1e9) as (cache,):  # all but the first step of each branch and run
+        assert torch.equal(run(pipe, steps=3), run(pipe, steps=3)) and cache.skipped == 8
     with first_block(pipe) as cache:
         assert 0 < (run(pipe, steps=10) - plain).abs().mean() < 0.05 and cache.skipped > 2
 

@@ -407,6 +407,12 @@ def test_layered_is_refused(picture, tmp_path):
         qwenedit.explore(pipe, picture, PROMPT, tmp_path / "a.html")
 
 
+def test_a_run_that_processes_share_is_refused(edit, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(edit, "processes", object())
+    with pytest.raises(ValueError, match="loaded without parallel="):
+        qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html")
+
+
 def test_a_page_is_written_whole_or_not_at_all(edit, picture, tmp_path, monkeypatch):
     page = tmp_path / "edit.html"
     page.write_text("before")
@@ -513,6 +519,27 @@ def test_numbers_that_are_none(tmp_path):
         shown["steps"][0]["ratio"]["low"] == ratio[2:].min()
         and shown["steps"][0]["ratio"]["high"] == ratio[2:].max()
     )
+
+
+def test_an_estimate_that_the_vae_cannot_decode_is_black(edit, picture, tmp_path, monkeypatch):
+    """The picture was made by then: nothing of the run is lost."""
+    decode = Watched.decode
+
+    def overflowing(self, latents, grid):
+        pixels = decode(self, latents, grid)
+        return pixels if self.check_finite else pixels * math.nan
+
+    monkeypatch.setattr(Watched, "decode", overflowing)
+    (made,) = qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html", num_inference_steps=1).images
+    (run,) = data_of(tmp_path / "a.html")["runs"]
+    assert picture_of(run["result"]).tobytes() == made.tobytes() and edit.check_finite
+    assert not any(picture_of(run["steps"][0]["pictures"]["x0"]).tobytes())
+
+
+def test_the_page_s_files_are_in_the_package():
+    content = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    files = [path.name for path in (Path(exploring.__file__).parent).glob("page.*") if path.suffix != ".py"]
+    assert len(files) == 3 and all(f'"{name}"' in content for name in files)
 
 
 def test_the_watched_pipeline_is_the_given_one(edit):

@@ -247,6 +247,11 @@ def test_it_says_what_it_is(small):
         "  taps: blocks.*.img_out, blocks.*.txt_out",
         "  branches: cond, uncond",
     ]
+    recorder = Recorder(to=small.folder, tokens="all")
+    text = f"Recorder: a data set in {small.folder}, tokens all: 2 edits, "
+    assert repr(recorder) == f"{text}not open"
+    with recorder:
+        assert repr(recorder) == f"{text}open"
 
 
 # ---- files
@@ -289,8 +294,8 @@ def activations_save():
     return safetensors.torch.save_file
 
 
-@pytest.mark.parametrize("rows", [40, 1000])
-def test_an_edit_that_fails_leaves_no_rows(edit, tmp_path, monkeypatch, rows):
+@pytest.mark.parametrize("rows, stored", [(40, 256), (1000, 192)])  # 64 were in shards when the edit failed
+def test_an_edit_that_fails_leaves_no_rows(edit, tmp_path, monkeypatch, rows, stored):
     monkeypatch.setattr(activations, "SHARD", rows * 128 * 4)
     recorder = Recorder(to=tmp_path / "a", tokens="target")
     with recorder, taps(edit.mmdit, {"blocks.0.img_out": recorder}):
@@ -304,6 +309,7 @@ def test_an_edit_that_fails_leaves_no_rows(edit, tmp_path, monkeypatch, rows):
                 assert list(recorder.edits) == ["one"]
     data = Activations(tmp_path / "a")
     assert list(data.names["edit"].values()) == ["one", "three"] and len(data) == 2 * 96
+    assert sum(len(load_file(path)["edit"]) for path in (tmp_path / "a").iterdir()) == stored
     assert torch.equal(data.where(edit="one")[:].x, data.where(edit="three")[:].x)
 
 

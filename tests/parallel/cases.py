@@ -394,6 +394,13 @@ def case_refusals():
         with first_block_cache(ulysses.mmdit, 0.1):
             edited(ulysses)
 
+    def anothers_net():
+        (net,) = ulysses.controlnets = nets_of("controlnet")
+        edited(ulysses, control_image=OTHER)
+        alone = pipe()
+        alone.controlnets, ulysses.controlnets = [net], []
+        edited(alone, control_image=OTHER)
+
     def threaded():
         conditioning = cfg.condition([OTHER], PROMPT)
         with torch.no_grad():
@@ -409,6 +416,7 @@ def case_refusals():
     folder = tempfile.mkdtemp()
     return {
         "two threads": refused(threaded),
+        "another's net": refused(anothers_net),
         "explore": refused(lambda: qwenedit.explore(cfg, OTHER, PROMPT, f"{folder}/page.html")),
         "batch": refused(lambda: qwenedit.batch([], folder, pipe=ulysses)),
         "no guidance": refused(lambda: edited(cfg, true_cfg_scale=1.0)),

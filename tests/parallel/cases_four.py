@@ -92,3 +92,17 @@ def case_taps_and_a_tap_in_one():
     with qwenedit.taps(pipe("ulysses=4").mmdit, functions, strict=False):
         refusal = refused(lambda: edited(pipe("ulysses=4")))
     return [difference(alone, shared), difference(wanted[branch], own[branch]), refusal]
+
+
+def case_z_a_failure_reaches_all():
+    """Also those that exchange nothing with the process that fails. The last case: the groups end with it."""
+
+    def fail(_x, site):
+        if dist.get_rank() == 3 and site.labels["step"] == 1:
+            raise ArithmeticError("of this process alone")
+
+    def failing():
+        with qwenedit.taps(pipe("cfg=2,ulysses=2").mmdit, {"blocks.1.img_mid": fail}):
+            edited(pipe("cfg=2,ulysses=2"))
+
+    return refused(failing)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +24,7 @@ from qwenedit.parallel.split import split_heads, split_weights
 from qwenedit.taps import observed, tap_names, taps
 from qwenedit.weights import loading
 from qwenedit.weights.lora_targets import linear_layers
-from qwenedit.weights.slices import own_part, placed_like, whole
+from qwenedit.weights.slices import is_split, own_part, placed_like, whole
 from tests.support import randomise_, relative_error
 
 PICTURE = Image.linear_gradient("L").resize((80, 64)).convert("RGB")
@@ -357,6 +359,36 @@ def fp8(folder):
     return Path(folder) / "fp8.safetensors"
 
 
+def everyones(make):
+    """What the first process makes, in all of them."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
+def case_saved():
+    """Each process calls, the first one writes; a folder that is not empty is refused by each."""
+    told, plain = {}, dict(weights(load()))
+    for how in (
+        {"parallel": "cfg=2", "split_weights": True},
+        {"parallel": "tensor=2"},
+        {"parallel": "cfg=2"},
+    ):
+        pipe, folder = load(**how), everyones(lambda: tempfile.mkdtemp())
+        pipe.save_pretrained(Path(folder) / "saved")
+        dist.barrier()
+        saved = dict(weights(qwenedit.load(Path(folder) / "saved", device="cpu", progress=False)))
+        equal = saved.keys() == plain.keys() and all(torch.equal(x, plain[name]) for name, x in saved.items())
+        refused = None
+        if is_split(pipe.mmdit):  # else only the first process looks at the folder
+            refused = message(lambda pipe=pipe, folder=folder: pipe.save_pretrained(folder))
+        told[str(how)] = [equal, refused and refused.replace(folder, "FOLDER")]
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+    return told
+
+
 def case_what_is_refused():
     pipe, told = load(parallel="cfg=2", split_weights=True), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -373,7 +405,6 @@ def case_what_is_refused():
         }.items():
             told[name] = message(functools.partial(load, **options))
             told[name] = told[name] and told[name].replace(folder, "FOLDER")
-        told["save"] = message(lambda: pipe.save_pretrained(Path(folder) / "saved"))
     told["offload"] = message(lambda: pipe.enable_model_cpu_offload(device="cpu"))
     told["move"] = message(lambda: pipe.to(torch.bfloat16))
     pipe.to("cpu")  # where it is

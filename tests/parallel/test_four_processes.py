@@ -46,3 +46,11 @@ def test_taps(outcomes):
     *apart, refusal = value(outcomes, "taps_and_a_tap_in_one")
     assert apart == [0, 0]
     assert "the processes differ in taps: process 3 has" in refusal
+
+
+def test_a_failure_in_one_process_reaches_all(outcomes):
+    *others, own = (outcome.value for outcome in outcomes["z_a_failure_reaches_all"])
+    assert own == "ArithmeticError: of this process alone"
+    for number, text in enumerate(others):
+        assert text.startswith(f"ProcessLost: process {number} waited for process")
+        assert text.endswith("process 3 failed with ArithmeticError: of this process alone")

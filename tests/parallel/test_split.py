@@ -72,6 +72,13 @@ def test_a_lora_is_fused_into_split_heads(outcomes):
     assert "call fuse_lora" in refused
 
 
+def test_a_split_pipeline_is_saved_by_the_first_process(outcomes):
+    told = value(outcomes, "saved")
+    assert len(told) == 3
+    for how, (equal, refused) in told.items():
+        assert equal and (how == "{'parallel': 'cfg=2'}" or "is not an empty folder" in refused), how
+
+
 @pytest.mark.parametrize(
     ("what", "wanted"),
     [
@@ -83,7 +90,6 @@ def test_a_lora_is_fused_into_split_heads(outcomes):
         ("compile", "compile=True does not go with split_weights=True"),
         ("both", "both split the weights: wanted one of them"),
         ("alone", "wanted parallel, too, like 'cfg=2'"),
-        ("save", "load without split_weights and tensor to save the pipeline"),
         ("offload", "load without split_weights and tensor"),
         ("move", "stay in torch.float32 on cpu: to have them in torch.bfloat16 on cpu pass it to load"),
     ],

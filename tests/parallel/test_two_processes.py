@@ -201,6 +201,7 @@ def test_copies(outcomes):
     ("case", "message"),
     [
         ("two threads", "another thread's run has not ended: processes share one run at a time"),
+        ("another's net", "ValueError: a network of this run is shared in another pipeline's way"),
         ("explore", "ValueError: explore looks inside one process's run"),
         ("batch", "ValueError: batch makes edits in one process, .* give each process a shard"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
@@ -243,4 +244,5 @@ def test_a_failure_in_a_run_hangs_no_process(outcomes):
     assert first[0] == second[0] == "ZeroDivisionError: division by zero"  # in both: they go on
     assert second[1] == "ArithmeticError: of this process alone"
     assert re.fullmatch(r"ProcessLost: process 0 waited for process 1 .* failed with Arith.*alone", first[1])
-    assert first[2].startswith("ProcessLost: process 1 failed") and "start again" in second[2]
+    for number, text in enumerate((first[2], second[2])):
+        assert text == f"ProcessLost: process {number} left the others when a run failed: start again"
