@@ -13,7 +13,7 @@
 | `negative_prompt`, `true_cfg_scale`, `steps`, `height`, `width`, `sampler`, `strength` | as for `edit` |
 | `mask`, `mask_crop` | `mask_image` and `padding_mask_crop` of `edit` |
 | `switches` | an object of switches by dotted name |
-| `lora`, `lora_scale` | a file with a LoRA for this edit, and its factor |
+| `lora`, `lora_scale` | a file with a LoRA for this edit, beside those of the pipeline, and its factor |
 | `size_of` | a picture: the result is written at its size (bicubic), as some benchmarks want it |
 | `copies` | an object: pictures that are written beside the result, by name |
 

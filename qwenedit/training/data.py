@@ -55,6 +55,7 @@ _ALIASES = {
     "image_path": "image", "control_path": "control", "edit_image": "control", "prompt": "caption",
 }  # fmt: skip
 _NUMBERED = re.compile(r"control_path_(\d+)")
+_CONTROLS = re.compile(r"control(?:_\d+)?")
 _MOST = 10  # names in a message
 
 
@@ -177,14 +178,11 @@ def _given(value: Any, what: str, base: Path) -> Given:
 def _of_folder(folder: Path) -> Iterator[Entry]:
     """The rows of a folder, by name."""
     images = _pictures(folder)
-    numbers = sorted(
-        int(match[1] or 1)
-        for path in folder.iterdir()
-        if path.is_dir() and (match := re.fullmatch(r"control(?:_([1-9]\d*))?", path.name))
-    )
-    if numbers != list(range(1, len(numbers) + 1)):
-        raise ValueError(f"{shown(folder)} has folders of controls {numbers}, wanted control, control_2, ...")
-    names = ["control", *(f"control_{number}" for number in numbers[1:])][: len(numbers)]
+    there = {path.name for path in folder.iterdir() if path.is_dir() and _CONTROLS.fullmatch(path.name)}
+    names = ["control", *(f"control_{k}" for k in range(2, len(there) + 1))][: len(there)]
+    if there != set(names):
+        got = ", ".join(map(shown, sorted(there)))
+        raise ValueError(f"{shown(folder)} has folders of controls {got}, wanted control, control_2, ...")
     controls = [_pictures(folder / name) for name in names]
     masks = _pictures(folder / "mask") if (folder / "mask").is_dir() else {}
     texts = {path.stem: path for path in sorted(folder.glob("*.txt"))}
