@@ -121,11 +121,6 @@ def batch(
         ValueError: bad lines, or what the model cannot run; a folder that cannot be written, or a file in it
             that is in a result's place and is none.
     """
-    if pipe is not None and pipe.processes is not None:
-        raise ValueError(
-            "batch makes edits in one process, but processes share this pipeline's: load it without "
-            "parallel, and give each process a shard"
-        )
     if isinstance(edits, (str, os.PathLike)):
         raw, base = raw_lines(edits), Path(edits).parent
     else:
