@@ -340,10 +340,11 @@ class Inline:
         return done
 
 
-def unread(weight: Stored | SafetensorsFile, source: Any) -> Tensor:
-    """A tensor of a file, of which the header alone is real."""
+def unread(weight: Stored | SafetensorsFile, source: Any, part: tuple[slice, ...] | None = None) -> Tensor:
+    """A tensor of a file, or a part of one, of which the header alone is real."""
     stored = weight if isinstance(weight, Stored) else weight._stored[source]
-    return torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="cpu")
+    whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="cpu")
+    return whole if part is None else whole[part]
 
 
 @contextmanager
