@@ -29,11 +29,6 @@ def batch(options: argparse.Namespace) -> int:
     from qwenedit.batches.run import RECORDS, Maker, edits_left, make
 
     require_alone(options)
-    if options.parallel is not None or options.split_weights:
-        raise ValueError(
-            "--parallel shares one edit among processes, and batch has many: wanted --shard or --workers, "
-            "which give each process edits of its own"
-        )
     if options.layout is not None:
         raw, base = layout_lines(options.layout, options.edits, options.language), options.edits
     elif options.language is not None:

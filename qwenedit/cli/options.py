@@ -270,7 +270,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, metavar="N", help="seed of the noise (default: 0)")
     sampling_options(many)
     common_options(many)
-    parallel_options(many)  # to say what is meant instead
     shard_options(many)
 
     script = command(completion, "a script that completes this command line in a shell")

@@ -57,12 +57,14 @@ def meet(
     has started is used as it is.
 
     Raises:
-        ValueError: as `checked_spec`.
+        ValueError: as `checked_spec`; or a device that is neither the CPU nor CUDA's.
         ProcessLost: another process did not come.
     """
     spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if spec is None:
         return None, device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"parallel '{spec}' on the device {device}, wanted cpu or cuda")
     device = own_device(device)
     return join(spec, device), device
 

@@ -274,6 +274,7 @@ def test_b4_every_file_of_the_package_opens_pictures_at_the_one_entrance():
     assert {name for name, count in calls.items() if count} == {
         "inputs/pictures.py",
         "cli/picture_files.py",  # what it has just written to memory
+        "batches/run.py",  # the text in a result, and none of its pixels
     }
 
 

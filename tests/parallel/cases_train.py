@@ -63,7 +63,8 @@ def case_gradients():
     """Over steps of several micro-batches, also fewer than there are processes, of weighted rows with
     references of several sizes."""
     together, model = Together("cpu"), str(FOLDERS["plus"])
-    plan = read_spec({**spec(lora=None), "model": model})
+    table = FOLDERS["pairs"] / "several" / "pairs.jsonl"
+    plan = read_spec({**spec(lora=None), "model": model, "data": str(table)})
     pipe = qwenedit.load(model, device="cpu", progress=False)
     rows = looked_at(read_entries(plan.data, plan.base), pipe.variant, pipe.areas, progress=False)
     cache = Cache(FOLDERS["pairs"] / "plus", encoders_of(pipe))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-START, PATIENCE = 120.0, 30.0  # seconds that a process waits for another: to start, then in each exchange
+START, PATIENCE = 180.0, 60.0  # seconds that a process waits for another: to start, then in each exchange
 LIMIT = 400.0  # seconds for all cases of a file
 
 

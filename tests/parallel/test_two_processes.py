@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import torch
 
+from qwenedit.memory.residency import Modes
+from qwenedit.parallel.processes import meet
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
 from tests.parallel.processes import run_cases, value
 from tests.tiny import checkpoint
@@ -68,6 +71,12 @@ def test_another_number_of_processes_is_refused_with_the_remedy():
     wanted = "wanted 4 processes, got 1: start with torchrun --nproc-per-node 4 -m qwenedit"
     with pytest.raises(ValueError, match=wanted):
         checked_spec("cfg=2,ulysses=2", compile=False)
+
+
+def test_other_devices_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="parallel 'cfg=2' on the device mps, wanted cpu or cuda"):
+        meet("cfg=2", torch.device("mps"), compile=False, split_weights=False, modes=Modes())
 
 
 def test_compiled_blocks_exchange_nothing():
@@ -203,7 +212,7 @@ def test_copies(outcomes):
         ("two threads", "another thread's run has not ended: processes share one run at a time"),
         ("another's net", "ValueError: a network of this run is shared in another pipeline's way"),
         ("explore", "ValueError: explore looks inside one process's run"),
-        ("batch", "ValueError: batch makes edits in one process, .* give each process a shard"),
+        ("batch", "ValueError: the pipe shares its runs with 1 other"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
         ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
