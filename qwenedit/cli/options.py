@@ -271,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling_options(many)
     common_options(many)
     shard_options(many)
+    many.set_defaults(parallel=None, split_weights=False)  # edits are shared out, not each of them
 
     script = command(completion, "a script that completes this command line in a shell")
     script.description = (
