@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -144,19 +144,31 @@ def lines_of(raw: Iterable[tuple[str, Any]], base: Path, options: Mapping[str, A
     usual = _renamed(options)
     for name in usual:
         require(name in OPTIONS, "an option of all edits", name, f"one of {', '.join(OPTIONS)}")
-    edits, taken = Edits([], []), dict[str, str]()
+    edits, taken, folders = Edits([], []), dict[str, str](), dict[str, str]()
     for number, (place, value) in enumerate(raw, start=1):
         try:
             line = _line(place, number, value, base, usual, preset)
             for file in line.files:
                 if (before := taken.setdefault(file.casefold(), place)) != place:
                     raise ValueError(f"the name {shown(file)!r} is that of {before}, wanted another")
+                _require_apart(file, place, taken, folders)
             edits.lines.append(line)
         except ValueError as error:
             edits.faults.append((number, f"{place}: {error}"))
     if not edits.lines and not edits.faults:
         raise ValueError("the list has no edits, wanted at least one line")
     return edits
+
+
+def _require_apart(file: str, place: str, taken: dict[str, str], folders: dict[str, str]) -> None:
+    """Raise a ValueError if one name is a folder of another, as `a.png` is of `a.png/b.png`."""
+    names = [
+        one.as_posix() for one in PurePath(file.casefold()).parents[:-1]
+    ]  # without the folder of results
+    folders |= dict.fromkeys(names, place)
+    own = folders.get(file.casefold())
+    if before := next((taken[name] for name in names if name in taken), own):
+        raise ValueError(f"the name {shown(file)!r} and that of {before} are a folder and a file in it")
 
 
 def opened(value: Picture, what: str = "the picture") -> Image.Image:

@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _process(options: argparse.Namespace) -> int:
     """The number of this process among those that share the run; 0 for one that is alone."""
-    number = os.environ.get("RANK", "0") if getattr(options, "parallel", None) else "0"
+    shares = options.run is train or getattr(options, "parallel", None)
+    number = os.environ.get("RANK", "0") if shares else "0"
     return int(number) if number.isdecimal() else 0
 
 
@@ -270,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling_options(many)
     common_options(many)
     shard_options(many)
+    many.set_defaults(parallel=None, split_weights=False)  # edits are shared out, not each of them
 
     script = command(completion, "a script that completes this command line in a shell")
     script.description = (

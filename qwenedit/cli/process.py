@@ -17,7 +17,10 @@ from types import FrameType
 
 from qwenedit.foreign import shown
 
-__all__ = ["INTERRUPTED", "Interrupts", "ended_by_interrupts", "ignore_interrupts", "open_streams", "say"]
+__all__ = [
+    "INTERRUPTED", "Interrupts", "ended_by_interrupts", "ended_by_sigterm", "ignore_interrupts",
+    "open_streams", "say",
+]  # fmt: skip
 
 INTERRUPTED = 130  # exit status of a command that Ctrl-C ended, as shells have it
 
@@ -82,6 +85,23 @@ def ended_by_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM during this block ends the process as an exception does, so that what it started ends, too."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)  # as shells have it
+
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def ignore_interrupts() -> None:

@@ -15,7 +15,7 @@ from typing import IO
 import torch
 
 from qwenedit.checks import device_of, progress_bar
-from qwenedit.cli.process import say
+from qwenedit.cli.process import ended_by_sigterm, say
 from qwenedit.foreign import shown
 from qwenedit.shards import shard_files
 
@@ -46,7 +46,7 @@ def work(options: argparse.Namespace, edits: int, folder: Path, stem: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     given = options.words
     end = given.index("--") if "--" in given else len(given)
-    with ExitStack() as files:
+    with ended_by_sigterm(), ExitStack() as files:
         outputs, started = [], []
         try:
             for number, device in enumerate(words):

@@ -151,6 +151,10 @@ def test_two_results_of_one_name_are_refused(base):
         assert "line 2: the name" in found and "is that of line 1, wanted another" in found
     found = fault(base, {"prompt": "x", "name": "0002"}, {"prompt": "y"})
     assert "line 2: the name '0002.png' is that of line 1" in found
+    for one, other in (("a", "a.png/b"), ("A.png/b/c", "a")):
+        found = fault(base, {"prompt": "x", "name": one}, {"prompt": "y", "name": other})
+        assert "line 2: the name" in found and "and that of line 1 are a folder and a file in it" in found
+    assert not read(base, {"prompt": "x", "name": "a/b"}, {"prompt": "y", "name": "a"}).faults
     assert "copies" not in fault(
         base, {"prompt": "x", "copies": {"b": "a.png"}}, {"prompt": "y", "name": "b"}
     )

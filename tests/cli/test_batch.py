@@ -1,7 +1,9 @@
 """`qwenedit batch`: results, exit status, and one line for whatever goes wrong."""
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from qwenedit import mini
 from qwenedit.cli import options as cli
+from qwenedit.cli import workers
 from qwenedit.pipeline import QwenImageEdit
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +112,34 @@ def test_workers_make_the_same_bytes(edits, monkeypatch, capsys):
     assert sorted(path.name for path in Path("out").iterdir() if path.suffix != ".png") == ["records.jsonl"]
     assert [x["key"] for x in records()] == [x["key"] for x in records("whole")]
     assert "warning" not in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_workers_too(edits, monkeypatch):
+    """Else they would go on, and hold the folder."""
+    started = []
+
+    def sleeper(*_command, **_options):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if len(started) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return started[-1]
+
+    def fails(*_signal):
+        raise AssertionError("SIGTERM would end this process at once")
+
+    before = signal.signal(signal.SIGTERM, fails)
+    monkeypatch.setattr(workers, "Popen", sleeper)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run("batch", edits, "-o", "out", "--workers", 3, *QUICK)
+        assert signal.getsignal(signal.SIGTERM) is fails
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        last = started.pop()  # it was not handed on when the signal came
+        last.kill()
+        last.wait()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 def test_failing_edits_are_exit_status_1_and_one_line(edits, monkeypatch, capsys):

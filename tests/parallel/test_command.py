@@ -59,3 +59,5 @@ def test_other_processes_say_which_they_are(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main([*EDIT, "--parallel", "cfg=3", "-o", str(tmp_path / "out.png")]) == 2
     assert capsys.readouterr().err.startswith("qwenedit: process 1: parallel cfg is 3, wanted 1 or 2")
+    assert main(["train", str(tmp_path / "spec.toml")]) == 2
+    assert capsys.readouterr().err.startswith("qwenedit: process 1: no such spec")
