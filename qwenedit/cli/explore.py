@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from qwenedit.call import Call
 from qwenedit.cli.commands import _checked, _masks, _prepare
 from qwenedit.cli.process import say
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture
 
 __all__ = ["explore"]
@@ -23,6 +25,8 @@ def explore(options: argparse.Namespace) -> None:
         raise ValueError("--parallel does not go with explore, which looks inside one process's run")
     if options.num_images != 1:
         raise ValueError(f"--num-images is {options.num_images}, wanted 1: a page shows one picture of a run")
+    if not options.pictures and os.path.isfile(options.prompt):
+        raise ValueError(f"the prompt is {shown(options.prompt)}, a file: wanted PICTURE and then PROMPT")
     pictures = [open_picture(path) for path in options.pictures] or None
     masks = _masks(options)
     if masks and pictures is None:

@@ -57,6 +57,8 @@ class ActivationWriter:
         self, folder: Path, tokens: str | Sequence[int], dtype: torch.dtype | None, sample: int | None
     ) -> None:
         require_tokens(None if tokens == "all" else tokens)
+        if not len(tokens):
+            raise ValueError(f"tokens is {tokens!r}, wanted at least one place")
         self._folder, self._tokens, self._dtype = folder, tokens, dtype
         self._sample = None if sample is None else whole_number("sample", sample)
         self._edit: tuple[int, str] | None = None  # that runs

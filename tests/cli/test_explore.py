@@ -67,6 +67,7 @@ def test_from_text_alone():
 
 @pytest.mark.parametrize("words, message", [
     (["in.png", "x", "-o", "edit.png"], "wanted .html"),
+    (["in.png", "-o", "edit.html"], "the prompt is in.png, a file: wanted PICTURE and then PROMPT"),
     (["in.png", "x", "-o", "nowhere/edit.html"], "there is no folder"),
     (["in.png", "x", "-o", "edit.html", "--num-images", "2"], "--num-images is 2, wanted 1"),
     (["x", "-o", "edit.html", "--mask", "mask.png"], "without a picture"),

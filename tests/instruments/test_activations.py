@@ -339,6 +339,7 @@ def test_two_recorders_do_not_write_into_one_folder(tmp_path):
         ({"to": None, "tokens": "target"}, "to is None with tokens or sample, wanted the Path of a folder"),
         ({"to": "cpu", "sample": 3}, "to is 'cpu' with tokens or sample"),
         ({"tokens": "picture"}, "tokens is 'picture', wanted 'text', 'target'"),
+        ({"tokens": []}, r"tokens is \[\], wanted at least one place"),
         ({"tokens": [1.5]}, "one of tokens is 1.5, wanted a whole number"),
         ({"tokens": "text", "sample": 0}, "sample is 0, wanted a whole number of at least 1"),
         ({"tokens": "text", "every": 0}, "every is 0, wanted a whole number of at least 1"),

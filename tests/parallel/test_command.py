@@ -47,6 +47,15 @@ def test_what_cannot_be_is_one_line(options, message, tmp_path, capsys, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_torchrun_without_parallel_is_refused(tmp_path, capsys, monkeypatch):
+    """Each process would make the whole edit, and write the same file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert main([*EDIT, "-o", str(tmp_path / "out.png")]) == 2
+    assert "torchrun started 2 processes, each of which would make the whole" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_explore_is_for_one_process(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["explore", str(mini.EXAMPLE), "x", "-o", "out.html", "--parallel", "cfg=2"]) == 2
