@@ -30,7 +30,7 @@ from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
-from qwenedit.parallel.spec import checked_spec, processes_started, fitting_spec, spec_of
+from qwenedit.parallel.spec import checked_spec, fitting_spec, processes_started, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
 from qwenedit.sampling.guidance import guidance_of
@@ -286,7 +286,7 @@ def _folder(options: argparse.Namespace) -> Path:
     count = processes_started()
     if options.parallel is None and count > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError(
-            f"torchrun started {count} processes, each of which would make the whole: wanted --parallel, like "
+            f"torchrun started {count} processes, which would each make the whole: wanted --parallel, like "
             "cfg=2, or one process without torchrun"
         )
     checked_spec(options.parallel, compile=options.compile, split_weights=split_weights, modes=modes)

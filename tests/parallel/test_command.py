@@ -52,7 +52,7 @@ def test_torchrun_without_parallel_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     assert main([*EDIT, "-o", str(tmp_path / "out.png")]) == 2
-    assert "torchrun started 2 processes, each of which would make the whole" in capsys.readouterr().err
+    assert "torchrun started 2 processes, which would each make the whole" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
