@@ -212,7 +212,7 @@ def test_copies(outcomes):
         ("two threads", "another thread's run has not ended: processes share one run at a time"),
         ("another's net", "ValueError: a network of this run is shared in another pipeline's way"),
         ("explore", "ValueError: explore looks inside one process's run"),
-        ("batch", "ValueError: the pipe shares its runs with 1 other"),
+        ("batch", "ValueError: batch makes edits in one process, but processes share this pipeline.s"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
         ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
