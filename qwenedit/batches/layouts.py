@@ -32,7 +32,8 @@ def layout_lines(layout: str, folder: Path, language: str | None = None) -> Raw:
         raise ValueError(f"no such folder: {shown(folder)}, wanted that of the benchmark")
     lines = LAYOUTS[layout](folder, language)
     if not lines:
-        raise ValueError(f"{shown(folder)} has no edits for --layout {layout} with --language {language}")
+        spoken = "" if language is None else f" with --language {language}"
+        raise ValueError(f"{shown(folder)} has no edits for --layout {layout}{spoken}")
     return lines
 
 

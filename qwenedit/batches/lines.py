@@ -33,6 +33,7 @@ from PIL import Image
 from qwenedit.ablation.cases import close_to, is_text, listed, require
 from qwenedit.checks import real_number, whole_number
 from qwenedit.family import Preset
+from qwenedit.files import is_leftover
 from qwenedit.foreign import inner_name, parse_json, plain_file, read_text, shown
 from qwenedit.inputs.pictures import as_picture, open_picture
 from qwenedit.sampling.samplers import require_sampler
@@ -149,8 +150,9 @@ def lines_of(raw: Iterable[tuple[str, Any]], base: Path, options: Mapping[str, A
         try:
             line = _line(place, number, value, base, usual, preset)
             for file in line.files:
-                if (before := taken.setdefault(file.casefold(), place)) != place:
+                if before := taken.get(file.casefold()):
                     raise ValueError(f"the name {shown(file)!r} is that of {before}, wanted another")
+                taken[file.casefold()] = place
                 _require_apart(file, place, taken, folders)
             edits.lines.append(line)
         except ValueError as error:
@@ -234,7 +236,10 @@ def _whole(name: str, value: Any, least: int) -> int | None:
 
 def _png(name: Any) -> str:
     require(is_text(name), "name", name, "a text")
-    return inner_name(name if name.lower().endswith(".png") else f"{name}.png", "name")
+    file = inner_name(name if name.lower().endswith(".png") else f"{name}.png", "name")
+    if is_leftover(Path(file)):
+        raise ValueError(f"name is {shown(repr(name))}, wanted one that is not that of a temporary file")
+    return file
 
 
 def _pictures(value: Any, base: Path) -> tuple[Picture, ...]:

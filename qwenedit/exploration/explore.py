@@ -91,17 +91,15 @@ def explore(
     require_flat(pipe.variant)
     if pipe.processes is not None:
         raise ValueError(
-            "explore looks inside one process's run, wanted a pipe that is loaded without parallel="
-        )
-    page = require_page(output)
-    if pipe.processes is not None:
-        raise ValueError(
             "explore looks inside one process's run, but processes share this pipeline's: load it "
             "without parallel"
         )
-    requests = _requests(pipe, picture, prompt, edit_arguments, second)
-    for request in requests:
-        _check(pipe, request)
+    page = require_page(output)
+    requests = [Request(picture, prompt, edit_arguments)]
+    _check(pipe, requests[0])
+    if second is not None:
+        requests.append(_second(pipe, requests[0], second))
+        _check(pipe, requests[1])
     inside = [_context(pipe, request) for request in requests]
     looked = [_looked(pipe, *one, MAPS // len(requests)) for one in zip(requests, inside, strict=True)]
     with replacing_file(page) as temporary:
@@ -130,28 +128,18 @@ def require_page(output: str | os.PathLike[str]) -> Path:
     return page
 
 
-def _requests(
-    pipe: QwenImageEdit,
-    picture: Pictures | None,
-    prompt: str,
-    options: dict[str, Any],
-    second: Mapping[str, Any] | None,
-) -> list[Request]:
-    first = Request(picture, prompt, options)
-    _require_one(first)
-    if second is None:
-        return [first]
+def _second(pipe: QwenImageEdit, first: Request, second: Mapping[str, Any]) -> Request:
+    """The other run: the first one, which is checked, with what `second` changes."""
     if not isinstance(second, Mapping):
         raise ValueError(f"second is {type(second).__name__}, wanted a dict of what the other run changes")
     other = dict(second)
     own = {name: other.pop(name) for name in _SECOND if name in other}
-    twin = replace(first, **own, options={**options, **other})
-    if (function := twin.intervention) is not None and not callable(function):
+    made = replace(first, **own, options={**first.options, **other})
+    if (function := made.intervention) is not None and not callable(function):
         raise ValueError(f"intervention is {type(function).__name__}, wanted a function of the pipe")
-    _require_one(twin)
     if "generator" not in other:
-        twin = replace(twin, noise=_copied(options.get("generator"), pipe.device))
-    return [first, twin]
+        made = replace(made, noise=_copied(first.options.get("generator"), pipe.device))
+    return made
 
 
 def _require_one(request: Request) -> None:
@@ -186,6 +174,7 @@ def _clone(generator: Generator) -> Generator:
 
 def _check(pipe: QwenImageEdit, request: Request) -> None:
     """Raise what a run would raise before any network runs. Its warnings come with the run itself."""
+    _require_one(request)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenedit.checks import require_numbers
 from qwenedit.inputs.processor import check_prompt
 from qwenedit.inputs.tokenizer import token_ids
-from qwenedit.instruments.attention_maps import token_groups
-from qwenedit.instruments.records import Key, Records, Wanted, key_of, require_numbers
+from qwenedit.instruments.groups import in_group, token_groups
+from qwenedit.instruments.records import Key, Records, Wanted, key_of
 from qwenedit.system import System
 from qwenedit.taps import Site, TapFunction
 
@@ -182,7 +183,7 @@ class _Swap:
         """One row's map (H J J), with the columns `of_b` from the columns `of_a` of the other."""
         layout = site.labels["layout"]
         groups = token_groups(layout)
-        chosen = [tokens for name, tokens in groups.items() if f"{name} ".startswith(f"{self.queries} ")]
+        chosen = [tokens for name, tokens in groups.items() if in_group(name, self.queries)]
         if not chosen:
             raise ValueError(f"tap {site.full} has {', '.join(groups)}, but queries is {self.queries!r}")
         image = max(tokens.stop for tokens in groups.values()) - layout.text

@@ -224,11 +224,13 @@ class Weights:
         Raises:
             ValueError: it is of other weights. Nothing has changed then.
         """
-        for what, own in (("masters", self.masters), ("average", self.average or {})):
+        parts = {"masters": self.masters, "average": self.average or {}}
+        for what, own in parts.items():
             got, wanted = ({name: tuple(x.shape) for name, x in one.items()} for one in (state[what], own))
             if got != wanted:
                 other = sorted(name for name in {*got, *wanted} if got.get(name) != wanted.get(name))
                 raise ValueError(f"the saved state is of other weights: {', '.join(map(shown, other[:4]))}")
+        for what, own in parts.items():
             for name, x in own.items():
                 x.copy_(state[what][name])
         for name, x in self.masters.items():
@@ -367,8 +369,10 @@ class Run:
 
     def _cut_log(self, last: int) -> None:
         log = self.folder / "log.jsonl"
-        lines = read_lines(log, lambda line: {"step": int(line["step"]), **line}, "line of a log")
-        if any(line["step"] > last for line in lines):
+        lines = read_lines(log, lambda line: {**line, "step": int(line["step"])}, "line of a log")
+        if (
+            log.exists()
+        ):  # also without the line that a kill or a full disk cut off: the next one would join it
             write_lines(log, [line for line in lines if line["step"] <= last])
 
     def _saved(self) -> dict[str, Any] | None:

@@ -206,10 +206,10 @@ def _require_trainable(plan: Spec, pipe: QwenImageEdit, *, given: bool) -> None:
         )
     elif pipe.folder is None:
         raise ValueError("the pipeline was not made by load, so all its weights cannot be saved")
-    elif os.path.lexists(model := plan.output / "model"):
+    elif there := [one for one in (plan.output / "model", plan.output / "model_ema") if os.path.lexists(one)]:
         before = read_json(plan.output / "spec.json", optional=True).get("settings", {}).get("steps")
         if before != plan.options.steps:
-            raise ValueError(f"{shown(model)} is there already: move it away, or take another output")
+            raise ValueError(f"{shown(there[0])} is there already: move it away, or take another output")
     if given:
         require_staying(pipe.mmdit, list(pipe.mmdit.parameters()), "training changes weights")
     if pipe.dtype == torch.float16:

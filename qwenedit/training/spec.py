@@ -221,6 +221,8 @@ def _spec(raw: Mapping[str, Any], base: Path) -> Spec:
     for name, value in (("data", data), ("output", output), ("steps", steps), ("rate", rate)):
         if value is None:
             raise ValueError(f"there is no {name}, wanted one: qwenedit train --help shows a spec")
+    if cache is not None and os.path.realpath(base / cache) == os.path.realpath(base / output):
+        raise ValueError(f"cache is {shown(cache)}, the output folder, wanted another one, or one inside it")
     if model is not None and os.path.isdir(base / model):
         model = str(base / model)
     return Spec(

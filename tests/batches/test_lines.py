@@ -117,6 +117,8 @@ def test_empty_lines_do_not_count_and_a_last_line_needs_no_break(tmp_path):
         ({"prompt": "x", "name": "../x"}, "wanted the name of a file inside its folder"),
         ({"prompt": "x", "name": "/x"}, "wanted the name of a file inside its folder"),
         ({"prompt": "x", "name": 7}, "name is 7, wanted a text"),
+        ({"prompt": "x", "name": "a/.qwenedit-b"}, "wanted one that is not that of a temporary file"),
+        ({"prompt": "x", "name": "a", "copies": {"A.png": "a.png"}}, "'a.png' is that of line 2, wanted"),
         ({"prompt": "x", "copies": {"../y": "a.png"}}, "wanted the name of a file inside its folder"),
         ({"prompt": "x", "copies": ["a.png"]}, "copies is ['a.png'], wanted an object"),
         ({"prompt": "x", "switches": {"guidance.nrom": "none"}}, "did you mean guidance.norm"),

@@ -380,6 +380,7 @@ def test_tokens_that_an_intervention_adds_have_no_map(edit, picture, tmp_path):
     ({"second": {"mask_image": Image.new("L", (64, 64))}}, "mask is black|changes nothing"),
     ({"second": {"switches": qwenedit.Switches(guidance=qwenedit.Guidance(steps=(0, 9)))}}, "there are 2"),
     ({"second": {"intervention": lambda pipe: None}}, "wanted a context manager"),
+    ({"generator": 5, "second": {}}, "a generator is int"),
 ])  # fmt: skip
 def test_bad_input(edit, picture, tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
@@ -409,7 +410,7 @@ def test_layered_is_refused(picture, tmp_path):
 
 def test_a_run_that_processes_share_is_refused(edit, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(edit, "processes", object())
-    with pytest.raises(ValueError, match="loaded without parallel="):
+    with pytest.raises(ValueError, match="load it without parallel"):
         qwenedit.explore(edit, picture, PROMPT, tmp_path / "a.html")
 
 

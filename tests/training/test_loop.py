@@ -121,6 +121,16 @@ def test_later_lines_of_the_log_come_again(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_line_of_the_log_that_was_cut_off_spoils_no_other(tmp_path):
+    """As a full disk leaves it, behind the lines that the saved state has."""
+    train(tmp_path, network(), Options(steps=3, report_every=1))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    train(tmp_path, network(), Options(steps=6, report_every=1))
+    train(tmp_path, network(), Options(steps=8, report_every=1))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_the_callers_random_numbers_go_on(tmp_path):
     torch.manual_seed(5)
     wanted = torch.rand(3)
@@ -208,6 +218,11 @@ def test_states_of_other_weights_and_broken_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"other weights: 0\.bias, 0\.weight"):
         Run(tmp_path, other, Options(steps=1), adamw(1e-2))
     assert not other["0.weight"].any()
+    net = network()
+    net[0].weight.data.zero_()
+    with pytest.raises(ValueError, match="other weights"):  # it has no average
+        train(tmp_path, net, Options(steps=1, ema=0.9))
+    assert not net[0].weight.any()
     with pytest.raises(ValueError, match="no weights to train"):
         Run(tmp_path, {}, Options(steps=1), adamw(1e-2))
     state = tmp_path / "state.pt"

@@ -97,6 +97,7 @@ def test_what_has_no_default(name):
         ({"rate": 0}, r"rate is 0\.0, wanted a number above 0"),
         ({"rate": "1e-3"}, "rate is '1e-3', wanted a finite number"),
         ({"batch": 0}, "batch is 0"),
+        ({"cache": "a/../run"}, r"cache is a/\.\./run, the output folder, wanted another one"),
         ({"ema": 1}, r"ema is 1\.0, wanted a number in"),
         ({"caption_dropout": -0.1}, "caption_dropout"),
         ({"checkpointing": "yes"}, "checkpointing is 'yes', wanted true or false"),
