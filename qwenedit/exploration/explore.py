@@ -89,10 +89,6 @@ def explore(
             checkpoint that makes layers; a pipe whose runs several processes share.
     """
     require_flat(pipe.variant)
-    if pipe.processes is not None:
-        raise ValueError(
-            "explore looks inside one process's run, wanted a pipe that is loaded without parallel="
-        )
     page = require_page(output)
     if pipe.processes is not None:
         raise ValueError(
