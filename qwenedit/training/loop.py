@@ -373,7 +373,7 @@ class Run:
 
     def _saved(self) -> dict[str, Any] | None:
         """The saved state, if there is one."""
-        if any(self.folder.glob("state-*")):
+        if any(self.folder.glob("state-[0-9]*")):
             raise ValueError(
                 f"{shown(self.folder)} has a state of several processes: go on with torchrun, or give "
                 "another output"
