@@ -17,8 +17,9 @@ from PIL import Image
 import qwenedit
 from benchmarks.frame import wait, watched
 from benchmarks.report import table
-from qwenedit.memory.plan import NetworkSize, network_sizes, plan
+from qwenedit.memory.plan import plan
 from qwenedit.memory.residency import Modes
+from qwenedit.memory.sizes import NetworkSize, network_sizes
 from qwenedit.weights.loading import compare_networks
 
 BLOCKS = {"transformer": 12, "language": 8, "vision": 8}

@@ -33,7 +33,7 @@ from qwenedit.inputs.controls import AnyControlNet
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import require_flat
 from qwenedit.lora import Loras
-from qwenedit.parallel.processes import meet
+from qwenedit.parallel.processes import meet, own_device
 from qwenedit.parallel.runs import in_one_run
 from qwenedit.parts import Parts, Pictures
 from qwenedit.reference_call import LOAD_OPTIONS
@@ -403,13 +403,13 @@ def load(
         ValueError: bad arguments, no such checkpoint, one of another family, or files that do not fit; with
             `compile`, no C++ compiler, or weights that do not stay in memory; another number of processes.
     """
-    device = device_of(device)
+    device = device_of(device) if parallel is None else own_device(device)
     dtype = dtype_of(dtype, device)
     modes = modes_of(compile=compile, residency=residency, modulation=modulation, storage=storage)
     if compile:
         require_compiler()
     files, sources = other_files(mmdit=mmdit, vae=vae, text_encoder=text_encoder), sources_of(controlnet)
-    processes, device = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
+    processes = meet(parallel, device, compile=compile, split_weights=split_weights, modes=modes)
     splitting = None
     if processes is not None and (split_weights or processes.spec.tensor > 1):
         from qwenedit.parallel.split import split  # not in every torch

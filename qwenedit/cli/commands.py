@@ -30,6 +30,7 @@ from qwenedit.inputs.pictures import open_picture
 from qwenedit.inputs.rows import rows_of
 from qwenedit.layered import layer_rows, require_flat
 from qwenedit.networks.mmdit import MMDiT
+from qwenedit.parallel.processes import own_device
 from qwenedit.parallel.spec import checked_spec, fitting_spec, processes_started, spec_of
 from qwenedit.pipeline import QwenImageEdit, load
 from qwenedit.sampling.compiling import require_compiler
@@ -281,7 +282,7 @@ def _switches(options: argparse.Namespace) -> Switches:
 
 def _folder(options: argparse.Namespace) -> Path:
     """The checkpoint's folder, downloaded if need be, once the options of loading are checked."""
-    dtype_of(options.dtype, device_of(options.device))
+    dtype_of(options.dtype, (device_of if options.parallel is None else own_device)(options.device))
     modes, split_weights = modes_of(**_modes(options)), options.split_weights
     count = processes_started()
     if options.parallel is None and count > 1 and "TORCHELASTIC_RUN_ID" in os.environ:

@@ -9,7 +9,6 @@ accelerators to the storages of a run without data (benchmarks/fake_device.py).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from qwenedit.foreign import read_json, shown
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
 from qwenedit.memory.machine import device_free, gib, host_free, planned
-from qwenedit.memory.residency import BLOCK_LISTS, MODULATION_LAYERS, MODULATIONS, RESIDENCIES, Modes
+from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, Modes
 from qwenedit.memory.sharing import Spec, in_words, own_computed, own_parts
+from qwenedit.memory.sizes import NetworkSize, itemsize, network_sizes
 from qwenedit.networks.controlnet import ControlNet
 from qwenedit.networks.mmdit import MMDiTConfig
 from qwenedit.networks.vae import VAEConfig
@@ -47,11 +47,11 @@ from qwenedit.weights.controlnets import (
 )
 from qwenedit.weights.formats import Stored
 from qwenedit.weights.hub import HubError
-from qwenedit.weights.loading import compare_networks, dtype_beside, require_fitting, run_dtype
+from qwenedit.weights.loading import compare_networks, require_fitting
 from qwenedit.weights.report import Compared
 
 __all__ = [
-    "LIBRARIES", "SPARE", "STAGES", "Plan", "activations", "choose", "network_sizes", "plan", "run_tokens",
+    "LIBRARIES", "SPARE", "STAGES", "Plan", "activations", "choose", "plan", "run_tokens",
 ]  # fmt: skip
 
 STAGES = ("text encoding", "VAE encode", "sampling", "VAE decode")
@@ -61,7 +61,6 @@ _SMALL = 1 << 30  # bytes of weights up to which "auto" is "resident"
 _PROMPT = 100  # tokens of a prompt
 _TEMPLATE = 70  # tokens of the template around it
 _STEPS = 50
-_BLOCK = re.compile("(" + "|".join(path for paths in BLOCK_LISTS.values() for path in paths) + r")\.\d+\.")
 # By place (on the CPU?) and dtype (of 16 bits?): widths a token in sampling, base widths a pixel in the VAE.
 _COMPUTED = {
     (True, False): (20, 2.8, 5.8),
@@ -74,42 +73,6 @@ _MODES = (
     *(Modes(residency, modulation) for residency in RESIDENCIES[1:] for modulation in MODULATIONS),
     *(Modes(residency, storage="float8") for residency in ("resident", "stage")),
 )
-
-
-@dataclass
-class BlockSize:
-    """Bytes of a block's weights, and of its adaLN layers among them."""
-
-    all: int = 0
-    modulation: int = 0
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """Bytes of a network's weights: of its blocks, in the run's dtype and in 8 bits; and of the rest."""
-
-    blocks: dict[str, BlockSize]
-    float8: dict[str, BlockSize]
-    rest: int
-
-    @property
-    def all(self) -> int:
-        return sum(block.all for block in self.blocks.values()) + self.rest
-
-    def in_memory(self, mode: Modes, *, runs: bool = True) -> int:
-        """Bytes in memory while the network runs, or waits in memory for its turn.
-
-        With "stream" that is, while it runs, two blocks, the running one and the next; with "float8" all
-        blocks in 8 bits and, while it runs, two widened ones.
-        """
-        gone = mode.modulation == "precomputed"
-        whole, shrunk = (
-            sorted(block.all - block.modulation * gone for block in blocks.values())
-            for blocks in (self.blocks, self.float8)
-        )
-        if mode.storage == "float8":
-            return sum(shrunk) + sum(whole[-2:]) * runs + self.rest
-        return (sum(whole[-2:]) * runs if mode.residency == "stream" else sum(whole)) + self.rest
 
 
 @dataclass(frozen=True)
@@ -233,7 +196,7 @@ def plan(
     modes: Sequence[Modes] = _MODES
     if parallel is not None:
         parallel.require_heads(network_config(folder, "transformer").num_attention_heads)
-        widths = _COMPUTED[on_cpu, _itemsize(wanted) == 2][0]
+        widths = _COMPUTED[on_cpu, itemsize(wanted) == 2][0]
         computed = own_computed(computed, sizes, widths, parallel, split_weights=split_weights)
         sizes = network_sizes(own_parts(found, parallel, split_weights=split_weights), wanted)
         modes = modes[:1] if split_weights or parallel.tensor > 1 else modes
@@ -330,39 +293,6 @@ def _peaks(
     return peaks
 
 
-def network_sizes(
-    found: Mapping[str, Mapping[str, Stored]], dtype: torch.dtype | None
-) -> dict[str, NetworkSize]:
-    """Sizes of networks whose stored weights are `found`, in the dtype that `load` would run them in."""
-    sizes = {}
-    for component, stored in found.items():
-        beside = component.startswith("controlnet")
-        own = dtype_beside(found["transformer"], dtype) if beside else run_dtype(stored.values(), dtype)
-        sizes[component] = _network_size(stored, own, precomputed=component == "transformer")
-    return sizes
-
-
-def _network_size(
-    found: Mapping[str, Stored], dtype: torch.dtype | None, *, precomputed: bool
-) -> NetworkSize:
-    """The size in a dtype; `precomputed`: whether its adaLN layers can be."""
-    blocks: dict[str, BlockSize] = {}
-    float8: dict[str, BlockSize] = {}
-    rest = 0
-    for name, stored in found.items():
-        values = math.prod(stored.shape)
-        size = stored.bytes if dtype is None else values * dtype.itemsize
-        if (match := _BLOCK.match(name)) is None:
-            rest += size
-            continue
-        small = values if len(stored.shape) > 1 else size  # norms and biases are not rounded
-        for form, takes in ((blocks, size), (float8, small)):
-            block = form.setdefault(match.group(), BlockSize())
-            block.all += takes
-            block.modulation += takes * (precomputed and name[match.end() :].startswith(MODULATION_LAYERS))
-    return NetworkSize(blocks, float8, rest)
-
-
 def _table(folder: Path, dtype: torch.dtype | None, steps: int) -> int:
     """Bytes of the blocks' precomputed modulation at all timesteps.
 
@@ -371,11 +301,7 @@ def _table(folder: Path, dtype: torch.dtype | None, steps: int) -> int:
     """
     config: MMDiTConfig = network_config(folder, "transformer")
     streams = 2 + int(config.zero_cond_t)
-    return steps * config.num_layers * streams * (6 + 2) * config.width * _itemsize(dtype)
-
-
-def _itemsize(dtype: torch.dtype | None) -> int:
-    return 2 if dtype is None else dtype.itemsize
+    return steps * config.num_layers * streams * (6 + 2) * config.width * itemsize(dtype)
 
 
 def activations(
@@ -404,7 +330,7 @@ def activations(
     in encoder and decoder. Accelerators have other kernels: sampling 15, encoder 3, decoder 4, and in half
     dtypes 18.5, 7 and 8.
     """
-    size, half = _itemsize(dtype), _itemsize(dtype) == 2
+    size, half = itemsize(dtype), itemsize(dtype) == 2
     a_token, encoded_pixel, decoded_pixel = _COMPUTED[on_cpu, half]
     text: VisionLanguageConfig = network_config(folder, "text_encoder")
     transformer: MMDiTConfig = network_config(folder, "transformer")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from qwenedit.memory.residency import BLOCK_LISTS, Modes
+from qwenedit.memory.sizes import NetworkSize
 from qwenedit.weights.formats import Stored
 
 __all__ = ["SPLIT_LAYERS", "SPLIT_NETWORKS", "Spec", "in_words", "own_computed", "own_parts"]
@@ -69,17 +70,13 @@ def _part(stored: Stored, dim: int, count: int) -> Stored:
     return replace(stored, shape=tuple(shape), bytes=size)
 
 
-class Size(Protocol):
-    """Bytes of a network's weights: `plan.NetworkSize`."""
-
-    @property
-    def rest(self) -> int: ...
-
-    def in_memory(self, mode: Modes) -> int: ...
-
-
 def own_computed(
-    computed: Mapping[str, int], sizes: Mapping[str, Size], widths: float, spec: Spec, *, split_weights: bool
+    computed: Mapping[str, int],
+    sizes: Mapping[str, NetworkSize],
+    widths: float,
+    spec: Spec,
+    *,
+    split_weights: bool,
 ) -> dict[str, int]:
     """Bytes that one process needs besides its weights, by stage, in place of the whole run's `computed`.
 

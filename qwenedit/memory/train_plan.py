@@ -28,7 +28,8 @@ from qwenedit.checks import dtype_of, whole_number
 from qwenedit.foreign import shown
 from qwenedit.inputs import geometry
 from qwenedit.memory.machine import gib, planned
-from qwenedit.memory.plan import LIBRARIES, SPARE, activations, network_sizes, run_tokens
+from qwenedit.memory.plan import LIBRARIES, SPARE, activations, run_tokens
+from qwenedit.memory.sizes import network_sizes
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.weights.checkpoints import (
     COMPONENTS,

@@ -28,7 +28,7 @@ def described(value: Any) -> Any:
     if isinstance(value, str):
         return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}... ({_hash(value.encode())})"
     if isinstance(value, Image.Image):
-        return f"picture {value.mode} {value.size} {_hash(value.tobytes())}"
+        return f"picture {value.mode} {value.size} {_hash(value.tobytes() + bytes(value.getpalette() or ()))}"
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous()
         data = ctypes.string_at(flat.data_ptr(), flat.nbytes)

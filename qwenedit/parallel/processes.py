@@ -24,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from qwenedit.checks import device_of
 from qwenedit.foreign import shown
 from qwenedit.memory.residency import Modes
 from qwenedit.parallel.spec import AXES, ParallelSpec, checked_spec
 
 __all__ = [
     "PATIENCE", "ProcessLost", "Processes", "ProcessesDiffer", "begin", "join", "leave", "meet", "own_device",
+    "shared_store",
 ]  # fmt: skip
 
 PATIENCE = 600.0  # seconds that a process waits for another, which may be loading weights
@@ -50,11 +52,10 @@ class ProcessLost(ConnectionError):
 
 def meet(
     parallel: str | None, device: torch.device, *, compile: bool, split_weights: bool, modes: Modes
-) -> tuple[Processes | None, torch.device]:
-    """Meet the other processes of a spec, like "cfg=2"; None without one. With this process's own device.
+) -> Processes | None:
+    """Meet the other processes of a spec, like "cfg=2"; None without one. `device` is this process's own.
 
-    Of several GPUs of a machine, a process has the one with its own number. A process group that the caller
-    has started is used as it is.
+    A process group that the caller has started is used as it is.
 
     Raises:
         ValueError: as `checked_spec`; or a device that is neither the CPU nor CUDA's.
@@ -62,18 +63,30 @@ def meet(
     """
     spec = checked_spec(parallel, compile=compile, split_weights=split_weights, modes=modes)
     if spec is None:
-        return None, device
+        return None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"parallel '{spec}' on the device {device}, wanted cpu or cuda")
-    device = own_device(device)
-    return join(spec, device), device
+    return join(spec, device)
 
 
-def own_device(device: torch.device) -> torch.device:
-    """This process's own device: of several GPUs of a machine, the one with its number."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
+def own_device(device: torch.device | str | None) -> torch.device:
+    """`device_of`, but of several GPUs of a machine the one with this process's number.
+
+    No other GPU is touched: a process would keep some hundred megabytes on each that it has used.
+
+    Raises:
+        ValueError: as `device_of`; or this process's number is none of its GPUs'.
+    """
+    count = torch.cuda.device_count()
+    if count and (device is None or str(device) == "cuda"):
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number >= count:
+            raise ValueError(
+                f"LOCAL_RANK is {number}, and this process sees {count} GPU{'s' * (count > 1)}: wanted no "
+                'more processes on this machine, or device="cuda:0" if each of them sees a GPU of its own'
+            )
+        device = f"cuda:{number}"
+    return device_of(device)
 
 
 def join(spec: ParallelSpec, device: torch.device) -> Processes:
@@ -87,15 +100,15 @@ def join(spec: ParallelSpec, device: torch.device) -> Processes:
 
 
 def begin(device: torch.device, count: int) -> None:
-    """Start torch's process group of all processes, unless the caller has.
+    """Start torch's process group of all processes, unless the caller has. A GPU becomes torch's current one.
 
     Raises:
         ProcessLost: another process did not come.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # fully_shard takes the current one
     if dist.is_initialized():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
@@ -162,11 +175,12 @@ class Processes:
             ProcessesDiffer: it is not equal; the message names the process and the first such name.
             ProcessLost: a process failed before, or did not come.
         """
-        if not dist.is_initialized():
-            raise ProcessLost(f"process {self.rank} left the others when a run failed: start again")
+        self._require_group()
         Processes.agreed += 1
         mine = {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
-        self._tell("run", json.dumps({"about": mine, "state": self._state() if draws else None}))
+        self._tell(
+            "run", json.dumps({"about": mine, "state": self._state() if draws and not self.rank else None})
+        )
         told = [json.loads(self._hear("run", other)) for other in range(self.count)]
         first = told[0]["about"]
         for name, (other, one) in itertools.product(first, enumerate(told)):
@@ -178,6 +192,10 @@ class Processes:
                 )
         if draws:
             self._set_state(told[0]["state"])
+
+    def _require_group(self) -> None:
+        if not dist.is_initialized():
+            raise ProcessLost(f"process {self.rank} left the others when a run failed: start again")
 
     def _state(self) -> list[list[int]]:
         """The states of torch's own generators, of the CPU and of this process's GPU."""
@@ -221,7 +239,8 @@ class Processes:
         except (GeneratorExit, ProcessLost, ProcessesDiffer):
             raise
         except BaseException as error:
-            with suppress(RuntimeError):  # the store may be gone with the process that held it
+            # The store may be gone with the process that held it, or since this process left the others.
+            with suppress(RuntimeError, ValueError):
                 if self.agreed == before:
                     Processes.agreed += 1
                     self._tell("failed", _in_a_line(error))
@@ -235,7 +254,7 @@ class Processes:
         """Leave the others, unless all of them fail in this run, as with NaN: then nothing is on its way."""
         self._tell("stopped", _in_a_line(error))
         keys, until = [self._key("stopped", other) for other in range(self.count)], time.monotonic() + 2
-        while not _store().check(keys):
+        while not shared_store().check(keys):
             if time.monotonic() > until:
                 self._leave(error)
                 return
@@ -247,7 +266,7 @@ class Processes:
         On GPUs an exchange does not notice: there torchrun ends all processes when one has ended.
         """
         with suppress(RuntimeError):  # the store may be gone with the process that held it
-            _store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
+            shared_store().set(f"qwenedit/lost/{self.rank}", _in_a_line(error))
         if self.device.type == "cpu":
             leave()
 
@@ -256,8 +275,9 @@ class Processes:
         """Around an exchange along an axis, or of all; an error of it says who waited for whom.
 
         Raises:
-            ProcessLost: the exchange failed.
+            ProcessLost: the exchange failed, or this process has left the others.
         """
+        self._require_group()
         try:
             yield
         except (RuntimeError, ValueError) as error:
@@ -285,10 +305,10 @@ class Processes:
         return f"qwenedit/{kind}/{self.agreed}/{process}"
 
     def _tell(self, kind: str, text: str) -> None:
-        _store().set(self._key(kind, self.rank), text)
+        shared_store().set(self._key(kind, self.rank), text)
 
     def _hear(self, kind: str, process: int) -> str:
-        store, key, until = _store(), self._key(kind, process), time.monotonic() + PATIENCE
+        store, key, until = shared_store(), self._key(kind, process), time.monotonic() + PATIENCE
         while not store.check([key]):
             if (failed := self._failure(process)) is not None:
                 raise ProcessLost(f"process {process} failed before the run: {failed}")
@@ -303,14 +323,15 @@ class Processes:
     def _failure(self, process: int) -> str | None:
         """What a process said when it failed: before this run, or in any run, which is for good."""
         with suppress(RuntimeError):
-            store = _store()
+            store = shared_store()
             for key in (self._key("failed", process), f"qwenedit/lost/{process}"):
                 if store.check([key]):
                     return store.get(key).decode()
         return None
 
 
-def _store() -> dist.Store:
+def shared_store() -> dist.Store:
+    """The store of torch's process group, whoever has started the group. torch has no public name for it."""
     from torch.distributed.distributed_c10d import _get_default_store  # not in every torch
 
     return _get_default_store()

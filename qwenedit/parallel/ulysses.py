@@ -52,25 +52,24 @@ def share_out(network: nn.Module, processes: Processes) -> None:
     if spec.ulysses * tensor == 1 or getattr(network, "shards", None) is not None:
         return
 
-    shares = Shares(processes, tensor)
+    shares, both = Shares(processes, tensor), {"S": IMG, "T": (TXT,)}
 
-    def put(module: Tapped, heads: int = 0, *, even: str = "", **streams: Sequence[str]) -> None:
-        of_letters = {letter.replace("any", "*"): names for letter, names in streams.items()}
-        module.shards = OwnShards(shares, of_letters, even if tensor > 1 else "", heads)
+    def put(module: Tapped, streams: Mapping[str, Sequence[str]], heads: int = 0, even: str = "") -> None:
+        module.shards = OwnShards(shares, streams, even if tensor > 1 else "", heads)
 
     for module in network.modules():
         if isinstance(module, (MMDiT, ControlNet)):
-            put(module, any=(TARGET,))  # their other taps see what is not shared
+            put(module, {"*": (TARGET,)})  # their other taps see what is not shared
         elif isinstance(module, BlockwiseControlNet):
-            put(module)
+            put(module, {})
         elif isinstance(module, ControlBlock):
-            put(module, S=(TARGET,))
+            put(module, {"S": (TARGET,)})
         elif isinstance(module, Block):
-            put(module, S=IMG, T=(TXT,))
-            put(module.img_mlp, even="E", any=IMG)
-            put(module.txt_mlp, even="E", any=(TXT,))
+            put(module, both)
+            put(module.img_mlp, {"*": IMG}, even="E")
+            put(module.txt_mlp, {"*": (TXT,)}, even="E")
         elif isinstance(module, JointAttention):
-            put(module, module.heads // (spec.ulysses * tensor), even="H", S=IMG, T=(TXT,))
+            put(module, both, module.heads // (spec.ulysses * tensor), even="H")
 
 
 @dataclass(eq=False)

@@ -291,8 +291,9 @@ class Run:
         ) as self.bar:
             for step in range(self.step, steps):
                 self.step = step + 1
-                with _seeded(seed * 1_000_003 + step, self.device):
-                    yield step, Generator().manual_seed(seed * 1_000_003 + step)
+                own = seed * 1_000_003 + step
+                with _seeded(own + 2**40, self.device):  # or dropout would draw what the generator draws
+                    yield step, Generator().manual_seed(own)
                 self.bar.update()
                 if self.save_due(saved):
                     self.save()
@@ -377,7 +378,7 @@ class Run:
 
     def _saved(self) -> dict[str, Any] | None:
         """The saved state, if there is one."""
-        if any(self.folder.glob("state-*")):
+        if any(self.folder.glob("state-[0-9]*")):
             raise ValueError(
                 f"{shown(self.folder)} has a state of several processes: go on with torchrun, or give "
                 "another output"

@@ -24,13 +24,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
 
 from qwenedit.assembly import assemble
-from qwenedit.checks import device_of, dtype_of
+from qwenedit.checks import dtype_of
 from qwenedit.foreign import read_json, shown
 from qwenedit.memory.residency import Modes
-from qwenedit.parallel.processes import ProcessLost, begin, own_device
+from qwenedit.parallel.processes import ProcessLost, begin, own_device, shared_store
 from qwenedit.parallel.spec import processes_started
 from qwenedit.parallel.split import require_plain, split_weights
 from qwenedit.pipeline import QwenImageEdit
@@ -59,7 +58,7 @@ class Together:
     turns = 0  # of the first process alone, in all of this process's trainings
 
     def __init__(self, device: torch.device | str | None) -> None:
-        self.device = own_device(device_of(device))
+        self.device = own_device(device)
         begin(self.device, processes_started())
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0
@@ -89,7 +88,7 @@ class Together:
             ProcessLost: the first process failed.
         """
         Together.turns += 1
-        key, store = f"qwenedit/train/{Together.turns}", _get_default_store()
+        key, store = f"qwenedit/train/{Together.turns}", shared_store()
         if self.first:
             try:
                 yield True

@@ -45,10 +45,13 @@ def own_part(weight: Tensor) -> tuple[slice, ...] | None:
     """The slices of a weight that this process holds, one a dimension; None if it holds the whole."""
     if not is_split_weight(weight):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, starts = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    part = [slice(0, size) for size in weight.shape]
+    (placement,) = weight.placements  # along the mesh's one axis
+    if placement.is_shard():
+        size, count = weight.shape[placement.dim], weight.device_mesh.size()
+        each, own = -(-size // count), weight.device_mesh.get_local_rank()  # as `torch.chunk` does
+        part[placement.dim] = slice(min(size, own * each), min(size, (own + 1) * each))
+    return tuple(part)
 
 
 def part_bytes(weight: Tensor, size: int) -> int:

@@ -63,7 +63,7 @@ def test_every_mode_is_measured():
 
 
 def test_a_streamed_step_copies_every_block_in_both_branches():
-    from qwenedit.memory.plan import BlockSize, NetworkSize
+    from qwenedit.memory.sizes import BlockSize, NetworkSize
 
     size = NetworkSize({"blocks.0.": BlockSize(100, 30), "blocks.1.": BlockSize(100, 30)}, {}, 7)
     assert modes.copies_of(Modes("stream"), size, 50.0) == 2 * 200 / 50

@@ -279,7 +279,7 @@ def test_auto_counts_the_nets(monkeypatch):
 
 
 def test_what_is_planned_is_what_is_loaded():
-    from qwenedit.memory.plan import network_sizes
+    from qwenedit.memory.sizes import network_sizes
     from qwenedit.weights.loading import compare_networks
 
     base = checkpoint("edit")

@@ -13,8 +13,9 @@ from qwenedit.checks import device_of
 from qwenedit.cli import options as cli
 from qwenedit.memory import machine
 from qwenedit.memory.machine import host_free, parse_bytes
-from qwenedit.memory.plan import STAGES, choose, network_sizes, plan
+from qwenedit.memory.plan import STAGES, choose, plan
 from qwenedit.memory.residency import Modes
+from qwenedit.memory.sizes import network_sizes
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.sampling.precomputed import PrecomputedCache
 from qwenedit.taps import taps

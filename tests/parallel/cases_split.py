@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qwenedit
 from qwenedit import mini
-from qwenedit.memory.plan import network_sizes
 from qwenedit.memory.sharing import own_parts
+from qwenedit.memory.sizes import network_sizes
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
 from qwenedit.parallel.spec import spec_of
 from qwenedit.parallel.split import split_heads, split_weights

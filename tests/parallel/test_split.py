@@ -1,7 +1,12 @@
 """Weights that are split over two processes: what each reads, and what runs compute with them."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+from qwenedit.weights.slices import own_part
 from tests.parallel.cases_split import CALLS, DTYPES
 from tests.parallel.processes import run_cases, value
 
@@ -22,6 +27,20 @@ def test_split_heads_give_the_same_numbers_whatever_is_called(outcomes):
     errors = value(outcomes, "every_call_with_split_heads")
     assert len(errors) == len(CALLS)
     assert max(errors.values()) <= FP64 and max(errors.values()) > 0, errors
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 5, 7, 8])
+def test_parts_are_those_of_torch_chunk(size, count):
+    values, taken = torch.arange(size), []
+    for rank in range(count):
+        mesh = SimpleNamespace(size=lambda: count, get_local_rank=lambda rank=rank: rank)
+        rows = SimpleNamespace(shape=(size, 3), placements=(Shard(0),), device_mesh=mesh)
+        part, columns = own_part(rows)
+        assert columns == slice(0, 3)
+        taken.append(values[part].tolist())
+    wanted = [chunk.tolist() for chunk in values.chunk(count)]
+    assert taken == wanted + [[]] * (count - len(wanted))
 
 
 def test_each_process_reads_its_own_part(outcomes):

@@ -4,9 +4,12 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from qwenedit.memory.residency import Modes
-from qwenedit.parallel.processes import meet
+from qwenedit.parallel import processes
+from qwenedit.parallel.digest import described
+from qwenedit.parallel.processes import Processes, ProcessLost, begin, meet, own_device
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
 from tests.parallel.processes import run_cases, value
 from tests.tiny import checkpoint
@@ -77,6 +80,46 @@ def test_other_devices_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="parallel 'cfg=2' on the device mps, wanted cpu or cuda"):
         meet("cfg=2", torch.device("mps"), compile=False, split_weights=False, modes=Modes())
+
+
+def test_a_process_has_the_gpu_with_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(processes, "device_of", torch.device)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for given in (None, "cuda", torch.device("cuda")):
+        assert own_device(given) == torch.device("cuda:1")
+    assert own_device("cuda:0") == torch.device("cuda:0")
+    assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match="LOCAL_RANK is 2, and this process sees 2 GPUs: wanted no more processes"
+    ):
+        own_device("cuda")
+
+
+def test_the_gpu_is_current_in_a_group_of_the_callers(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    begin(torch.device("cuda:1"), 2)
+    assert current == [torch.device("cuda:1")]
+
+
+def test_after_a_lost_run_errors_are_still_the_callers(monkeypatch):
+    monkeypatch.setattr(Processes, "agreed", 0)
+    left = object.__new__(Processes)  # no process group: it has been left
+    left.rank = 0
+    with pytest.raises(ValueError, match="bad height"), left.in_one_run():
+        raise ValueError("bad height")
+    with pytest.raises(ProcessLost, match="process 0 left the others"), left.waiting("ulysses", "heads"):
+        pass
+
+
+def test_pictures_of_other_colours_differ():
+    red, blue = (Image.new("P", (2, 2)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert described(red) == described(red.copy()) != described(blue)
 
 
 def test_compiled_blocks_exchange_nothing():
@@ -212,7 +255,7 @@ def test_copies(outcomes):
         ("two threads", "another thread's run has not ended: processes share one run at a time"),
         ("another's net", "ValueError: a network of this run is shared in another pipeline's way"),
         ("explore", "ValueError: explore looks inside one process's run"),
-        ("batch", "ValueError: batch makes edits in one process, but processes share this pipeline.s"),
+        ("batch", "ValueError: batch makes edits in one process.*load it without parallel"),
         ("no guidance", "ValueError: parallel 'cfg=2' .* has none: wanted a true_cfg_scale above 1"),
         ("a tap in one", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
         ("a tap in one, cfg", r"differ in taps: process 1 has ..blocks.0.img_out.., process 0 \[\];"),
