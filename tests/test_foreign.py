@@ -57,7 +57,7 @@ def test_a_name_inside_of_its_folder_is_kept():
 @pytest.fixture(
     params=["fifo", "device", "folder", "loop", "long", "null", "gone", "inside a file", "socket"]
 )
-def no_file(request, tmp_path):
+def no_file(request, tmp_path, monkeypatch):
     path = tmp_path / "x"
     if request.param == "fifo":
         os.mkfifo(path)
@@ -75,7 +75,7 @@ def no_file(request, tmp_path):
         path.write_text("{}")
         path = path / "config.json"
     elif request.param == "socket":
-        os.chdir(tmp_path)  # a socket's path has a limit of its own
+        monkeypatch.chdir(tmp_path)  # a socket's path has a limit of its own
         with socket.socket(socket.AF_UNIX) as opened:
             opened.bind("x")
     return path
