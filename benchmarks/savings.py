@@ -28,7 +28,7 @@ from qwenedit.files import replacing_file
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
 
 TARGET = 64 * 64  # tokens of 1024 x 1024 pixels
-ROUNDS = 15
+ROUNDS = 5
 
 
 def counted(references: int) -> list[str]:
