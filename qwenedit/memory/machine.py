@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from qwenedit.checks import device_of
 
-__all__ = ["device_free", "gib", "host_free", "parse_bytes", "planned"]
+__all__ = ["device_free", "gib", "host_free", "parse_bytes", "peak_lines", "planned"]
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _CGROUPS = (
@@ -36,6 +37,13 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def peak_lines(stages: Sequence[str], rows: Iterable[tuple[str, Mapping[str, int], str]]) -> Iterator[str]:
+    """The lines of a table of peaks by stage; a row is a name, bytes by stage, and a remark."""
+    yield f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in stages)
+    for name, peaks, mark in rows:
+        yield f"  {name:<32}" + "".join(f"{peaks[stage] / 2**30:15.2f}" for stage in stages) + f"   {mark}"
 
 
 def planned(

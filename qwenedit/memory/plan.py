@@ -20,7 +20,7 @@ from qwenedit.family import LAYERING, Variant
 from qwenedit.foreign import read_json, shown
 from qwenedit.inputs import geometry
 from qwenedit.inputs.processor import QWEN2_5_VL, ImageProcessorConfig
-from qwenedit.memory.machine import device_free, gib, host_free, planned
+from qwenedit.memory.machine import device_free, gib, host_free, peak_lines, planned
 from qwenedit.memory.residency import MODULATIONS, RESIDENCIES, Modes
 from qwenedit.memory.sharing import Spec, in_words, own_computed, own_parts
 from qwenedit.memory.sizes import NetworkSize, itemsize, network_sizes
@@ -105,11 +105,10 @@ class Plan:
         if not self.peaks:
             return f"{self.download}\n  what fits is known from the headers, once the files are here"
         lines = [f"{shown(self.source)}: {self.run}, {self.dtype}, {gib(self.memory)} on the {self.device}"]
-        lines.append(f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in STAGES))
-        for mode, peaks in self.peaks.items():
-            mark = "<- chosen" if mode == self.mode else "fits" if self.fits(mode) else "does not fit"
-            sizes = "".join(f"{peaks[stage] / 2**30:15.2f}" for stage in STAGES)
-            lines.append(f"  {mode!s:<32}{sizes}   {mark}")
+        marks = {mode: "fits" if self.fits(mode) else "does not fit" for mode in self.peaks}
+        if self.mode is not None:
+            marks[self.mode] = "<- chosen"
+        lines += peak_lines(STAGES, [(str(mode), peaks, marks[mode]) for mode, peaks in self.peaks.items()])
         if self.mode is None:
             least = min(max(peaks.values()) for peaks in self.peaks.values())
             lines.append(f"  nothing fits: wanted at least {gib(round(least / SPARE))}; try a smaller size")

@@ -27,7 +27,7 @@ from torch import nn
 from qwenedit.checks import dtype_of, whole_number
 from qwenedit.foreign import shown
 from qwenedit.inputs import geometry
-from qwenedit.memory.machine import gib, planned
+from qwenedit.memory.machine import gib, peak_lines, planned
 from qwenedit.memory.plan import LIBRARIES, SPARE, activations, run_tokens
 from qwenedit.memory.sizes import network_sizes
 from qwenedit.networks.mmdit import MMDiT
@@ -109,13 +109,10 @@ class TrainPlan:
         if not self.peaks:
             return f"{self.download}\n  what fits is known from the headers, once the files are here"
         lines = [f"{shown(self.source)}: {self.run}, {self.dtype}, {gib(self.memory)} on the {self.device}"]
-        lines.append(f"  {'peak in GiB':<32}" + "".join(f"{stage:>15}" for stage in STAGES))
-        for way, peaks in self.peaks.items():
-            mark = "does not fit"
-            if self.fits(way):
-                mark = "<- chosen" if way == self.checkpointing else "fits"
-            sizes = "".join(f"{peaks[stage] / 2**30:15.2f}" for stage in STAGES)
-            lines.append(f"  {_WAYS[way]:<32}{sizes}   {mark}")
+        marks = {way: "fits" if self.fits(way) else "does not fit" for way in self.peaks}
+        if self.checkpointing is not None and self.fits(self.checkpointing):
+            marks[self.checkpointing] = "<- chosen"
+        lines += peak_lines(STAGES, [(_WAYS[way], peaks, marks[way]) for way, peaks in self.peaks.items()])
         if self.checkpointing is None:
             least = min(max(peaks.values()) for peaks in self.peaks.values())
             lines.append(
