@@ -50,8 +50,8 @@ def agree(
     """Require that all processes are about to do the same run. One without a generator draws the same noise.
 
     Raises:
-        ValueError: they are not; cfg=2 without guidance; tensor with a LoRA that is not fused; or a network
-            that another pipeline shares otherwise.
+        ValueError: they are not; networks that were moved to another device; cfg=2 without guidance; tensor
+            with a LoRA that is not fused; or a network that another pipeline shares otherwise.
         ProcessLost: a process failed before, or did not come.
     """
     networks = list(dict.fromkeys(networks))
@@ -64,6 +64,13 @@ def agree(
     if processes is None:
         return
     processes.spec.require_guidance(run.guidance is not None)
+    own = processes.device.type
+    kinds = {x.device.type for network in networks for x in network.parameters()} - {"cpu", "meta", own}
+    if kinds:  # moved by `pipe.to`
+        raise ValueError(
+            f"the networks are on {', '.join(sorted(kinds))}, but the processes exchange tensors on {own}: "
+            f"wanted load(parallel='{processes.spec}', device={min(kinds)!r})"
+        )
     if processes.spec.tensor > 1 and any(isinstance(x, LowRankLinear) for x in networks[0].modules()):
         raise ValueError(
             f"parallel '{processes.spec}' splits layers, and a LoRA is beside them: call fuse_lora or "

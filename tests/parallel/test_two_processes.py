@@ -1,15 +1,18 @@
 """Runs that two processes share, against one process's. cases.py has what the processes do."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwenedit.memory.residency import Modes
 from qwenedit.parallel import processes
 from qwenedit.parallel.digest import described
 from qwenedit.parallel.processes import Processes, ProcessLost, begin, meet, own_device
+from qwenedit.parallel.runs import agree
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
 from tests.parallel.processes import run_cases, value
 from tests.tiny import checkpoint
@@ -25,6 +28,15 @@ def outcomes():
         "three heads": checkpoint("plus", heads=3),
     }
     return run_cases("cases", 2, folders)
+
+
+def test_networks_that_were_moved_are_refused():
+    with FakeTensorMode():
+        network = torch.nn.Module()
+        network.weight = torch.nn.Parameter(torch.empty(2, device="cuda"))
+    processes = SimpleNamespace(device=torch.device("cpu"), spec=spec_of("ulysses=2"))
+    with pytest.raises(ValueError, match=r"on cuda, but .* on cpu: wanted load\(.*device='cuda'\)"):
+        agree(processes, None, SimpleNamespace(guidance=None), [network], None)
 
 
 def test_processes_meet_in_a_mesh(outcomes):
