@@ -27,7 +27,7 @@ from qwenedit.files import replacing_file
 from qwenedit.instruments.activations import Activations
 from qwenedit.instruments.records import Recorder
 from qwenedit.mini.pairs import CELLS
-from qwenedit.mini.scenes import SIDE, draw
+from qwenedit.mini.shapes import SIDE, draw
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.taps import taps
 

@@ -23,7 +23,8 @@ from benchmarks.report import table
 from qwenedit.dialects import DIALECTS, Entry
 from qwenedit.files import replacing_file
 from qwenedit.latents import Layout
-from qwenedit.mini.scenes import DETERMINED, draw
+from qwenedit.mini.scenes import DETERMINED
+from qwenedit.mini.shapes import draw
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.transformer_switches import switched_transformer

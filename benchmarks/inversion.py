@@ -21,7 +21,8 @@ from qwenedit.ablation.charts import Line, chart
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import replacing_file
 from qwenedit.instruments.inversion import invert, picture_latents
-from qwenedit.mini.scenes import DETERMINED, draw
+from qwenedit.mini.scenes import DETERMINED
+from qwenedit.mini.shapes import draw
 from qwenedit.pipeline import QwenImageEdit
 
 STEPS = (5, 10, 20, 40)

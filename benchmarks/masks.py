@@ -24,7 +24,8 @@ from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.instruments.sheet import sheet
 from qwenedit.mini.pairs import CELLS
-from qwenedit.mini.scenes import DETERMINED, SIDE, draw, outcome
+from qwenedit.mini.scenes import DETERMINED, outcome
+from qwenedit.mini.shapes import SIDE, draw
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.switches import Mask, Switches
 

@@ -28,7 +28,8 @@ from qwenedit.ablation.statistics import Estimate, estimate
 from qwenedit.files import replacing_file
 from qwenedit.foreign import read_toml
 from qwenedit.inputs.pictures import vae_pixels
-from qwenedit.mini.scenes import DETERMINED, SIDE, draw
+from qwenedit.mini.scenes import DETERMINED
+from qwenedit.mini.shapes import SIDE, draw
 from qwenedit.pipeline import QwenImageEdit
 
 SPEC = Path(__file__).parents[1] / "examples" / "methods.toml"

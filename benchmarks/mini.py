@@ -30,7 +30,8 @@ from qwenedit.inputs.pictures import to_pil
 from qwenedit.instruments.sheet import sheet
 from qwenedit.mini.oracle import Verdict, judge
 from qwenedit.mini.pairs import random_edit
-from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, SIDE, Request, Scene, draw, instruction
+from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, Request, instruction
+from qwenedit.mini.shapes import SIDE, Scene, draw
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.sampler import Step
 

@@ -22,7 +22,8 @@ from benchmarks.mini import BATCH, SCALE, Case, cases, verdicts_of
 from benchmarks.report import table
 from qwenedit.ablation.metrics import psnr
 from qwenedit.files import replacing_file
-from qwenedit.mini.scenes import DETERMINED, draw
+from qwenedit.mini.scenes import DETERMINED
+from qwenedit.mini.shapes import draw
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.samplers import SAMPLERS
 from qwenedit.switches import Switches

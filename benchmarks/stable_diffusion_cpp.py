@@ -103,8 +103,6 @@ def measured(folder: Path, side: int, threads: int) -> list[list[str]]:
     """One row a side and dtype: the median of rounds in turn, and its ratio to our float32."""
     calls = {f"qwenedit, {dtype}": ours(folder, side, dtype, threads) for dtype in ("float32", "bfloat16")}
     calls |= {f"stable-diffusion.cpp, {kind}": theirs(folder, side, kind, threads) for kind in TYPES}
-    for call in calls.values():
-        call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():

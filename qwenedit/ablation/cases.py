@@ -15,7 +15,8 @@ from PIL import Image
 from qwenedit.checks import whole_number
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.mini.pairs import random_edit
-from qwenedit.mini.scenes import DETERMINED, Request, Scene, draw, instruction
+from qwenedit.mini.scenes import DETERMINED, Request, instruction
+from qwenedit.mini.shapes import Scene, draw
 
 __all__ = ["Case", "cases_of", "close_to", "is_text", "listed", "picture_at", "require", "seeds_of"]
 

@@ -16,7 +16,8 @@ from random import Random
 from typing import Any
 
 from qwenedit.files import write_lines
-from qwenedit.mini.scenes import Request, Scene, draw, instruction, outcome, random_request, scenes, visible
+from qwenedit.mini.scenes import Request, instruction, outcome, random_request, scenes, visible
+from qwenedit.mini.shapes import Scene, draw
 
 __all__ = ["Ask", "Case", "cases", "known", "painted", "row_of", "write_pairs"]
 

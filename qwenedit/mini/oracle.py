@@ -20,20 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 from qwenedit.inputs.pictures import as_picture, vae_pixels
-from qwenedit.mini.scenes import (
+from qwenedit.mini.scenes import Request, outcome, visible
+from qwenedit.mini.shapes import (
     COLOURS,
     KINDS,
     SIDE,
     Background,
-    Request,
     Scene,
     Shape,
     area,
     coverage,
-    outcome,
     paint,
     paint_background,
-    visible,
 )
 
 __all__ = ["Found", "Verdict", "judge", "read_shapes"]

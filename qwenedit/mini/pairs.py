@@ -1,14 +1,14 @@
-"""The last stage's data: edits that are drawn and encoded once, and batches of them.
+"""The last stage's data: edits and descriptions that are drawn and encoded once, and batches of them.
 
-A sliding pool holds the newest edits. Each is used about `REUSE` times, with fresh noise every time. Block n
-of a seed always holds the same edits, and a batch depends only on its generator and the pool, so a run saves
+A sliding pool holds the newest pairs. Each is used about `REUSE` times, with fresh noise every time. Block n
+of a seed always holds the same pairs, and a batch depends only on its generator and the pool, so a run saves
 none of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -18,25 +18,13 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from qwenedit.family import EDIT
+from qwenedit.family import EDIT, TEXT_TO_IMAGE, Template
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.latents import PATCH, normalise, pack
 from qwenedit.mini.build import TOKEN
-from qwenedit.mini.scenes import (
-    ACTIONS,
-    COLOURS,
-    KINDS,
-    PLACES,
-    SIDE,
-    Request,
-    Scene,
-    Shape,
-    instruction,
-    outcome,
-    paint,
-    random_request,
-    scenes,
-)
+from qwenedit.mini.descriptions import prompt, random_description
+from qwenedit.mini.scenes import ACTIONS, PLACES, Request, instruction, outcome, random_request, scenes
+from qwenedit.mini.shapes import COLOURS, KINDS, SIDE, Scene, Shape, paint
 from qwenedit.networks.vae import VAE
 
 __all__ = [
@@ -49,7 +37,7 @@ REUSE = 6  # how often each is used, about
 DRAWS = 2  # noises for each encoded prompt
 SHIFT = 2.5  # of the training's sigmas towards noise
 NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # how often each is dropped
-CHANGED_WEIGHT = 3.0  # of the loss on tokens that a determined edit changes
+CHANGED_WEIGHT, OPEN_WEIGHT = 3.0, 1.5  # of the loss on tokens that a determined or an open edit changes
 CELLS = SIDE // TOKEN  # cells (tokens) per side of a picture
 GREY = 128  # the language model sees a picture of this value when its picture is dropped
 
@@ -60,11 +48,13 @@ SHARES = {
 }  # fmt: skip
 
 
-# Edits ready for training, one per row:
-#   source                   (N, 3, 64, 64) uint8, the picture before
-#   before, after            (N, 16, 64) normalised packed latents of both pictures
-#   ids                      (N, T) tokens of the instruction and of the template's end, padded
+# Pairs ready for training, one per row. All have
+#   after                    (N, 16, 64) normalised packed latents of the right picture
+#   ids                      (N, T) tokens of the prompt and of the template's end, padded
 #   weight                   (N, 16) of the loss on each token
+# and edits also
+#   source                   (N, 3, 64, 64) uint8, the picture before
+#   before                   (N, 16, 64) its latents
 #   contents, referent, changed, about     the labels of `Grounding`
 Pairs = dict[str, Tensor]
 
@@ -124,28 +114,39 @@ def _cells(shape: Shape) -> list[int]:
     return cells
 
 
+# Tokens after the picture, or after the template's head if there is none: prompt and template's end.
+LENGTHS = {EDIT: 14, TEXT_TO_IMAGE: 26}
+
+
 class World:
     """Makes blocks of training pairs; each depends only on the seed and its number."""
-
-    LENGTH = 14  # tokens after the picture: the instruction and the template's end
 
     def __init__(self, tokens: Processor, vae: VAE, seed: int) -> None:
         """`vae` computes in float32 on the CPU."""
         self.processor, self.vae, self.seed = tokens, vae, seed
-        whole = tokens.tokenizer.encode(EDIT.render("", [CELLS**2])).ids
         end = len(tokens.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n").ids)
-        self.head = torch.tensor(whole[:-end])
-        self.no_prompt = torch.tensor(self.suffix(" "))
 
-    def suffix(self, prompt: str) -> list[int]:
-        """The tokens after the picture, padded to `LENGTH`."""
-        text = EDIT.render(prompt, [CELLS**2])
-        ids = self.processor.tokenizer.encode(text).ids[len(self.head) :]
-        assert len(ids) <= self.LENGTH, f"{prompt!r} has too many tokens"
-        return ids + [self.processor.pad_token_id] * (self.LENGTH - len(ids))
+        def head(template: Template) -> Tensor:
+            return torch.tensor(tokens.tokenizer.encode(template.render("", self.cells(template))).ids[:-end])
+
+        self.heads = {template: head(template) for template in LENGTHS}
+        self.no_prompt = {template: torch.tensor(self.suffix(" ", template)) for template in LENGTHS}
+
+    @staticmethod
+    def cells(template: Template) -> list[int]:
+        """The numbers of tokens of the pictures of a prompt."""
+        return [CELLS**2] if template is EDIT else []
+
+    def suffix(self, prompt: str, template: Template = EDIT) -> list[int]:
+        """The tokens after the head, padded to the template's length."""
+        text, length = template.render(prompt, self.cells(template)), LENGTHS[template]
+        ids = self.processor.tokenizer.encode(text).ids[len(self.heads[template]) :]
+        assert len(ids) <= length, f"{prompt!r} has too many tokens"
+        return ids + [self.processor.pad_token_id] * (length - len(ids))
 
     @torch.no_grad()
-    def block(self, number: int) -> Pairs:
+    def edits(self, number: int) -> Pairs:
+        """A block of edits."""
         rng = Random(f"{self.seed} block {number}")
         ids, labels, weights, before, after = [], [], [], [], []
         for _ in range(BLOCK):
@@ -158,11 +159,8 @@ class World:
             change = (before[-1] - after[-1]).abs().amax(dim=0)
             changed = F.max_pool2d(change[None], TOKEN)[0].flatten() > 0.02
             labels[-1]["changed"] = changed.float().tolist()
-            weights.append(torch.ones(CELLS**2) if request.is_open else 1 + changed * (CHANGED_WEIGHT - 1))
-        pictures = torch.stack(before + after).clamp(0, 1)
-        pixels = (pictures * 255).round()
-        raw = self.vae.encode((pixels / 127.5 - 1)[:, :, None]).mode()
-        latents = pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
+            weights.append(1 + changed * ((OPEN_WEIGHT if request.is_open else CHANGED_WEIGHT) - 1))
+        pixels, latents = self.encoded(before + after)
         return {
             "source": pixels[:BLOCK].to(torch.uint8),
             "before": latents[:BLOCK],
@@ -172,6 +170,23 @@ class World:
             **{name: torch.tensor([one[name] for one in labels]) for name in labels[0]},
         }
 
+    @torch.no_grad()
+    def descriptions(self, number: int) -> Pairs:
+        """A block of descriptions and pictures of them."""
+        rng = Random(f"{self.seed} descriptions {number}")
+        made = [random_description(rng) for _ in range(BLOCK)]
+        return {
+            "after": self.encoded([paint(scene) for _, scene in made])[1],
+            "ids": torch.tensor([self.suffix(prompt(rng, one), TEXT_TO_IMAGE) for one, _ in made]),
+            "weight": torch.ones(BLOCK, CELLS**2),
+        }
+
+    def encoded(self, painted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Pictures as they are stored, (N, 3, 64, 64) of 0 to 255, and their latents."""
+        pixels = (torch.stack(painted).clamp(0, 1) * 255).round()
+        raw = self.vae.encode((pixels / 127.5 - 1)[:, :, None]).mode()
+        return pixels, pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -179,7 +194,7 @@ class Batch:
 
     ids: Tensor  # (B, T)
     real: Tensor  # (B, T) bool, False at padding
-    pixel_values: Tensor
+    pixel_values: Tensor | None  # None: descriptions, which have no picture
     pairs: Pairs
     sigma: Tensor  # (DRAWS B,)
     noise: Tensor  # (DRAWS B, 16, 64)
@@ -189,7 +204,7 @@ class Batch:
         return Batch(
             ids=self.ids.to(device),
             real=self.real.to(device),
-            pixel_values=self.pixel_values.to(device),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
             pairs={name: x.to(device) for name, x in self.pairs.items()},
             sigma=self.sigma.to(device),
             noise=self.noise.to(device),
@@ -198,16 +213,17 @@ class Batch:
 
 
 class Pool:
-    """The newest blocks of pairs."""
+    """The newest blocks of edits, or of descriptions."""
 
-    def __init__(self, world: World, blocks: int) -> None:
-        self.world, self.count = world, blocks
+    def __init__(self, world: World, blocks: int, template: Template = EDIT) -> None:
+        self.world, self.count, self.template = world, blocks, template
+        self.make: Callable[[int], Pairs] = world.edits if template is EDIT else world.descriptions
         self.blocks: dict[int, Pairs] = {}
 
     def slide(self, oldest: int) -> None:
         """Hold `count` blocks from `oldest` on; make the new ones, drop the old ones."""
         wanted = range(oldest, oldest + self.count)
-        self.blocks = {n: self.blocks.get(n) or self.world.block(n) for n in wanted}
+        self.blocks = {n: self.blocks.get(n) or self.make(n) for n in wanted}
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         world, tokens = self.world, self.world.processor
@@ -222,17 +238,21 @@ class Pool:
         no_prompt, no_picture = torch.rand((2, size), generator=generator) < torch.tensor(
             [[NO_PROMPT], [NO_PICTURE]]
         )
-        suffix = torch.where(no_prompt[:, None], world.no_prompt, pairs["ids"])
-        source = torch.where(no_picture[:, None, None, None], GREY, pairs["source"]).to(torch.uint8)
-        ids = torch.cat([world.head.expand(size, -1), suffix], dim=1)
+        suffix = torch.where(no_prompt[:, None], world.no_prompt[self.template], pairs["ids"])
+        ids = torch.cat([world.heads[self.template].expand(size, -1), suffix], dim=1)
+        pixel_values = None
+        if self.template is EDIT:
+            source = torch.where(no_picture[:, None, None, None], GREY, pairs["source"]).to(torch.uint8)
+            pixel_values = patches(source, tokens.config)
         return Batch(
             ids=ids,
             real=ids != tokens.pad_token_id,
-            pixel_values=patches(source, tokens.config),
+            pixel_values=pixel_values,
             pairs=pairs,
             sigma=SHIFT * uniform / (1 + (SHIFT - 1) * uniform),
             noise=noise,
-            with_reference=float(torch.rand((), generator=generator)) >= NO_REFERENCE,
+            with_reference=self.template is EDIT
+            and float(torch.rand((), generator=generator)) >= NO_REFERENCE,
         )
 
 

@@ -1,12 +1,14 @@
-"""Train the embedded model: `python -m qwenedit.mini.train vae|tower|edit|export RUN`.
+"""Train the embedded model: `python -m qwenedit.mini.train vae|tower|edit|decoder|export RUN`.
 
     python -m qwenedit.mini.train vae RUN          # the VAE, into RUN/vae
     python -m qwenedit.mini.train tower RUN        # the vision tower learns to see, into RUN/tower
     python -m qwenedit.mini.train edit RUN         # text encoder and transformer, into RUN/edit
+    python -m qwenedit.mini.train decoder RUN      # the VAE's decoder alone goes on, into RUN/decoder
     python -m qwenedit.mini.train export RUN OUT   # the checkpoint folder
 
-A stage that was stopped, even by a kill, resumes where it was. Each stage writes its networks into RUN/model,
-which grows into a whole checkpoint. The same commands with the same options make the same weights on the same
+With --start CHECKPOINT a stage goes on from the weights of that checkpoint in place of random ones. A stage
+that was stopped, even by a kill, resumes where it was. Each stage writes its networks into RUN/model, which
+grows into a whole checkpoint. The same commands with the same options make the same weights on the same
 machine.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from qwenedit.files import replacing_file
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.inputs.tokenizer import load_tokenizer
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
-from qwenedit.mini.train_edit import train_edit
+from qwenedit.mini.train_edit import networks, train_edit
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import train_vae
 from qwenedit.mini.training import Stage
@@ -35,6 +38,7 @@ from qwenedit.weights.loading import load_network
 TOWER = Path("tower") / "tower.safetensors"  # in RUN; the stage tower writes it, the stage edit reads it
 STAGES = {
     "vae": Stage(steps=3800, batch=40, rate=2.5e-3, warmup=200, report_every=100),
+    "decoder": Stage(steps=2000, batch=40, rate=1e-3, warmup=100, report_every=100),
     "tower": Stage(steps=600, batch=256, rate=2e-3, matrix_rate=4e-3),
     "edit": Stage(steps=6000, batch=64, rate=1.5e-3, matrix_rate=3e-3),
 }
@@ -45,11 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("stage", choices=(*STAGES, "export"))
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="export: folder of the checkpoint")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="whose weights to go on from")
+    parser.add_argument("--rate", type=float, help="peak learning rate, as a share of the stage's own")
     parser.add_argument("--steps", type=int, help="number of updates (default: the stage's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", help="of the networks' arithmetic")
     parser.add_argument("--device", help="default: the accelerator if there is one")
-    parser.add_argument("--compile", action="store_true", help="vae, edit; needs a C++ compiler on the CPU")
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler on the CPU")
     options = parser.parse_args(arguments)
     if options.stage == "export" and options.out is None:
         parser.error("export needs OUT")
@@ -68,40 +74,53 @@ def train(arguments: argparse.Namespace) -> None:
     model, device = run / "model", device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
     assert dtype is not None
-    steps = STAGES[stage].steps if arguments.steps is None else arguments.steps
-    options = replace(STAGES[stage], steps=steps, seed=arguments.seed, dtype=dtype, device=device)
+    default, share = STAGES[stage], 1.0 if arguments.rate is None else arguments.rate
+    options = replace(
+        default,
+        steps=default.steps if arguments.steps is None else arguments.steps,
+        rate=share * default.rate,
+        matrix_rate=None if default.matrix_rate is None else share * default.matrix_rate,
+        seed=arguments.seed, dtype=dtype, device=device,
+    )  # fmt: skip
+    start = arguments.start
     write_shared(model)
     tokens = tokens_of(model)
-    if stage == "vae":
-        write_network(model, train_vae(run / stage, options, compiled=arguments.compile))
-    elif stage == "tower":
-        taught = train_tower(run / stage, options, tokens)
+    if stage in ("vae", "decoder"):
+        first = trained_vae(model if stage == "decoder" else start) if start or stage == "decoder" else None
+        only = stage == "decoder"
+        vae = train_vae(run / stage, options, start=first, decoder_only=only, compiled=arguments.compile)
+        write_network(model, vae)
+        return
+    make = partial(networks, start=start)
+    if stage == "tower":
+        taught = train_tower(run / stage, options, tokens, make=make)
         with replacing_file(run / TOWER) as temporary:
             save_file({name: x.cpu() for name, x in taught.items()}, temporary)
-    else:
-        vae = frozen_vae(model)
-        if not (run / TOWER).is_file():
-            raise ValueError(f"{run} has no {TOWER}: run the stage tower first")
+        return
+    vae, tower = trained_vae(model), None
+    if (run / TOWER).is_file():
         tower = load_file(run / TOWER)
-        pipe = train_edit(run / stage, options, tokens, vae, tower=tower, compiled=arguments.compile)
-        assert pipe.vision_language is not None
-        write_network(model, pipe.vision_language)
-        write_network(model, pipe.mmdit)
+    elif start is None:
+        raise ValueError(f"{run} has no {TOWER}: run the stage tower first")
+    pipe = train_edit(run / stage, options, tokens, vae, tower=tower, make=make, compiled=arguments.compile)
+    assert pipe.vision_language is not None
+    write_network(model, pipe.vision_language)
+    write_network(model, pipe.mmdit)
 
 
 def tokens_of(model: Path) -> Processor:
     return Processor(load_tokenizer(model / "tokenizer"), ImageProcessorConfig.from_json(PREPROCESSOR))
 
 
-def frozen_vae(model: Path) -> VAE:
-    """The trained VAE, in float32 on the CPU.
+def trained_vae(folder: Path) -> VAE:
+    """The VAE of a checkpoint folder, in float32 on the CPU.
 
     Raises:
-        ValueError: the first stage has not ended.
+        ValueError: it has none; in RUN/model, the first stage has not ended.
     """
-    if not (model / "vae" / "config.json").is_file():
-        raise ValueError(f"{model} has no vae/: run the stage vae first")
-    vae = load_network(model, "vae", device=torch.device("cpu"), dtype=torch.float32, progress=False)
+    if not (folder / "vae" / "config.json").is_file():
+        raise ValueError(f"{folder} has no vae/: run the stage vae first")
+    vae = load_network(folder, "vae", device=torch.device("cpu"), dtype=torch.float32, progress=False)
     assert isinstance(vae, VAE)
     return vae
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from qwenedit.family import EDIT, VARIANTS
+from qwenedit.family import TEXT_TO_IMAGE, VARIANTS
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import Processor
 from qwenedit.instruments.sheet import sheet
@@ -23,7 +23,8 @@ from qwenedit.latents import Grid
 from qwenedit.mini.build import AREA, SCHEDULER, TOKEN, TRANSFORMER, text_encoder_config
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
-from qwenedit.mini.scenes import ACTIONS, COLOURS, DETERMINED, KINDS, PLACES, draw, instruction
+from qwenedit.mini.scenes import ACTIONS, DETERMINED, PLACES, instruction
+from qwenedit.mini.shapes import COLOURS, KINDS, draw
 from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
@@ -33,10 +34,12 @@ from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.scheduler import FlowMatchScheduler
 from qwenedit.training.loss import freeze_unreached, velocity_error, weighted_mean
 from qwenedit.weights.configs import config_from, vision_language_config
+from qwenedit.weights.loading import load_network
 
 __all__ = ["Grounding", "Student", "networks", "train_edit"]
 
 JUDGE_EVERY = 1000  # steps
+TEXT_ROWS, TEXT_SHARE = 0.375, 0.25  # descriptions in a step, as a share of edits; their share of the loss
 Networks = tuple[VisionLanguage, MMDiT]
 
 
@@ -92,33 +95,44 @@ class Student(nn.Module):
         """The losses of the velocity and of the grounding heads; `drop`: the template's first tokens."""
         pairs, count = batch.pairs, len(batch.ids)
         patch_grid: Grid = (1, 2 * CELLS, 2 * CELLS)
+        grids = None if batch.pixel_values is None else [patch_grid] * count
         # Padding is on the right, where causal attention never looks, so the text encoder needs no mask.
-        txt = self.vision_language(batch.ids, None, batch.pixel_values, [patch_grid] * count)[:, drop:]
+        txt = self.vision_language(batch.ids, None, batch.pixel_values, grids)[:, drop:]
         real = batch.real[:, drop:]
-        last = txt[torch.arange(count), real.sum(dim=1) - 1]
-        grounding = self.grounding(txt[:, 1 : 1 + CELLS**2], last, pairs)
+        grounding = txt.new_zeros(())
+        if batch.pixel_values is not None:
+            last = txt[torch.arange(count), real.sum(dim=1) - 1]
+            grounding = self.grounding(txt[:, 1 : 1 + CELLS**2], last, pairs)
         grid: Grid = (1, CELLS, CELLS)
-        # Detached: no gradient reaches the reference latents or what encoded them.
-        references = pairs["before"].detach().to(txt.dtype).repeat(DRAWS, 1, 1)
+        references = None
+        if batch.with_reference:  # detached: no gradient reaches them or what encoded them
+            references = pairs["before"].detach().to(txt.dtype).repeat(DRAWS, 1, 1)
         error = velocity_error(
             self.mmdit,
             pairs["after"].to(txt.dtype).repeat(DRAWS, 1, 1),
-            references if batch.with_reference else None,
+            references,
             txt.repeat(DRAWS, 1, 1),
             real.repeat(DRAWS, 1),
             batch.sigma,
             batch.noise.to(txt.dtype),
-            (grid, grid) if batch.with_reference else (grid,),
+            (grid,) if references is None else (grid, grid),
         )
         return weighted_mean(error, pairs["weight"].repeat(DRAWS, 1)), grounding
 
 
-def networks(tokens: Processor) -> Networks:
-    """Both networks of the embedded model, initialised for training."""
+def networks(tokens: Processor, start: Path | None = None) -> Networks:
+    """Both networks of the embedded model: initialised for training, or with a checkpoint's weights."""
     ids = tokens.tokenizer.get_vocab(with_added_tokens=True)
     config = vision_language_config(text_encoder_config(ids), "text_encoder")
     vision_language, mmdit = VisionLanguage(config), MMDiT(TRANSFORMER)
-    initialise(vision_language, mmdit)
+    if start is None:
+        initialise(vision_language, mmdit)
+        return vision_language, mmdit
+    for component, network in (("text_encoder", vision_language), ("transformer", mmdit)):
+        trained = load_network(
+            start, component, device=torch.device("cpu"), dtype=torch.float32, progress=False
+        )
+        network.load_state_dict(trained.state_dict())
     return vision_language, mmdit
 
 
@@ -146,18 +160,22 @@ def train_edit(
     if tower is not None:
         student.vision_language.vision.load_state_dict(tower)
     run = begin(folder, {"student": student}, stage)
-    pool = Pool(World(tokens, vae, stage.seed), blocks)
-    drop = tokens.drop_index(EDIT)
+    world = World(tokens, vae, stage.seed)
+    pool, texts = Pool(world, blocks), Pool(world, max(1, blocks // 2), TEXT_TO_IMAGE)
+    rows = max(1, round(stage.batch * TEXT_ROWS))
     if compiled:
         student.mmdit.compile()
         student.vision_language.language.compile()
     for step, generator in run:
         pool.slide(step * stage.batch // (BLOCK * REUSE))
-        batch = pool.batch(stage.batch, generator).to(stage.device)
-        with unfused_attention(student):
-            flow, grounding = student(batch, drop)
-        loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
-        run.add(loss, flow=flow, grounding=grounding)
+        texts.slide(step * rows // (BLOCK * REUSE))
+        for one, size, share in ((pool, stage.batch, 1 - TEXT_SHARE), (texts, rows, TEXT_SHARE)):
+            batch = one.batch(size, generator).to(stage.device)
+            with unfused_attention(student):
+                flow, grounding = student(batch, tokens.drop_index(one.template))
+            loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
+            name = "flow" if one is pool else "from_text"
+            run.add(loss, share, grounding=grounding, **{name: flow / share})
         run.update()
         if run.step % JUDGE_EVERY == 0:
             weights = averaged(run, "student", student)

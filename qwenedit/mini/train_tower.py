@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from qwenedit.inputs.processor import Processor
 from qwenedit.mini.pairs import BLOCK, CELLS, contents, patches
-from qwenedit.mini.scenes import COLOURS, KINDS, paint, scenes
+from qwenedit.mini.scenes import scenes
+from qwenedit.mini.shapes import COLOURS, KINDS, paint
 from qwenedit.mini.train_edit import Networks, networks
 from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
 

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from qwenedit.mini.build import AUTOENCODER
-from qwenedit.mini.scenes import outcome, paint, random_request, scenes
+from qwenedit.mini.scenes import outcome, random_request, scenes
+from qwenedit.mini.shapes import paint
 from qwenedit.mini.training import Stage, averaged, begin
 from qwenedit.networks.vae import VAE, VAEConfig
 from qwenedit.training.loss import freeze_unreached
 
 __all__ = ["initialise", "measured", "pictures", "train_vae"]
 
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 3e-4
 
 
 @torch.no_grad()
@@ -64,12 +65,31 @@ def loss_of(vae: VAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return square + 0.1 * absolute + KL_WEIGHT * kl, square, kl
 
 
-def train_vae(folder: Path, stage: Stage, *, config: VAEConfig = AUTOENCODER, compiled: bool = False) -> VAE:
-    """Train the VAE in `folder`, or resume there; returns the average, its latents' statistics measured."""
+def train_vae(
+    folder: Path,
+    stage: Stage,
+    *,
+    config: VAEConfig = AUTOENCODER,
+    start: VAE | None = None,
+    decoder_only: bool = False,
+    compiled: bool = False,
+) -> VAE:
+    """Train the VAE in `folder`, or resume there; returns the average, its latents' statistics measured.
+
+    Args:
+        start: a VAE of this config whose weights are gone on from.
+        decoder_only: the encoder, and so the latents, stay as they are.
+    """
     torch.manual_seed(stage.seed)
     vae = VAE(config)
-    initialise(vae)
+    if start is None:
+        initialise(vae)
+    else:
+        vae.load_state_dict(start.state_dict())
     freeze_unreached(vae)
+    if decoder_only:
+        for module in (vae.encoder, vae.quant_conv):
+            module.requires_grad_(False)
     vae.to(stage.device)
     run = begin(folder, {"vae": vae}, stage)
     function = torch.compile(loss_of) if compiled else loss_of

@@ -8,7 +8,8 @@ from PIL import Image, ImageChops
 
 from qwenedit import mini
 from qwenedit.ablation.spec import read_spec
-from qwenedit.mini.scenes import DETERMINED, draw, held_out, outcome
+from qwenedit.mini.scenes import DETERMINED, held_out, outcome
+from qwenedit.mini.shapes import draw
 from qwenedit.switches import Switches
 
 ONE = {"pictures": ["mini:0"]}

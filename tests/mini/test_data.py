@@ -11,7 +11,8 @@ import qwenedit
 from qwenedit import TrainingBatch, flow_matching_loss
 from qwenedit.mini.data import cases, known, painted, row_of, write_pairs
 from qwenedit.mini.oracle import judge
-from qwenedit.mini.scenes import ACTIONS, draw, held_out
+from qwenedit.mini.scenes import ACTIONS, held_out
+from qwenedit.mini.shapes import draw
 
 ZAPPED = painted("zap the {}", "black")
 

@@ -11,7 +11,8 @@ import qwenedit
 from benchmarks import mini as benchmark
 from qwenedit.mini import demo
 from qwenedit.mini.oracle import judge
-from qwenedit.mini.scenes import ACTIONS, DETERMINED, EXAMPLE, OPEN, Request, outcome, paint
+from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, Request, outcome
+from qwenedit.mini.shapes import EXAMPLE, paint
 from qwenedit.mini.train_vae import reconstruction_psnr
 
 CASES = benchmark.cases(36, DETERMINED, seed="test")

@@ -13,29 +13,31 @@ from qwenedit import mini
 from qwenedit.mini.oracle import judge, read_shapes
 from qwenedit.mini.scenes import (
     ACTIONS,
-    COLOURS,
     DETERMINED,
-    EXAMPLE,
-    KINDS,
     OPEN,
     PLACES,
+    Request,
+    free,
+    held_out,
+    instruction,
+    outcome,
+    random_request,
+    random_scene,
+    scenes,
+    visible,
+)
+from qwenedit.mini.shapes import (
+    COLOURS,
+    EXAMPLE,
+    KINDS,
     SIDE,
     Background,
-    Request,
     Scene,
     Shape,
     area,
     coverage,
     draw,
-    free,
-    held_out,
-    instruction,
-    outcome,
     paint,
-    random_request,
-    random_scene,
-    scenes,
-    visible,
 )
 
 

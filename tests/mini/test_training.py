@@ -16,7 +16,7 @@ from qwenedit.inputs.processor import picture_patches
 from qwenedit.mini import train, train_edit, train_vae
 from qwenedit.mini.build import text_encoder_config, write_network, write_shared
 from qwenedit.mini.pairs import BLOCK, Pool, World, patches
-from qwenedit.mini.scenes import EXAMPLE, draw
+from qwenedit.mini.shapes import EXAMPLE, draw
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import initialise, measured, pictures
 from qwenedit.mini.training import Stage

@@ -6,7 +6,8 @@ from random import Random
 
 from PIL import Image, ImageOps
 
-from qwenedit.mini.scenes import draw, scenes
+from qwenedit.mini.scenes import scenes
+from qwenedit.mini.shapes import draw
 
 CAPTION = "invert the colours"  # no request of that world
 
