@@ -25,7 +25,7 @@ from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, PLACES, instruction
 from qwenedit.mini.shapes import COLOURS, KINDS, draw
-from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
+from qwenedit.mini.training import Stage, averaged, begin, go_on_from, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
 from qwenedit.networks.vae import VAE
@@ -121,7 +121,11 @@ class Student(nn.Module):
 
 
 def networks(tokens: Processor, start: Path | None = None) -> Networks:
-    """Both networks of the embedded model: initialised for training, or with a checkpoint's weights."""
+    """Both networks of the embedded model: initialised for training, or with a checkpoint's weights.
+
+    Raises:
+        ValueError: the checkpoint has no such networks, or of another size.
+    """
     ids = tokens.tokenizer.get_vocab(with_added_tokens=True)
     config = vision_language_config(text_encoder_config(ids), "text_encoder")
     vision_language, mmdit = VisionLanguage(config), MMDiT(TRANSFORMER)
@@ -132,7 +136,7 @@ def networks(tokens: Processor, start: Path | None = None) -> Networks:
         trained = load_network(
             start, component, device=torch.device("cpu"), dtype=torch.float32, progress=False
         )
-        network.load_state_dict(trained.state_dict())
+        go_on_from(network, trained)
     return vision_language, mmdit
 
 

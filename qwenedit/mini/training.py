@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from qwenedit.taps import taps
 from qwenedit.training.loop import Options, Run, adamw
 
-__all__ = ["Stage", "averaged", "begin", "unfused_attention"]
+__all__ = ["Stage", "averaged", "begin", "go_on_from", "unfused_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,20 @@ def begin(folder: Path, modules: Mapping[str, nn.Module], stage: Stage) -> Run:
 
     options = dataclasses.replace(stage, warmup=min(stage.warmup, stage.steps // 10))
     return Run(folder, live, options, optimisers, masters=masters)
+
+
+def go_on_from(network: nn.Module, trained: nn.Module) -> None:
+    """Give a network the weights of a trained one.
+
+    Raises:
+        ValueError: the trained one has another size. Nothing has changed then.
+    """
+    own, given = network.state_dict(), trained.state_dict()
+    for name in sorted({*own, *given}):
+        want, got = (list(one[name].shape) if name in one else None for one in (own, given))
+        if got != want:
+            raise ValueError(f"the weights to go on from are of another size: {name} is {got}, wanted {want}")
+    network.load_state_dict(given)
 
 
 def averaged(run: Run, prefix: str, module: nn.Module) -> dict[str, Tensor]:
