@@ -1,4 +1,4 @@
-"""The last stage: the text encoder and the transformer learn to edit together, over the frozen VAE.
+"""The stage edit: text encoder and transformer learn together to edit and to draw, over the frozen VAE.
 
 Heads that exist only in training make the text encoder name what lies where and what the instruction changes.
 Without them the networks take far longer to find the shape that a word refers to.
@@ -178,8 +178,8 @@ def train_edit(
             with unfused_attention(student):
                 flow, grounding = student(batch, tokens.drop_index(one.template))
             loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
-            name = "flow" if one is pool else "from_text"
-            run.add(loss, share, grounding=grounding, **{name: flow / share})
+            parts = {"flow": flow, "grounding": grounding} if one is pool else {"from_text": flow}
+            run.add(loss, share, **{name: x / share for name, x in parts.items()})
         run.update()
         if run.step % JUDGE_EVERY == 0:
             weights = averaged(run, "student", student)
