@@ -117,7 +117,7 @@ def test_scenes_are_plain_and_well_formed():
         assert draw(scene).size == (64, 64)
 
 
-@pytest.mark.parametrize("one, other", itertools.permutations(PLACES, 2))
+@pytest.mark.parametrize("one, other", list(itertools.permutations(PLACES, 2)))
 def test_any_two_places_have_room_for_any_two_kinds(one, other):
     """The center and another place are the narrowest."""
     rng = Random(f"{one} {other}")

@@ -189,20 +189,16 @@ def test_every_request_that_is_offered_has_an_outcome():
 
 
 def test_open_additions_take_each_of_the_five_places():
-    alone = Scene(Background("white"), (Shape("circle", "blue", 32.0, 32.0, 6.0),))
-    for request in (Request("add any", kind="star"), Request("add something", colour="red")):
-        drawn = [outcome(Random(seed), alone, request).shapes[-1] for seed in range(60)]
-        free_places = {at for name, at in PLACES.items() if name != "center"}
-        assert {(one.x, one.y) for one in drawn} == free_places
-        assert {one.kind for one in drawn} == ({request.kind} if request.kind else {*KINDS} - {"circle"})
-        assert {one.colour for one in drawn} == (
-            {request.colour} if request.colour else set(visible_colours(alone.background))
-        )
     aside = Scene(Background("white"), (Shape("circle", "blue", 8.0, 8.0, 6.0),))
-    centred = [
-        outcome(Random(seed), aside, Request("add any", kind="square")).shapes[-1] for seed in range(60)
-    ]
-    assert PLACES["center"] in {(one.x, one.y) for one in centred}
+    for request in (Request("add any", kind="star"), Request("add something", colour="red")):
+        drawn = [outcome(Random(seed), aside, request).shapes[-1] for seed in range(60)]
+        assert {(one.x, one.y) for one in drawn} == set(PLACES.values())
+        kinds = {request.kind} if request.kind else {*KINDS} - {"circle"}
+        colours = {request.colour} if request.colour else set(visible_colours(aside.background))
+        assert {one.kind for one in drawn} == kinds and {one.colour for one in drawn} == colours
+    below = Scene(Background("white"), (Shape("circle", "blue", 32.0, 46.0, 6.0),))
+    drawn = [outcome(Random(seed), below, Request("add any", kind="star")).shapes[-1] for seed in range(30)]
+    assert {(one.x, one.y) for one in drawn} == {PLACES[name] for name in ("left", "right", "top")}
 
 
 def test_nothing_is_added_where_there_is_no_room():
