@@ -130,7 +130,7 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 def test_the_second_stage_learns(tmp_path, model):
     edit_run(tmp_path, model, steps=60)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.75, [line["flow"] for line in lines]
+    assert lines[0]["flow"] > 1.8 and lines[-1]["flow"] < 1.7, [line["flow"] for line in lines]
     assert lines[0]["grounding"] > 4.5 and lines[-1]["grounding"] < 4.1, [line["grounding"] for line in lines]
     texts = [line["from_text"] for line in lines]
     assert texts[0] > 1.9 and texts[-1] < 1.75, texts
@@ -177,9 +177,10 @@ def test_the_decoder_goes_on_alone(tmp_path, model):
 def test_a_vae_that_goes_on_is_measured_anew(tmp_path, model):
     start = train.trained_vae(model)
     vae = train_vae.train_vae(tmp_path, VAE_STAGE, config=SMALL_VAE, start=start)
+    assert not torch.equal(vae.encoder.conv_in.weight, start.encoder.conv_in.weight)
+    latents = vae.encode(pictures("statistics", 512)[:, :, None]).mode()
+    assert vae.config.latents_std == pytest.approx(latents.std(dim=(0, 2, 3, 4)).tolist(), abs=1e-3)
     assert vae.config.latents_std != start.config.latents_std
-    near = [abs(a - b) for a, b in zip(vae.config.latents_std, start.config.latents_std, strict=True)]
-    assert max(near) < 0.5 and not torch.equal(vae.encoder.conv_in.weight, start.encoder.conv_in.weight)
 
 
 def test_weights_of_another_size_are_refused(tmp_path, model):
