@@ -58,7 +58,7 @@ from qwenedit.pipeline import QwenImageEdit
 
 RENDERERS = {"own": OWN, "other": OTHER}
 NAMES = {"own": "the project's own renderer", "other": "another renderer, which training never saw"}
-SHOWN = 24  # edits of each sheet
+SHOWN = {"edits": 16, "from_text": 8, "masked": 6}  # cases of each sheet
 NOISES = 4  # of each prompt that is shown
 HEADING = 20  # pixels, its height
 
@@ -237,17 +237,19 @@ def captioned(prompt: str, verdicts: Sequence[Verdict]) -> str:
     return prompt + (" (fails)" if len(verdicts) == 1 else f" ({failed} of {len(verdicts)} fail)")
 
 
-def edits_sheet(done: Edits, count: int) -> Image.Image:
+def edits_sheet(done: Edits) -> Image.Image:
     """The given pictures, the masks if there are any, and the results."""
     between: list[list[Image.Image]] = [[] for _ in done.todo]
+    count, across = SHOWN["edits"], 4
     if isinstance(done, Masked):
         between = [[mask] for mask in done.masks]
+        count, across = SHOWN["masked"], 3
     columns = zip(done.todo, done.verdicts, between, to_pil(done.pictures), strict=True)
     rows = [
         (captioned(case.prompt, [verdict]), [case.picture, *mask, picture])
         for case, verdict, mask, picture in columns
     ]
-    return sheet(rows[:count], scale=2, columns=3 if isinstance(done, Masked) else 4)
+    return sheet(rows[:count], scale=2, columns=across)
 
 
 def text_sheet(pipe: QwenImageEdit, todo: list[TextCase]) -> Image.Image:
@@ -324,12 +326,9 @@ def main(arguments: list[str] | None = None) -> None:
         add("ablations", ablations(pipe, edits["own"].todo[: options.ablated]))
     if options.out is not None:
         sheets = {
-            **{f"edits of pictures by {NAMES[key]}": edits_sheet(done, SHOWN) for key, done in edits.items()},
-            "pictures from text": text_sheet(pipe, told[: SHOWN // 2]),
-            **{
-                f"edits within masks of pictures by {NAMES[key]}": edits_sheet(done, SHOWN // 2)
-                for key, done in masked.items()
-            },
+            **{f"edits of pictures by {NAMES[key]}": edits_sheet(done) for key, done in edits.items()},
+            "pictures from text": text_sheet(pipe, told[: SHOWN["from_text"]]),
+            **{f"within masks, pictures by {NAMES[key]}": edits_sheet(done) for key, done in masked.items()},
         }
         write(options.out, "\n\n".join(parts), document, stacked(sheets))
 

@@ -14,12 +14,15 @@ from qwenedit.mini.oracle import judge
 from qwenedit.mini.scenes import DETERMINED, Request
 from qwenedit.mini.shapes import EXAMPLE
 
-# Of the shipped weights: what `python -m benchmarks.mini` measures (docs/mini.md), by the names of mini.json.
+# What `python -m benchmarks.mini` measures of the shipped weights (docs/mini.md), by the names of mini.json.
 SUCCESS = {"own": 0.93, "other": 0.90, "from_text": 0.85, "masked own": 0.90, "masked other": 0.90}
 KEPT = {"own": 34.0, "other": 30.0, "masked own": 34.0, "masked other": 34.0}  # dB
 VAE = {"own": 36.0, "other": 34.0}  # dB
 EDGES = {"own": 0.95, "other": 0.90}  # of pictures through the VAE
-LESS_DECIBELS, LESS_EDGES = 1.0, 0.03  # by which a part of the cases may differ from all
+EDITED_EDGES = {"own": 0.90, "other": 0.90}  # of successful edits
+# How far a part of the cases may lie below all. Single pictures deviate by up to 4 dB and by 0.05: three
+# deviations of the mean of 36 are half of that.
+LESS_DECIBELS, LESS_EDGES = 2.0, 0.03
 
 STEPS = 10  # half of the benchmark's, to be fast; the ablations show no difference from 8 on
 COUNT, MASKED = 36, 24
@@ -79,7 +82,7 @@ def test_the_vae_keeps_pictures_and_their_edges(pipe, name, request):
     result = mini.fidelity(pipe, request.getfixturevalue(name))
     assert result["psnr"] >= VAE[name] - LESS_DECIBELS, result
     assert result["decoded"] >= EDGES[name] - LESS_EDGES, result
-    assert result["edited"] >= EDGES[name] - 2 * LESS_EDGES, result
+    assert result["edited"] >= EDITED_EDGES[name] - LESS_EDGES, result
 
 
 def test_both_paths_of_the_picture_and_the_instruction_matter(pipe, own):
