@@ -96,8 +96,8 @@ def main() -> None:
             "A picture of the embedded model's world back to noise, and from there to a picture again: how\n"
             "far the latents are off. Made by `python -m benchmarks.inversion --out docs`.\n"
             "What is computed: [inversion.py](../qwenedit/instruments/inversion.py).\n\n"
-            "The embedded model was trained on edits: from a prompt alone it makes no pictures. The rows of\n"
-            "the prompt alone measure how well a trajectory is retraced, not how well a text is followed.\n\n"
+            "An instruction to edit describes no picture. The rows of the prompt alone measure how well a\n"
+            "trajectory is retraced, not how well a text is followed.\n\n"
             "![errors over steps](inversion.svg)\n\n"
         )
         for name, content in (

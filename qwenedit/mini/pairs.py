@@ -115,7 +115,7 @@ def _cells(shape: Shape) -> list[int]:
 
 
 # Tokens after the picture, or after the template's head if there is none: prompt and template's end.
-LENGTHS = {EDIT: 14, TEXT_TO_IMAGE: 26}
+LENGTHS = {EDIT: 14, TEXT_TO_IMAGE: 24}
 
 
 class World:

@@ -6,10 +6,10 @@
     python -m qwenedit.mini.train decoder RUN      # the VAE's decoder alone goes on, into RUN/decoder
     python -m qwenedit.mini.train export RUN OUT   # the checkpoint folder
 
-With --start CHECKPOINT a stage goes on from the weights of that checkpoint in place of random ones. A stage
-that was stopped, even by a kill, resumes where it was. Each stage writes its networks into RUN/model, which
-grows into a whole checkpoint. The same commands with the same options make the same weights on the same
-machine.
+With --start CHECKPOINT a stage goes on from the weights of that checkpoint in place of random ones, or of
+RUN/model's in the stage decoder. A stage that was stopped, even by a kill, resumes where it was. Each stage
+writes its networks into RUN/model, which grows into a whole checkpoint. The same commands with the same
+options make the same weights on the same machine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenedit.checks import device_of, dtype_of
+from qwenedit.checks import device_of, dtype_of, real_number
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.inputs.tokenizer import load_tokenizer
 from qwenedit.mini.build import PREPROCESSOR, write_network, write_shared
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="export: folder of the checkpoint")
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="whose weights to go on from")
-    parser.add_argument("--rate", type=float, help="peak learning rate, as a share of the stage's own")
+    parser.add_argument("--rate", type=float, default=1.0, help="peak learning rate, times the stage's own")
     parser.add_argument("--steps", type=int, help="number of updates (default: the stage's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", help="of the networks' arithmetic")
@@ -69,12 +70,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Run one stage, or the rest of it."""
-    run, stage = arguments.run, arguments.stage
+    """Run one stage, or the rest of it.
+
+    Raises:
+        ValueError: an option without meaning; no checkpoint to start from; an earlier stage has not ended.
+    """
+    run, stage, start = arguments.run, arguments.stage, arguments.start
     model, device = run / "model", device_of(arguments.device)
     dtype = dtype_of(arguments.dtype, device)
     assert dtype is not None
-    default, share = STAGES[stage], 1.0 if arguments.rate is None else arguments.rate
+    default, share = STAGES[stage], real_number("--rate", arguments.rate)
+    if share <= 0:
+        raise ValueError(f"--rate is {share}, wanted a number above 0")
+    for component in ("vae",) if stage in ("vae", "decoder") else ("text_encoder", "transformer"):
+        if start is not None and not (start / component / "config.json").is_file():
+            raise ValueError(f"--start {shown(start)} has no {component}/, wanted the folder of a checkpoint")
     options = replace(
         default,
         steps=default.steps if arguments.steps is None else arguments.steps,
@@ -82,12 +92,11 @@ def train(arguments: argparse.Namespace) -> None:
         matrix_rate=None if default.matrix_rate is None else share * default.matrix_rate,
         seed=arguments.seed, dtype=dtype, device=device,
     )  # fmt: skip
-    start = arguments.start
     write_shared(model)
     tokens = tokens_of(model)
     if stage in ("vae", "decoder"):
-        first = trained_vae(model if stage == "decoder" else start) if start or stage == "decoder" else None
         only = stage == "decoder"
+        first = trained_vae(start or model) if start or only else None
         vae = train_vae(run / stage, options, start=first, decoder_only=only, compiled=arguments.compile)
         write_network(model, vae)
         return

@@ -1,4 +1,4 @@
-"""The last stage: the text encoder and the transformer learn to edit together, over the frozen VAE.
+"""The stage edit: text encoder and transformer learn together to edit and to draw, over the frozen VAE.
 
 Heads that exist only in training make the text encoder name what lies where and what the instruction changes.
 Without them the networks take far longer to find the shape that a word refers to.
@@ -25,7 +25,7 @@ from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, PLACES, instruction
 from qwenedit.mini.shapes import COLOURS, KINDS, draw
-from qwenedit.mini.training import Stage, averaged, begin, unfused_attention
+from qwenedit.mini.training import Stage, averaged, begin, go_on_from, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
 from qwenedit.networks.vae import VAE
@@ -121,7 +121,11 @@ class Student(nn.Module):
 
 
 def networks(tokens: Processor, start: Path | None = None) -> Networks:
-    """Both networks of the embedded model: initialised for training, or with a checkpoint's weights."""
+    """Both networks of the embedded model: initialised for training, or with a checkpoint's weights.
+
+    Raises:
+        ValueError: the checkpoint has no such networks, or of another size.
+    """
     ids = tokens.tokenizer.get_vocab(with_added_tokens=True)
     config = vision_language_config(text_encoder_config(ids), "text_encoder")
     vision_language, mmdit = VisionLanguage(config), MMDiT(TRANSFORMER)
@@ -132,7 +136,7 @@ def networks(tokens: Processor, start: Path | None = None) -> Networks:
         trained = load_network(
             start, component, device=torch.device("cpu"), dtype=torch.float32, progress=False
         )
-        network.load_state_dict(trained.state_dict())
+        go_on_from(network, trained)
     return vision_language, mmdit
 
 
@@ -174,8 +178,8 @@ def train_edit(
             with unfused_attention(student):
                 flow, grounding = student(batch, tokens.drop_index(one.template))
             loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
-            name = "flow" if one is pool else "from_text"
-            run.add(loss, share, grounding=grounding, **{name: flow / share})
+            parts = {"flow": flow, "grounding": grounding} if one is pool else {"from_text": flow}
+            run.add(loss, share, **{name: x / share for name, x in parts.items()})
         run.update()
         if run.step % JUDGE_EVERY == 0:
             weights = averaged(run, "student", student)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, random_request, scenes
 from qwenedit.mini.shapes import paint
-from qwenedit.mini.training import Stage, averaged, begin
+from qwenedit.mini.training import Stage, averaged, begin, go_on_from
 from qwenedit.networks.vae import VAE, VAEConfig
 from qwenedit.training.loss import freeze_unreached
 
@@ -78,14 +78,19 @@ def train_vae(
 
     Args:
         start: a VAE of this config whose weights are gone on from.
-        decoder_only: the encoder, and so the latents, stay as they are.
+        decoder_only: the encoder of `start` stays as it is, and so do the latents and their statistics.
+
+    Raises:
+        ValueError: `start` has another size.
     """
     torch.manual_seed(stage.seed)
     vae = VAE(config)
     if start is None:
         initialise(vae)
     else:
-        vae.load_state_dict(start.state_dict())
+        go_on_from(vae, start)
+        own = start.config
+        config = dataclasses.replace(config, latents_mean=own.latents_mean, latents_std=own.latents_std)
     freeze_unreached(vae)
     if decoder_only:
         for module in (vae.encoder, vae.quant_conv):
@@ -102,7 +107,8 @@ def train_vae(
         run.update()
         if run.due(10 * stage.report_every):
             run.log(held_out_psnr=reconstruction_psnr(stored(config, averaged(run, "vae", vae))))
-    return measured(stored(config, averaged(run, "vae", vae)))
+    result = stored(config, averaged(run, "vae", vae))
+    return result if decoder_only else measured(result)
 
 
 def stored(config: VAEConfig, weights: dict[str, Tensor]) -> VAE:

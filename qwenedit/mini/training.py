@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from qwenedit.taps import taps
 from qwenedit.training.loop import Options, Run, adamw
 
-__all__ = ["Stage", "averaged", "begin", "unfused_attention"]
+__all__ = ["Stage", "averaged", "begin", "go_on_from", "unfused_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,20 @@ def begin(folder: Path, modules: Mapping[str, nn.Module], stage: Stage) -> Run:
     return Run(folder, live, options, optimisers, masters=masters)
 
 
+def go_on_from(network: nn.Module, trained: nn.Module) -> None:
+    """Give a network the weights of a trained one.
+
+    Raises:
+        ValueError: the trained one has another size. Nothing has changed then.
+    """
+    own, given = network.state_dict(), trained.state_dict()
+    for name in sorted({*own, *given}):
+        want, got = (list(one[name].shape) if name in one else None for one in (own, given))
+        if got != want:
+            raise ValueError(f"the weights to go on from are of another size: {name} is {got}, wanted {want}")
+    network.load_state_dict(given)
+
+
 def averaged(run: Run, prefix: str, module: nn.Module) -> dict[str, Tensor]:
     """The average of a module's weights as a state_dict in float32 on the CPU; frozen weights as they are."""
     average = run.weights.average
@@ -88,6 +102,6 @@ def averaged(run: Run, prefix: str, module: nn.Module) -> dict[str, Tensor]:
 def unfused_attention(module: nn.Module) -> AbstractContextManager[object]:
     """Attention as plain matrix products and softmax, which is faster than the fused kernel at this size.
 
-    It is what a tap on its probabilities asks for.
+    It is what a tap on its probabilities asks for. Without a picture the vision tower's do not fire.
     """
-    return taps(module, {"*.probs": lambda _x, _site: None}, eager=False)
+    return taps(module, {"*.probs": lambda _x, _site: None}, eager=False, strict=False)

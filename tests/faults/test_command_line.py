@@ -488,4 +488,4 @@ def test_d_the_pages_say_what_the_reference_is():
     assert "slow image processor" in readme and "pipe.to(torch.bfloat16)" in readme
     for told in ("Qwen2VLImageProcessorFast", "`inv_freq`", "first layer's rank"):
         assert told in limits
-    assert "from a prompt alone it makes no pictures" in inversion
+    assert "not how well a text is followed" in inversion

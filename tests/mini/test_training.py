@@ -1,6 +1,7 @@
 """The embedded model's training, at an even smaller size: it learns, and a killed run loses nothing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 import qwenedit
+from qwenedit import mini
 from qwenedit.family import EDIT
-from qwenedit.inputs.processor import picture_patches
 from qwenedit.mini import train, train_edit, train_vae
 from qwenedit.mini.build import text_encoder_config, write_network, write_shared
-from qwenedit.mini.pairs import BLOCK, Pool, World, patches
+from qwenedit.mini.pairs import DRAWS, Pool, World
 from qwenedit.mini.shapes import EXAMPLE, draw
 from qwenedit.mini.train_tower import train_tower
 from qwenedit.mini.train_vae import initialise, measured, pictures
@@ -64,9 +65,15 @@ def vae_run(folder, **options):
     return train_vae.train_vae(folder, replace(VAE_STAGE, **options), config=SMALL_VAE)
 
 
+def decoder_run(folder, model, **options):
+    start = train.trained_vae(model)
+    stage = replace(VAE_STAGE, **options)
+    return train_vae.train_vae(folder, stage, config=SMALL_VAE, start=start, decoder_only=True)
+
+
 def edit_run(folder, model, tower=None, **options):
     return train_edit.train_edit(
-        folder, replace(EDIT_STAGE, **options), train.tokens_of(model), train.frozen_vae(model),
+        folder, replace(EDIT_STAGE, **options), train.tokens_of(model), train.trained_vae(model),
         tower=tower, make=small_networks, blocks=2,
     )  # fmt: skip
 
@@ -123,18 +130,73 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 def test_the_second_stage_learns(tmp_path, model):
     edit_run(tmp_path, model, steps=60)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    assert lines[0]["flow"] > 1.9 and lines[-1]["flow"] < 1.75, [line["flow"] for line in lines]
+    assert lines[0]["flow"] > 1.8 and lines[-1]["flow"] < 1.7, [line["flow"] for line in lines]
     assert lines[0]["grounding"] > 4.5 and lines[-1]["grounding"] < 4.1, [line["grounding"] for line in lines]
+    texts = [line["from_text"] for line in lines]
+    assert texts[0] > 1.9 and texts[-1] < 1.75, texts
 
 
-@pytest.mark.parametrize("stage", ["vae", "edit"])
+def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
+    """Three for eight edits, without pictures, behind their own template, with a quarter of the loss."""
+    seen = []
+
+    class Student(train_edit.Student):
+        def forward(self, batch, drop):
+            pictures = batch.pixel_values is not None
+            seen.append((len(batch.ids), len(batch.sigma), pictures, batch.with_reference and pictures, drop))
+            return super().forward(batch, drop)
+
+    monkeypatch.setattr(train_edit, "Student", Student)
+    monkeypatch.setattr(train_edit, "held_out_success", None)  # not before step 1000
+    edit_run(tmp_path, model, steps=4, report_every=1)
+    assert len(seen) == 8 and {one[:3] + one[4:] for one in seen[::2]} == {(8, 8 * DRAWS, True, 64)}
+    assert set(seen[1::2]) == {(3, 3 * DRAWS, False, False, 34)}
+    for line in log(tmp_path):
+        grounding = (0.5 if line["step"] <= 2 else 0.2) * line["grounding"]
+        whole = 0.75 * (line["flow"] + grounding) + 0.25 * line["from_text"]
+        assert line["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_decoder_goes_on_alone(tmp_path, model):
+    """Latents stay as they are to the bit, and so do the statistics that a transformer was trained with."""
+    start = train.trained_vae(model)
+    vae = decoder_run(tmp_path, model, steps=40, batch=8)
+    assert vae.config == start.config and vae.config.latents_std != SMALL_VAE.latents_std
+    encoder = [one for one in state(start) if one.startswith(("0.encoder.", "0.quant_conv."))]
+    before, after = state(start), state(vae)
+    assert len(encoder) > 20 and all(torch.equal(before[name], after[name]) for name in encoder)
+    learned = [name for name in before if name not in encoder and not torch.equal(before[name], after[name])]
+    assert any("decoder" in name for name in learned) and any("post_quant" in name for name in learned)
+    x = pictures("others", 16)[:, :, None]
+    latents = start.encode(x).mode()
+    assert torch.equal(latents, vae.encode(x).mode())
+    was, now = ((one.decode(latents) - x).square().mean() for one in (start, vae))
+    assert now < 0.9 * was, (was, now)
+
+
+def test_a_vae_that_goes_on_is_measured_anew(tmp_path, model):
+    start = train.trained_vae(model)
+    vae = train_vae.train_vae(tmp_path, VAE_STAGE, config=SMALL_VAE, start=start)
+    assert not torch.equal(vae.encoder.conv_in.weight, start.encoder.conv_in.weight)
+    latents = vae.encode(pictures("statistics", 512)[:, :, None]).mode()
+    assert vae.config.latents_std == pytest.approx(latents.std(dim=(0, 2, 3, 4)).tolist(), abs=1e-3)
+    assert vae.config.latents_std != start.config.latents_std
+
+
+def test_weights_of_another_size_are_refused(tmp_path, model):
+    with pytest.raises(ValueError, match=r"of another size: decoder\.\S+ is \[.*\], wanted \["):
+        train_vae.train_vae(tmp_path / "run", VAE_STAGE, start=train.trained_vae(model))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["vae", "decoder", "edit"])
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path, model, stage):
     """kill -9 while it saves, then again from the same folder: equal to a run that nothing happened to.
 
     The run kills itself, so that neither its speed nor the test's decides where.
     """
     folder, whole = tmp_path / "killed", tmp_path / "whole"
-    given = f"Path({str(folder)!r}), " + (f"Path({str(model)!r}), " if stage == "edit" else "")
+    given = f"Path({str(folder)!r}), " + (f"Path({str(model)!r}), " if stage != "vae" else "")
     code = f"""
 import os, signal, torch
 torch.set_num_threads({torch.get_num_threads()})
@@ -153,12 +215,13 @@ torch.save = killed
     steps = torch.load(folder / "state.pt")["step"]
     assert steps == 5 and len(list(folder.glob(".*"))) == 1  # of step 6, which did not take its place
 
-    if stage == "vae":
-        run = [vae_run(one) for one in (folder, whole)]
-        assert_equal(*(state(vae) for vae in run))
-    else:
+    if stage == "edit":  # of edits and of descriptions
         run = [edit_run(one, model) for one in (folder, whole)]
         assert_equal(*(state(pipe.vision_language, pipe.mmdit) for pipe in run))
+    else:
+        run = [vae_run(one) if stage == "vae" else decoder_run(one, model) for one in (folder, whole)]
+        assert_equal(*(state(vae) for vae in run))
+        assert run[0].config == run[1].config
     logs = [[{**line, "seconds": 0} for line in log(one)] for one in (folder, whole)]
     assert logs[0] == logs[1] and logs[0]
 
@@ -183,11 +246,99 @@ def test_all_stages_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "export needs OUT" in refused("export", run)
     train.main(["tower", run, *one_step])
     train.main(["edit", run, *one_step])
+    first = train.trained_vae(tmp_path / "run" / "model")
+    train.main(["decoder", run, *one_step])
     train.main(["export", run, str(tmp_path / "out")])
+    last = train.trained_vae(tmp_path / "out")
+    assert first.config == last.config
+    assert_equal(first.encoder.state_dict(), last.encoder.state_dict())
+    assert not torch.equal(first.decoder.conv_out.weight, last.decoder.conv_out.weight)
     pipe = qwenedit.load(tmp_path / "out", device="cpu", progress=False)
     assert pipe.edit(draw(EXAMPLE), "make the circle red", num_inference_steps=1).images[0].size == (64, 64)
     assert sum(x.stat().st_size for x in (tmp_path / "out").rglob("*") if x.is_file()) <= 15e6
     assert not (tmp_path / "early").exists()
+
+
+class Begun(Exception):
+    """A stage is about to train these modules."""
+
+
+def begun(monkeypatch, *arguments):
+    """The weights with which a stage begins, and how it trains."""
+
+    def begin(_folder, modules, stage):
+        raise Begun({name: one.state_dict() for name, one in modules.items()}, stage)
+
+    for name in ("train_vae", "train_tower", "train_edit"):
+        monkeypatch.setattr(sys.modules[f"qwenedit.mini.{name}"], "begin", begin)
+    with pytest.raises(Begun) as found:
+        train.main([*arguments, "--device", "cpu"])
+    return found.value.args
+
+
+@pytest.mark.parametrize("stage", ["vae", "decoder", "tower", "edit"])
+def test_a_stage_goes_on_from_a_checkpoint(tmp_path, monkeypatch, stage):
+    """Its weights at step 0 are the checkpoint's, to the bit; --rate scales both learning rates."""
+    run, start = str(tmp_path / "run"), str(mini.CHECKPOINT)
+    shutil.copytree(mini.CHECKPOINT / "vae", tmp_path / "run" / "model" / "vae")
+    modules, options = begun(monkeypatch, stage, run, "--start", start, "--rate", "0.25")
+    pipe = qwenedit.load(device="cpu", dtype=torch.float32, progress=False)
+    if stage in ("vae", "decoder"):
+        assert_equal(modules["vae"], pipe.vae.state_dict())
+    elif stage == "tower":
+        assert_equal(modules["tower"], pipe.vision_language.vision.state_dict())
+    else:
+        got = {name: x for name, x in modules["student"].items() if not name.startswith("grounding.")}
+        wanted = {f"vision_language.{k}": x for k, x in pipe.vision_language.state_dict().items()}
+        assert_equal(got, wanted | {f"mmdit.{k}": x for k, x in pipe.mmdit.state_dict().items()})
+    default = train.STAGES[stage]
+    assert options.rate == 0.25 * default.rate
+    assert default.matrix_rate is None or options.matrix_rate == 0.25 * default.matrix_rate
+
+
+def test_without_a_checkpoint_a_stage_begins_at_random(tmp_path, monkeypatch):
+    modules, options = begun(monkeypatch, "vae", str(tmp_path))
+    assert options.rate == train.STAGES["vae"].rate
+    own = qwenedit.load(device="cpu", dtype=torch.float32, progress=False).vae.encoder.conv_in.weight
+    assert not torch.equal(modules["vae"]["encoder.conv_in.weight"], own)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("edit", "--start", "nowhere"), "--start nowhere has no text_encoder/, wanted the folder of a ch"),
+        (("tower", "--start", "nowhere"), "--start nowhere has no text_encoder/"),
+        (("vae", "--start", "nowhere"), "--start nowhere has no vae/"),
+        (("decoder", "--start", "nowhere"), "--start nowhere has no vae/"),
+        (("decoder",), "run the stage vae first"),
+        (("vae", "--rate", "0"), "--rate is 0.0, wanted a number above 0"),
+        (("vae", "--rate", "-1"), "--rate is -1.0, wanted a number above 0"),
+        (("vae", "--rate", "nan"), "--rate is nan, wanted a finite number"),
+        (("vae", "--rate", "fast"), "invalid float value"),
+        (("vae", "--steps", "0"), "steps is 0"),
+    ],
+)
+def test_a_stage_that_cannot_begin_says_why(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        train.main([arguments[0], "run", *arguments[1:], "--device", "cpu"])
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
+    assert message in line
+    assert not any(path.is_file() for path in (tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path, model, capsys):
+    """Also one whose files are broken: nothing is trained."""
+    broken = tmp_path / "broken"
+    shutil.copytree(mini.CHECKPOINT, broken)
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    run = tmp_path / "run"
+    shutil.copytree(mini.CHECKPOINT / "vae", run / "model" / "vae")
+    for stage, start in (("vae", model), ("edit", broken)):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([stage, str(run), "--start", str(start), "--device", "cpu"])
+        assert sum("error:" in one for one in capsys.readouterr().err.splitlines()) == 1
+        assert not (run / stage).exists()
 
 
 def test_the_initialised_vae_takes_a_video_for_pictures_in_a_row():
@@ -204,7 +355,7 @@ def test_the_initialised_vae_takes_a_video_for_pictures_in_a_row():
 def test_no_gradient_reaches_the_reference_latents(model):
     """They are detached, not ignored."""
     tokens = train.tokens_of(model)
-    pool = Pool(World(tokens, train.frozen_vae(model), 0), 1)
+    pool = Pool(World(tokens, train.trained_vae(model), 0), 1)
     pool.slide(0)
     torch.manual_seed(0)
     student = train_edit.Student(*small_networks(tokens))
@@ -220,31 +371,3 @@ def test_no_gradient_reaches_the_reference_latents(model):
         losses.append(float(flow.detach()))
     assert losses[0] != losses[1]
     assert student.vision_language.embed_tokens.weight.grad.abs().max() > 0
-
-
-def test_batches_are_functions_of_their_seed_and_the_pool(model):
-    tokens, vae = train.tokens_of(model), train.frozen_vae(model)
-    one, other = Pool(World(tokens, vae, 0), 2), Pool(World(tokens, vae, 0), 2)
-    one.slide(0)
-    one.slide(3)
-    other.slide(3)  # came here another way
-    a, b = one.batch(6, seeded(5)), other.batch(6, seeded(5))
-    assert torch.equal(a.ids, b.ids) and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
-    assert all(torch.equal(a.pairs[name], b.pairs[name]) for name in a.pairs)
-    assert not torch.equal(a.ids, one.batch(6, seeded(6)).ids)
-    assert len(one.blocks[3]["ids"]) == BLOCK and sorted(one.blocks) == [3, 4]
-
-
-def test_training_sees_what_the_processor_makes(model):
-    """Tokens and patches of a training batch are those that an edit gets."""
-    tokens = train.tokens_of(model)
-    world = World(tokens, train.frozen_vae(model), 0)
-    picture = draw(EXAMPLE)
-    batch = tokens(["Make the circle red."], [[picture]], EDIT)
-    ids = torch.cat([world.head, torch.tensor(world.suffix("Make the circle red."))])
-    assert ids[: batch.input_ids.shape[1]].tolist() == batch.input_ids[0].tolist()
-    assert set(ids[batch.input_ids.shape[1] :].tolist()) == {tokens.pad_token_id}
-    pixels = (
-        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
-    )
-    assert torch.equal(patches(pixels[None], tokens.config), picture_patches(picture, tokens.config)[0])
