@@ -20,9 +20,9 @@ KEPT = {"own": 34.0, "other": 30.0, "masked own": 34.0, "masked other": 34.0}  #
 VAE = {"own": 36.0, "other": 34.0}  # dB
 EDGES = {"own": 0.95, "other": 0.90}  # of pictures through the VAE
 EDITED_EDGES = {"own": 0.90, "other": 0.90}  # of successful edits
-# How far a part of the cases may lie below all. Single pictures deviate by up to 4 dB and by 0.05: three
-# deviations of the mean of 36 are half of that.
-LESS_DECIBELS, LESS_EDGES = 2.0, 0.03
+# How far a part of the cases may lie below all of them. Single pictures deviate by 5 dB and by a tenth of
+# their edges, and three deviations of the mean of 36 are half of that.
+LESS_DECIBELS, LESS_EDGES = 2.5, 0.05
 
 STEPS = 10  # half of the benchmark's, to be fast; the ablations show no difference from 8 on
 COUNT, MASKED = 36, 24
