@@ -65,7 +65,7 @@ HEADING = 20  # pixels, its height
 
 @dataclass(frozen=True)
 class Edits:
-    """Edits by one renderer with their results: pictures (N, 3, 64, 64) and verdicts."""
+    """Edits of one renderer's pictures, with the results (N, 3, 64, 64) and their verdicts."""
 
     todo: list[Case]
     pictures: Tensor
