@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import qwenedit
 from benchmarks.masks import LOCAL, mask_of
-from benchmarks.mini import Case, cases
+from benchmarks.mini_cases import Case, cases
 from benchmarks.report import table
 from qwenedit.ablation.metrics import pixels
 from qwenedit.files import replacing_file

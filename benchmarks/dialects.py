@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import BATCH, SCALE, STEPS, Case, cases, verdicts_of
+from benchmarks.mini_cases import BATCH, SCALE, STEPS, Case, cases, verdicts_of
 from benchmarks.report import table
 from qwenedit.dialects import DIALECTS, Entry
 from qwenedit.files import replacing_file

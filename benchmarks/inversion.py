@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import cases
+from benchmarks.mini_cases import cases
 from benchmarks.report import table
 from qwenedit.ablation.charts import Line, chart
 from qwenedit.encoding.conditioning import Conditioning

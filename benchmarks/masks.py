@@ -17,19 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import Case, cases, verdicts_of
+from benchmarks.mini_cases import BATCH, STEPS, Case, cases, noises, reconstructed, verdicts_of
 from benchmarks.report import table
-from qwenedit.ablation.metrics import changed_area, pixels, psnr
+from qwenedit.ablation.metrics import changed_area, mask_pixels, pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
 from qwenedit.instruments.sheet import sheet
 from qwenedit.mini.pairs import CELLS
 from qwenedit.mini.scenes import DETERMINED, outcome
-from qwenedit.mini.shapes import SIDE, draw
+from qwenedit.mini.shapes import SIDE
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.switches import Mask, Switches
 
-STEPS = 20
 LOCAL = tuple(action for action in DETERMINED if action != "background")  # which changes all of the picture
 MODE = Switches(mask=Mask(posterior="mode"))
 RUNS: dict[str, dict[str, Any]] = {  # arguments of `edit`; without switches there is no mask
@@ -49,45 +48,45 @@ ROWS = 6
 
 def mask_of(case: Case) -> Image.Image:
     """White where the right picture differs from the given one, in whole tokens."""
-    before, after = pixels(draw(case.scene)), pixels(draw(outcome(Random(0), case.scene, case.request)))
-    cell = SIDE // CELLS
-    differs = (before - after).abs().amax(dim=0) > 0.02  # not the last digits of an edge
+    right = case.renderer.draw(outcome(Random(0), case.scene, case.request))
+    difference, cell = (pixels(case.picture) - pixels(right)).abs().amax(dim=0), SIDE // CELLS
+    differs = difference > 0.02  # not the last digits of an edge
     cells = differs.unflatten(0, (CELLS, cell)).unflatten(2, (CELLS, cell)).amax(dim=(1, 3))
     levels = (255 * cells.to(torch.uint8)).flatten().tolist()
     return Image.frombytes("L", (CELLS, CELLS), bytes(levels)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def edited(
-    pipe: QwenImageEdit, todo: list[Case], masks: list[Image.Image], arguments: dict[str, Any]
+    pipe: QwenImageEdit,
+    todo: list[Case],
+    masks: list[Image.Image],
+    arguments: dict[str, Any],
+    steps: int = STEPS,
 ) -> Tensor:
-    """The edited pictures (N, 3, 64, 64), each from a seed of its own."""
-    pictures = pipe.edit(
-        [draw(case.scene) for case in todo],
-        [case.prompt for case in todo],
-        mask_image=masks if arguments else None,
-        num_inference_steps=STEPS,
-        generator=[torch.Generator().manual_seed(k) for k in range(len(todo))],
-        **arguments,
-    ).images
+    """The edited pictures (N, 3, 64, 64), in 8 bits; without arguments there is no mask."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(todo), BATCH):
+        part = slice(start, start + BATCH)
+        pictures += pipe.edit(
+            [case.picture for case in todo[part]],
+            [case.prompt for case in todo[part]],
+            mask_image=masks[part] if arguments else None,
+            num_inference_steps=steps,
+            generator=noises(len(todo[part]), start),
+            **arguments,
+        ).images
     return torch.stack([pixels(picture) for picture in pictures]).float()
 
 
-def reconstructed(pipe: QwenImageEdit, todo: list[Case]) -> Tensor:
-    """The pictures through the VAE, without an edit."""
-    conditioning = pipe.condition([draw(case.scene) for case in todo], [case.prompt for case in todo])
-    latents = torch.stack([row[0] for row in conditioning.reference_latents])
-    return pipe.decode(latents, conditioning.target_grid)
-
-
-def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[float, float]:
-    """Mean PSNR, and share of changed pixels, outside of the masks."""
-    parts = []
+def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[list[float], list[float]]:
+    """Outside of each mask that leaves something: PSNR in dB, and the share of changed pixels."""
+    ratios, changed = [], []
     for one, other, mask in zip(made, wanted, masks, strict=True):
-        black = pixels(mask)[0] == 0
-        parts.append((one[:, black, None], other[:, black, None]))  # as pictures of one column
-    return statistics.mean(psnr(*part) for part in parts), statistics.mean(
-        changed_area(*part) for part in parts
-    )
+        black = ~mask_pixels(mask, SIDE, SIDE)
+        if bool(black.any()):
+            ratios.append(psnr(one, other, black))
+            changed.append(changed_area(one, other, where=black))
+    return ratios, changed
 
 
 def main() -> None:
@@ -98,7 +97,7 @@ def main() -> None:
     pipe = qwenedit.load(device="cpu", progress=False)
     todo = cases(options.count, LOCAL, seed="masks")
     masks = [mask_of(case) for case in todo]
-    given = torch.stack([pixels(draw(case.scene)) for case in todo]).float()
+    given = torch.stack([pixels(case.picture) for case in todo]).float()
     vae = reconstructed(pipe, todo)
     made = {name: edited(pipe, todo, masks, arguments) for name, arguments in RUNS.items()}
     rows = []
@@ -106,13 +105,13 @@ def main() -> None:
         success = statistics.mean(verdict.success for verdict in verdicts_of(todo, pictures))
         row = [name, "" if pictures is vae else f"{success:.2f}"]
         for wanted in (given, vae):
-            ratio, changed = kept(pictures, wanted, masks)
+            ratio, changed = map(statistics.mean, kept(pictures, wanted, masks))
             row += ["", ""] if wanted is pictures else [f"{100 * changed:.2f} %", f"{ratio:.1f}"]
         rows.append(row)
     print(table(["", "success", "changed", "PSNR, dB", "changed, from the VAE's", "PSNR, dB"], rows))
     if options.out is not None:
         shown = [
-            (case.prompt, [draw(case.scene), mask, *to_pil(torch.stack([made[name][k] for name in SHOWN]))])
+            (case.prompt, [case.picture, mask, *to_pil(torch.stack([made[name][k] for name in SHOWN]))])
             for k, (case, mask) in enumerate(zip(todo[:ROWS], masks, strict=False))
         ]
         with replacing_file(options.out / "masks.png") as temporary:

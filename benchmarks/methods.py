@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import SCALE, Case, cases, verdicts_of
+from benchmarks.mini_cases import SCALE, Case, cases, verdicts_of
 from benchmarks.report import table
 from benchmarks.samplers import edits
 from qwenedit.ablation.metrics import psnr

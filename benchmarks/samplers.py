@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini import BATCH, SCALE, Case, cases, verdicts_of
+from benchmarks.mini_cases import BATCH, SCALE, Case, cases, verdicts_of
 from benchmarks.report import table
 from qwenedit.ablation.metrics import psnr
 from qwenedit.files import replacing_file

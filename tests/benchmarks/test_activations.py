@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import activations
-from benchmarks.mini import cases
+from benchmarks.mini_cases import cases
 from qwenedit.instruments.activations import Activations
 
 PAGE = (Path(__file__).parents[2] / "docs" / "activations.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import torch
 
 import qwenedit
 from benchmarks import dialects
-from benchmarks.mini import cases
+from benchmarks.mini_cases import cases
 from qwenedit.dialects import DIALECTS
 from qwenedit.mini.scenes import DETERMINED
 from qwenedit.switches import Switches
