@@ -39,6 +39,7 @@ __all__ = [
 FOREGROUND = 0.2  # a pixel at least this far from the background is foreground,
 HEIGHT = 0.3  # and at least at this share of the way to the farthest pixel near it
 LEAST_AREA = 12  # pixels; smaller pieces are blemishes, not shapes
+FEW = 4  # pixels that a shape's colour is read off at least
 UNEVEN = 0.15  # distance of a pixel's colour from its shape's
 MOTTLED = 0.25  # share of a shape's inner pixels that may be farther from it
 TILTS = range(-20, 21, 5)  # of templates, in degrees
@@ -103,7 +104,8 @@ def _pieces(mask: Tensor) -> list[Tensor]:
 def _read(picture: Tensor, ground: Tensor, piece: Tensor) -> Found:
     """The shape that fits a piece of a picture best."""
     depth = _depth(piece)
-    colour = picture[:, depth == depth.max()].median(dim=1).values
+    deep = next(depth >= level for level in range(5, 0, -1) if int((depth >= level).sum()) >= FEW)
+    colour = picture[:, deep].median(dim=1).values
     name, tint = _nearest(colour)
     cover = _cover(picture, ground, depth, colour)
     total = cover.sum()
