@@ -23,10 +23,10 @@ from torch import Tensor
 from qwenedit.inputs.pictures import as_picture, vae_pixels
 from qwenedit.mini.descriptions import Description, Item
 from qwenedit.mini.reading import (
-    COLOUR_TOLERANCE,
     Found,
     drawn_alone,
     largest,
+    length,
     plain,
     read_background,
     read_shapes,
@@ -42,6 +42,7 @@ PLACE_TOLERANCE = 4.0  # pixels between a shape's centre and the expected one
 NEAR_PLACE = 10.0  # the same where words ask for a place
 SIZE_TOLERANCE = 1.3  # ratio of a shape's radius and the expected one
 SIZES = (5.4, 13.0)  # radii of shapes whose size is free
+COLOUR_TOLERANCE = 0.2  # between a shape's colour and the expected one
 BACKGROUND_TOLERANCE = 0.12  # mean distance of the background's pixels from the expected ones
 STAIN, STAIN_SIDE = 0.15, 9  # the same in any square of the background, and its side in pixels
 FADING = 0.06  # between the background's mean errors in the picture's halves
@@ -256,7 +257,7 @@ def _background_fault(picture: Tensor, background: Background, shapes: tuple[Sha
     if not bool(empty.any()):
         return ""
     off = (picture - paint_background(background)) * empty
-    away = off.norm(dim=0)
+    away = length(off)
     if float(away.sum() / empty.sum()) > BACKGROUND_TOLERANCE:
         return "the background has another colour"
     if _fading(off, empty) > FADING:
@@ -305,4 +306,4 @@ def _change(picture: Tensor) -> Tensor:
     padded = F.pad(picture[None], (1, 1, 1, 1), "replicate")[0]
     across = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
     down = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-    return torch.cat([across, down]).norm(dim=0)
+    return length(torch.cat([across, down]))

@@ -32,15 +32,16 @@ from qwenedit.mini.shapes import (
 )
 
 __all__ = [
-    "COLOUR_TOLERANCE", "Found", "drawn_alone", "largest", "plain", "read_background", "read_shapes",
+    "Found", "drawn_alone", "largest", "length", "plain", "read_background", "read_shapes",
 ]  # fmt: skip
 
 # Distances of colours are in RGB of [0, 1].
 FOREGROUND = 0.2  # a pixel at least this far from the background is foreground,
 HEIGHT = 0.3  # and at least at this share of the way to the farthest pixel near it
 LEAST_AREA = 12  # pixels; smaller pieces are blemishes, not shapes
-COLOUR_TOLERANCE = 0.2  # between a shape's colour and the expected one, and those of its pixels
-MOTTLED = 0.25  # share of a shape's inner pixels that may be farther off
+FEW = 4  # pixels that a shape's colour is read off at least
+UNEVEN = 0.15  # distance of a pixel's colour from its shape's
+MOTTLED = 0.25  # share of a shape's inner pixels that may be farther from it
 TILTS = range(-20, 21, 5)  # of templates, in degrees
 SOFTNESSES = (1.0, 3.0)
 TEMPLATE_AREA, TEMPLATE_SIDE = 200.0, 32  # in pixels
@@ -57,7 +58,7 @@ class Found:
 def read_shapes(picture: Tensor, background: Background) -> list[Found]:
     """The shapes of a picture (3, SIDE, SIDE) in [0, 1] whose background is known."""
     ground = paint_background(background)
-    away = (picture - ground).norm(dim=0)
+    away = length(picture - ground)
     pieces = _pieces((away > FOREGROUND) & (away > HEIGHT * largest(away, 5)))
     return [_read(picture, ground, piece) for piece in pieces]
 
@@ -103,7 +104,8 @@ def _pieces(mask: Tensor) -> list[Tensor]:
 def _read(picture: Tensor, ground: Tensor, piece: Tensor) -> Found:
     """The shape that fits a piece of a picture best."""
     depth = _depth(piece)
-    colour = picture[:, depth == depth.max()].median(dim=1).values
+    deep = next(depth >= level for level in range(5, 0, -1) if int((depth >= level).sum()) >= FEW)
+    colour = picture[:, deep].median(dim=1).values
     name, tint = _nearest(colour)
     cover = _cover(picture, ground, depth, colour)
     total = cover.sum()
@@ -139,8 +141,8 @@ def _cover(picture: Tensor, ground: Tensor, depth: Tensor, colour: Tensor) -> Te
     At its border it is how far the pixel is from the ground to the piece's colour. Inside it is 1, whatever
     the colour, so that a line along the edge belongs to the shape.
     """
-    contrast = (colour[:, None, None] - ground).norm(dim=0).clamp_min(0.01)
-    share = ((picture - ground).norm(dim=0) / contrast - 0.1) / 0.8  # what noise adds is cut off
+    contrast = length(colour[:, None, None] - ground).clamp_min(0.01)
+    share = (length(picture - ground) / contrast - 0.1) / 0.8  # what noise adds is cut off
     cover = share.clamp(0, 1) * largest((depth > 0).float(), 3)
     return torch.where(depth > 1, 1.0, cover)
 
@@ -152,7 +154,7 @@ def _is_one_colour(picture: Tensor, depth: Tensor, colour: Tensor) -> bool:
     inner = picture[:, depth >= depth.max().clamp_max(3)] - colour[:, None]
     share = (way @ inner / way.square().sum()).clamp(0, 1)
     off = (inner - share * way[:, None]).norm(dim=0)
-    return float((off > COLOUR_TOLERANCE).float().mean()) <= MOTTLED
+    return float((off > UNEVEN).float().mean()) <= MOTTLED
 
 
 @functools.cache
@@ -173,6 +175,11 @@ def _templates() -> tuple[list[tuple[str, float]], Tensor]:
 def largest(x: Tensor, side: int) -> Tensor:
     """The largest value in the square around each pixel of (SIDE, SIDE)."""
     return F.max_pool2d(x[None], side, 1, side // 2)[0]
+
+
+def length(x: Tensor) -> Tensor:
+    """That of the vector of channels at each pixel, (C, SIDE, SIDE) to (SIDE, SIDE)."""
+    return x.square().sum(dim=0).sqrt()  # torch's norm is several times slower here
 
 
 def drawn_alone(shape: Shape, softness: float) -> Tensor:

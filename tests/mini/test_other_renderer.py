@@ -21,7 +21,7 @@ from qwenedit.mini.scenes import (
     random_request,
     visible,
 )
-from qwenedit.mini.shapes import EXAMPLE, KINDS, SIDE, Background, Scene, Shape, paint
+from qwenedit.mini.shapes import COLOURS, EXAMPLE, KINDS, SIDE, Background, Scene, Shape, paint
 
 
 def some(count, seed="some", **options):
@@ -123,9 +123,8 @@ def test_an_outline_lies_inside_its_shape(kind):
     bare, lined = (
         pixels(draw(Scene(ground, (dataclasses.replace(plain, outline=width),)))) for width in (0.0, 1.6)
     )
-    white = pixels(draw(Scene(ground, ())))
-    covered = [((x - white).norm(dim=0) > 0.3).sum() for x in (bare, lined)]
-    assert abs(int(covered[0] - covered[1])) < 0.08 * covered[0]
+    one, other = ((x < 0.98 * COLOURS["white"][0] / 255).any(dim=0) for x in (bare, lined))
+    assert (one != other).sum() <= 0.03 * one.sum()  # of the pixels that the shape touches
     assert (lined[:, 33, 30] - bare[:, 33, 30]).abs().max() < 0.01  # the fill
     assert (lined - bare).abs().max() > 0.2
 
