@@ -37,14 +37,14 @@ REUSE = 6  # how often each is used, about
 DRAWS = 2  # noises for each encoded prompt
 SHIFT = 2.5  # of the training's sigmas towards noise
 NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # how often each is dropped
-CHANGED_WEIGHT, OPEN_WEIGHT = 3.0, 1.5  # of the loss on tokens that a determined or an open edit changes
+CHANGED_WEIGHT, OPEN_WEIGHT = 3.0, 2.0  # of the loss on tokens that a determined or an open edit changes
 CELLS = SIDE // TOKEN  # cells (tokens) per side of a picture
 GREY = 128  # the language model sees a picture of this value when its picture is dropped
 
-# Relative frequency of each action. Replacing takes longest to learn, then the background.
+# Relative frequency of each action. Replacing takes longest to learn, then what has many right pictures.
 SHARES = {
-    "recolour": 1.4, "remove": 0.8, "background": 1.5, "add": 1.0, "replace": 2.4, "move": 1.4,
-    "add any": 0.6, "recolour any": 0.6, "add something": 0.6,
+    "recolour": 1.2, "remove": 0.6, "background": 1.6, "add": 1.0, "replace": 2.0, "move": 1.2,
+    "add any": 1.1, "recolour any": 0.7, "add something": 1.1,
 }  # fmt: skip
 
 

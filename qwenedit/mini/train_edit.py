@@ -39,7 +39,7 @@ from qwenedit.weights.loading import load_network
 __all__ = ["Grounding", "Student", "networks", "train_edit"]
 
 JUDGE_EVERY = 1000  # steps
-TEXT_ROWS, TEXT_SHARE = 0.375, 0.25  # descriptions in a step, as a share of edits; their share of the loss
+TEXT_ROWS, TEXT_SHARE = 0.5, 0.3  # descriptions in a step, as a share of edits; their share of the loss
 Networks = tuple[VisionLanguage, MMDiT]
 
 

@@ -137,7 +137,7 @@ def test_the_second_stage_learns(tmp_path, model):
 
 
 def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
-    """Three for eight edits, without pictures, behind their own template, with a quarter of the loss."""
+    """Four for eight edits, without pictures, behind their own template, with three tenths of the loss."""
     seen = []
 
     class Student(train_edit.Student):
@@ -150,10 +150,10 @@ def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
     monkeypatch.setattr(train_edit, "held_out_success", None)  # not before step 1000
     edit_run(tmp_path, model, steps=4, report_every=1)
     assert len(seen) == 8 and {one[:3] + one[4:] for one in seen[::2]} == {(8, 8 * DRAWS, True, 64)}
-    assert set(seen[1::2]) == {(3, 3 * DRAWS, False, False, 34)}
+    assert set(seen[1::2]) == {(4, 4 * DRAWS, False, False, 34)}
     for line in log(tmp_path):
         grounding = (0.5 if line["step"] <= 2 else 0.2) * line["grounding"]
-        whole = 0.75 * (line["flow"] + grounding) + 0.25 * line["from_text"]
+        whole = 0.7 * (line["flow"] + grounding) + 0.3 * line["from_text"]
         assert line["loss"] == pytest.approx(whole, rel=1e-5)
 
 
