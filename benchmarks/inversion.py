@@ -18,6 +18,7 @@ import qwenedit
 from benchmarks.mini_cases import cases
 from benchmarks.report import table
 from qwenedit.ablation.charts import Line, chart
+from qwenedit.ablation.drawing import Drawing, Text
 from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.files import replacing_file
 from qwenedit.instruments.inversion import invert, picture_latents
@@ -28,7 +29,8 @@ from qwenedit.pipeline import QwenImageEdit
 STEPS = (5, 10, 20, 40)
 ITERATIONS = (0, 1, 3, 6)  # 0 is the explicit step
 STYLE = """
-svg { font-family: sans-serif; background: white; } text { fill: #555; font-size: 9px; }
+svg { font-family: sans-serif; background: white; width: 1000px; height: 284px; }
+text { fill: #555; font-size: 9px; }
 .name { fill: #111; font-size: 10px; } .rule { stroke: #ddd; } polyline { fill: none; stroke-width: 1.6; }
 .i0 { stroke: #b3261e; } .i1 { stroke: #c77700; } .i2 { stroke: #2e7d32; } .i3 { stroke: #0b62a8; }
 """
@@ -56,7 +58,7 @@ def error_table(errors: dict[str, dict[int, list[float]]]) -> str:
 
 def figure(errors: dict[str, dict[int, list[float]]]) -> str:
     """Both plots side by side, with logarithmic axes."""
-    parts, across = [], [math.log2(n / STEPS[0]) for n in STEPS]
+    page, across = Drawing("errors over steps", 500, 142), [math.log2(n / STEPS[0]) for n in STEPS]
     for i, (name, by_iterations) in enumerate(errors.items()):
         lines = [
             Line(across, [math.log10(value) for value in values], f"i{k}")
@@ -64,13 +66,10 @@ def figure(errors: dict[str, dict[int, list[float]]]) -> str:
         ]
         ends = (across[0], across[-1])
         drawn = chart(f"log10 error, {name}", lines, x=ends, y=(-6, 0), along=f"log2 (steps / {STEPS[0]})")
-        parts.append(f'<g transform="translate({250 * i} 0)">{drawn[drawn.index(">") + 1 : -6]}</g>')
+        page.add(drawn, 250 * i, 0)
     key = " · ".join("explicit" if n == 0 else str(n) for n in ITERATIONS)
-    parts.append(f'<text x="30" y="134">fixed-point iterations, from the top: {key}</text>')
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 142" width="1000" height="284">'
-        f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
-    )
+    page.marks.append(Text(30, 134, f"fixed-point iterations, from the top: {key}"))
+    return page.svg(f"<style>{STYLE}</style>") + "\n"
 
 
 def main() -> None:
@@ -96,8 +95,8 @@ def main() -> None:
             "A picture of the embedded model's world back to noise, and from there to a picture again: how\n"
             "far the latents are off. Made by `python -m benchmarks.inversion --out docs`.\n"
             "What is computed: [inversion.py](../qwenedit/instruments/inversion.py).\n\n"
-            "An instruction to edit describes no picture. The rows of the prompt alone measure how well a\n"
-            "trajectory is retraced, not how well a text is followed.\n\n"
+            "The prompt is an instruction to edit, which alone describes no picture. The rows of the prompt\n"
+            "alone measure how well a trajectory is retraced, not how well a text is followed.\n\n"
             "![errors over steps](inversion.svg)\n\n"
         )
         for name, content in (

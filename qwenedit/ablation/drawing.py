@@ -110,7 +110,7 @@ class Drawing:
                 self.marks.append(mark._replace(x=mark.x + x, y=mark.y + y))
 
     def svg(self, style: str = "") -> str:
-        """For the page, whose style sheet has the colours."""
+        """For the page, whose style sheet has the colours, or with a `<style>` that may have further ones."""
         space = ' xmlns="http://www.w3.org/2000/svg"' if style else ""
         size = f' width="{self.width:g}" height="{self.height:g}"' if style else ""
         parts = [
@@ -125,7 +125,7 @@ class Drawing:
                     f'<text{kind} x="{mark.x:.1f}" y="{mark.y:.1f}"{anchor}>{escape(mark.text)}</text>'
                 )
             else:
-                tag = "polyline" if LOOKS[mark.style].fill is None else "polygon"
+                tag = "polyline" if LOOKS.get(mark.style, Look()).fill is None else "polygon"
                 points = " ".join(f"{a:.1f},{b:.1f}" for a, b in mark.points)
                 parts.append(f'<{tag} class="{mark.style}" points="{points}"/>')
         return "".join([*parts, "</svg>"])

@@ -105,7 +105,7 @@ def test_beside_switches_of_references(pipe):
         plain = edit(pipe, switches=switches)
         with first_block_cache(pipe.mmdit, 0.0):
             assert torch.equal(edit(pipe, switches=switches), plain)
-        with first_block_cache(pipe.mmdit, 0.1) as cache:
+        with first_block_cache(pipe.mmdit, THRESHOLD) as cache:
             assert (edit(pipe, switches=switches) - plain).abs().mean() < 0.05
         assert cache.skipped
 
