@@ -42,7 +42,8 @@ def record(pipe: QwenImageEdit, todo: list[Case], folder: Path) -> None:
         for number, case in enumerate(todo):
             if (name := f"edit {number}") not in recorder.edits:
                 with recorder.edit(name):
-                    pipe.edit(draw(case.scene), case.prompt, num_inference_steps=20)
+                    generator = torch.Generator().manual_seed(number)
+                    pipe.edit(draw(case.scene), case.prompt, num_inference_steps=20, generator=generator)
 
 
 def autoencoder(data: Activations, features: int = 512) -> tuple[torch.nn.Linear, torch.nn.Linear]:
@@ -63,7 +64,7 @@ def probe(data: Activations, labels: Tensor) -> float:
     x, y = rows.x.float(), labels[rows.edit, rows.position]
     x, held_out = (x - x.mean(0)) / x.std(0), rows.edit % 4 == 0
     weight = torch.zeros(x.shape[1] + 1, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=100)
+    optimiser = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()
