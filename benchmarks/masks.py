@@ -98,7 +98,7 @@ def main() -> None:
     todo = cases(options.count, LOCAL, seed="masks")
     masks = [mask_of(case) for case in todo]
     given = torch.stack([pixels(case.picture) for case in todo]).float()
-    vae = reconstructed(pipe, todo)
+    vae = reconstructed(pipe, [case.picture for case in todo])
     made = {name: edited(pipe, todo, masks, arguments) for name, arguments in RUNS.items()}
     rows = []
     for name, pictures in {"the VAE, without an edit": vae, **made}.items():

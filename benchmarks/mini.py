@@ -39,6 +39,7 @@ from benchmarks.mini_cases import (
     diversity,
     mean,
     reconstructed,
+    right_pictures,
     run,
     run_text,
     summary,
@@ -105,11 +106,13 @@ def masked_of(pipe: QwenImageEdit, count: int, renderer: Renderer, steps: int = 
 def fidelity(pipe: QwenImageEdit, done: Edits) -> dict[str, float]:
     """PSNR of the given pictures through the VAE, and the `edges` of three kinds of pictures.
 
-    `given` are the pictures themselves, the most that can be reached; `decoded` those through the VAE;
-    `edited` the successful edits that have one right outcome.
+    `accepted` is the share of the edits whose right picture the oracle still accepts after the VAE: no
+    transformer can do better. `given` are the pictures themselves, the most that can be reached; `decoded`
+    those through the VAE; `edited` the successful edits that have one right outcome.
     """
     given = torch.stack([pixels(case.picture) for case in done.todo]).float()
-    decoded = reconstructed(pipe, done.todo)
+    decoded = reconstructed(pipe, [case.picture for case in done.todo])
+    right = verdicts_of(done.todo, reconstructed(pipe, right_pictures(done.todo)))
     ratios = [psnr(x, y) for x, y in zip(decoded, given, strict=True)]
     results = [
         (outcome(Random(0), case.scene, case.request), picture)
@@ -119,6 +122,7 @@ def fidelity(pipe: QwenImageEdit, done: Edits) -> dict[str, float]:
     scenes = [case.scene for case in done.todo]
     return {
         "pictures": len(ratios), "psnr": mean(ratios), "worst": min(ratios),
+        "accepted": mean([verdict.success for verdict in right]),
         "given": mean([edges(*pair) for pair in zip(scenes, given, strict=True)]),
         "decoded": mean([edges(*pair) for pair in zip(scenes, decoded, strict=True)]),
         "edited": mean([edges(*pair) for pair in results]),
@@ -190,12 +194,14 @@ def masked_text(figures: Figures) -> str:
 
 
 def vae_text(figures: Figures) -> str:
-    head = ("pictures", "PSNR, dB", "the least", "edges, as drawn", "decoded", "after an edit")
+    head = ("pictures", "PSNR, dB", "the least", "accepted", "edges, as drawn", "decoded", "after an edit")
     formats = {
-        "pictures": ".0f", "psnr": ".1f", "worst": ".1f", "given": ".1%", "decoded": ".1%", "edited": ".1%",
+        "pictures": ".0f", "psnr": ".1f", "worst": ".1f", "accepted": ".1%", "given": ".1%",
+        "decoded": ".1%", "edited": ".1%",
     }  # fmt: skip
     return (
-        "The VAE on the given pictures. Edges: the share within a pixel of the true outline, of the pictures "
+        "The VAE on the given pictures. Accepted: of the edits' right pictures after the VAE, by the oracle; "
+        "no edit can do better. Edges: the share within a pixel of the true outline, of the pictures "
         "as they are drawn, after the VAE, and of successful edits.\n\n" + by_renderer(head, figures, formats)
     )
 

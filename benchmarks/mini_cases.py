@@ -27,7 +27,16 @@ from qwenedit.encoding.conditioning import Conditioning
 from qwenedit.mini.descriptions import Description, random_description
 from qwenedit.mini.descriptions import prompt as in_words
 from qwenedit.mini.oracle import Verdict, judge, judge_described
-from qwenedit.mini.scenes import ACTIONS, DETERMINED, OPEN, Request, instruction, random_request, scenes
+from qwenedit.mini.scenes import (
+    ACTIONS,
+    DETERMINED,
+    OPEN,
+    Request,
+    instruction,
+    outcome,
+    random_request,
+    scenes,
+)
 from qwenedit.mini.shapes import SIDE, Scene, draw
 from qwenedit.pipeline import QwenImageEdit
 from qwenedit.sampling.sampler import Step
@@ -147,13 +156,19 @@ def noises(count: int, start: int = 0, seed: int = 0) -> list[Generator]:
 
 
 @torch.no_grad()
-def reconstructed(pipe: QwenImageEdit, todo: list[Case]) -> Tensor:
-    """The given pictures (N, 3, 64, 64) through the VAE, without an edit."""
+def reconstructed(pipe: QwenImageEdit, pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures through the VAE, without an edit: (N, 3, 64, 64)."""
     results = []
-    for start in range(0, len(todo), BATCH):
-        x = torch.stack([pixels(case.picture) for case in todo[start : start + BATCH]]).float() * 2 - 1
+    for start in range(0, len(pictures), BATCH):
+        x = torch.stack([pixels(picture) for picture in pictures[start : start + BATCH]]).float() * 2 - 1
         results.append(pipe.vae.decode(pipe.vae.encode(x[:, :, None]).mode())[:, :, 0])
     return torch.cat(results) / 2 + 0.5
+
+
+def right_pictures(todo: list[Case]) -> list[Image.Image]:
+    """What each case's picture becomes in a faultless edit; of an open one, one of the right pictures."""
+    rng = Random("right pictures")
+    return [case.renderer.draw(outcome(rng, case.scene, case.request)) for case in todo]
 
 
 def verdicts_of(todo: list[Case], pictures: Tensor) -> list[Verdict]:

@@ -54,7 +54,7 @@ TRANSFORMER = mmdit.MMDiTConfig(
     axes_dims_rope=(8, 12, 12),
 )
 AUTOENCODER = vae.VAEConfig(
-    base_dim=12,
+    base_dim=16,
     z_dim=16,
     dim_mult=(1, 2, 4, 4),
     num_res_blocks=1,

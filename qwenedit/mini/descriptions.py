@@ -4,7 +4,8 @@
     text = prompt(rng, description)              # "a red circle on the left and a blue star"
     scene = described(rng, description)          # one of the right scenes
 
-What a description does not say is free: the places, the sizes, the background.
+What a description does not say is free: the places, the background. Shapes are drawn plainly, in their very
+places and all of one size; where two have no room then, smaller ones near their places.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from qwenedit.mini.shapes import COLOURS, KINDS, Background, Scene, Shape
 
 __all__ = ["Description", "Item", "described", "prompt", "random_description"]
 
-RADII = (7.0, 10.0)
-NEAR = 3.0  # pixels, the most by which a shape misses its place in x and in y
+RADIUS, LESS_RADIUS = 8.0, 7.0  # of a shape; of shapes that have no room otherwise
+NEAR = 3.0  # pixels, the most by which these miss their places in x and in y
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,20 @@ def described(rng: Random, description: Description) -> Scene:
 
 
 def _placed(rng: Random, items: tuple[Item, ...], background: str) -> Scene | None:
-    """Plainly drawn shapes near their places, or anywhere; None if there is no room after some tries."""
-    shapes: tuple[Shape, ...] = ()
-    for item in sorted(items, key=lambda item: item.place is None):
-        for _ in range(30):
-            x, y = PLACES[item.place or rng.choice(list(PLACES))]
-            near = (rng.uniform(-NEAR, NEAR) for _ in range(2))
-            shape = Shape(item.kind, item.colour, x + next(near), y + next(near), rng.uniform(*RADII))
-            if free(shapes, shape):
-                shapes = (*shapes, shape)
-                break
-        else:
-            return None
-    return Scene(Background(background), shapes)
+    """Plainly drawn shapes in their places, or in any; None if there is no room after some tries."""
+    for radius, miss in ((RADIUS, 0.0), *((LESS_RADIUS, NEAR),) * 30):
+        shapes: tuple[Shape, ...] = ()
+        for item in sorted(items, key=lambda item: item.place is None):
+            places = [item.place] if item.place else rng.sample(list(PLACES), len(PLACES))
+            at = (
+                (x + rng.uniform(-miss, miss), y + rng.uniform(-miss, miss))
+                for x, y in (PLACES[place] for place in places)
+            )
+            tried = (Shape(item.kind, item.colour, x, y, radius) for x, y in at)
+            shapes += tuple(shape for shape in tried if free(shapes, shape))[:1]
+        if len(shapes) == len(items):
+            return Scene(Background(background), shapes)
+    return None
 
 
 def prompt(rng: Random, description: Description, *, plain: bool = False) -> str:

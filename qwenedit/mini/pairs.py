@@ -22,7 +22,7 @@ from qwenedit.family import EDIT, TEXT_TO_IMAGE, Template
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
 from qwenedit.latents import PATCH, normalise, pack
 from qwenedit.mini.build import TOKEN
-from qwenedit.mini.descriptions import prompt, random_description
+from qwenedit.mini.descriptions import Description, prompt, random_description
 from qwenedit.mini.scenes import ACTIONS, PLACES, Request, instruction, outcome, random_request, scenes
 from qwenedit.mini.shapes import COLOURS, KINDS, SIDE, Scene, Shape, paint
 from qwenedit.networks.vae import VAE
@@ -44,7 +44,7 @@ GREY = 128  # the language model sees a picture of this value when its picture i
 # Relative frequency of each action. Replacing takes longest to learn, then what has many right pictures.
 SHARES = {
     "recolour": 1.2, "remove": 0.6, "background": 1.6, "add": 1.0, "replace": 2.0, "move": 1.2,
-    "add any": 1.1, "recolour any": 0.7, "add something": 1.1,
+    "add any": 1.1, "recolour any": 1.0, "add something": 1.1,
 }  # fmt: skip
 
 
@@ -56,6 +56,8 @@ SHARES = {
 #   source                   (N, 3, 64, 64) uint8, the picture before
 #   before                   (N, 16, 64) its latents
 #   contents, referent, changed, about     the labels of `Grounding`
+# and descriptions
+#   told                     its labels for them
 Pairs = dict[str, Tensor]
 
 
@@ -73,10 +75,6 @@ def random_edit(
 
 def _labels(scene: Scene, request: Request) -> dict[str, Any]:
     """The labels of `Grounding` for an edit."""
-
-    def index(names: Sequence[str], name: str | None) -> int:
-        return 0 if name is None else 1 + names.index(name)
-
     referent = [0.0] * CELLS**2
     old = None if request.referent is None else scene.find(request.referent)
     for cell in () if old is None else _cells(old):
@@ -85,11 +83,24 @@ def _labels(scene: Scene, request: Request) -> dict[str, Any]:
         "contents": contents(scene),
         "referent": referent,
         "about": [
-            ACTIONS.index(request.action), index(KINDS, request.referent), index(KINDS, request.kind),
-            index(list(COLOURS), request.colour), index(list(PLACES), request.place),
-            index(list(COLOURS), None if old is None else old.colour),
+            ACTIONS.index(request.action), _index(KINDS, request.referent), _index(KINDS, request.kind),
+            _index(list(COLOURS), request.colour), _index(list(PLACES), request.place),
+            _index(list(COLOURS), None if old is None else old.colour),
         ],
     }  # fmt: skip
+
+
+def _told(description: Description) -> list[int]:
+    """The labels of `Grounding` for a description; 0: it does not say."""
+    labels = []
+    for item in (*description.items, None)[:2]:
+        kind, colour, place = (None,) * 3 if item is None else (item.kind, item.colour, item.place)
+        labels += [_index(KINDS, kind), _index(list(COLOURS), colour), _index(list(PLACES), place)]
+    return [*labels, _index(list(COLOURS), description.background)]
+
+
+def _index(names: Sequence[str], name: str | None) -> int:
+    return 0 if name is None else 1 + names.index(name)
 
 
 def contents(scene: Scene) -> list[list[float]]:
@@ -179,6 +190,7 @@ class World:
             "after": self.encoded([paint(scene) for _, scene in made])[1],
             "ids": torch.tensor([self.suffix(prompt(rng, one), TEXT_TO_IMAGE) for one, _ in made]),
             "weight": torch.ones(BLOCK, CELLS**2),
+            "told": torch.tensor([_told(one) for one, _ in made]),
         }
 
     def encoded(self, painted: list[Tensor]) -> tuple[Tensor, Tensor]:

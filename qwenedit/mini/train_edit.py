@@ -6,7 +6,7 @@ Without them the networks take far longer to find the shape that a word refers t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -19,12 +19,13 @@ from qwenedit.family import TEXT_TO_IMAGE, VARIANTS
 from qwenedit.inputs.geometry import Areas
 from qwenedit.inputs.processor import Processor
 from qwenedit.instruments.sheet import sheet
-from qwenedit.latents import Grid
+from qwenedit.latents import PATCH, Grid
 from qwenedit.mini.build import AREA, SCHEDULER, TOKEN, TRANSFORMER, text_encoder_config
 from qwenedit.mini.oracle import judge
 from qwenedit.mini.pairs import BLOCK, CELLS, DRAWS, REUSE, Batch, Pairs, Pool, World, random_edit
 from qwenedit.mini.scenes import ACTIONS, DETERMINED, PLACES, instruction
 from qwenedit.mini.shapes import COLOURS, KINDS, draw
+from qwenedit.mini.train_vae import visibility
 from qwenedit.mini.training import Stage, averaged, begin, go_on_from, unfused_attention
 from qwenedit.networks.mmdit import MMDiT
 from qwenedit.networks.mmdit_layers import Modulation
@@ -40,6 +41,7 @@ __all__ = ["Grounding", "Student", "networks", "train_edit"]
 
 JUDGE_EVERY = 1000  # steps
 TEXT_ROWS, TEXT_SHARE = 0.5, 0.3  # descriptions in a step, as a share of edits; their share of the loss
+LEAST_VISIBLE = 0.1  # weight of channels of the latents that pictures hardly show; the mean is about 1
 Networks = tuple[VisionLanguage, MMDiT]
 
 
@@ -49,23 +51,32 @@ class Grounding(nn.Module):
     # Classes of the last token's answers: the action; the referent's kind; the wanted kind, colour and place;
     # the referent's colour. Each but the action may be "none".
     WORDS = (len(ACTIONS), *(len(names) + 1 for names in (KINDS, KINDS, COLOURS, PLACES, COLOURS)))
+    # Of a description's: kind, colour and place of the first and of the second shape; the background.
+    TOLD = tuple(len(names) + 1 for names in (*(KINDS, COLOURS, PLACES) * 2, COLOURS))
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.cells = nn.Linear(width, len(KINDS) + len(COLOURS))
         self.words = nn.Linear(width, sum(self.WORDS) + 2 * CELLS**2)
+        self.told = nn.Linear(width, sum(self.TOLD))
 
     def forward(self, cells: Tensor, last: Tensor, labels: Pairs) -> Tensor:
         """The loss from the embeddings of the picture's tokens (B, 16, D) and of the last token (B, D)."""
         contents = F.binary_cross_entropy_with_logits(self.cells(cells).float(), labels["contents"])
         answers = self.words(last).float().split([*self.WORDS, CELLS**2, CELLS**2], dim=-1)
-        about = sum(
-            F.cross_entropy(answer, label)
-            for answer, label in zip(answers, labels["about"].unbind(1), strict=False)
-        ) / len(self.WORDS)
         where = F.binary_cross_entropy_with_logits(answers[-2], labels["referent"])
         change = F.binary_cross_entropy_with_logits(answers[-1], labels["changed"])
-        return contents + about + 2 * where + 2 * change
+        return contents + _mean_entropy(answers[:-2], labels["about"]) + 2 * where + 2 * change
+
+    def of_description(self, last: Tensor, labels: Pairs) -> Tensor:
+        """The loss from the embedding of a description's last token (B, D)."""
+        return _mean_entropy(self.told(last).float().split(self.TOLD, dim=-1), labels["told"])
+
+
+def _mean_entropy(answers: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """The mean cross entropy of answers, each (B, classes), with labels (B, answers)."""
+    each = [F.cross_entropy(one, label) for one, label in zip(answers, labels.unbind(1), strict=True)]
+    return torch.stack(each).mean()
 
 
 @torch.no_grad()
@@ -85,8 +96,12 @@ def initialise(vision_language: VisionLanguage, mmdit: MMDiT) -> None:
 class Student(nn.Module):
     """All that is trained, as one module that computes the loss of a batch."""
 
-    def __init__(self, vision_language: VisionLanguage, mmdit: MMDiT) -> None:
+    channels: Tensor | None
+
+    def __init__(self, vision_language: VisionLanguage, mmdit: MMDiT, channels: Tensor | None = None) -> None:
+        """`channels`: weights of a token's channels in the loss of the velocity."""
         super().__init__()
+        self.register_buffer("channels", channels, persistent=False)
         self.vision_language = vision_language
         self.mmdit = mmdit
         self.grounding = Grounding(mmdit.config.joint_attention_dim)
@@ -99,9 +114,10 @@ class Student(nn.Module):
         # Padding is on the right, where causal attention never looks, so the text encoder needs no mask.
         txt = self.vision_language(batch.ids, None, batch.pixel_values, grids)[:, drop:]
         real = batch.real[:, drop:]
-        grounding = txt.new_zeros(())
-        if batch.pixel_values is not None:
-            last = txt[torch.arange(count), real.sum(dim=1) - 1]
+        last = txt[torch.arange(count), real.sum(dim=1) - 1]
+        if batch.pixel_values is None:
+            grounding = self.grounding.of_description(last, pairs)
+        else:
             grounding = self.grounding(txt[:, 1 : 1 + CELLS**2], last, pairs)
         grid: Grid = (1, CELLS, CELLS)
         references = None
@@ -116,6 +132,7 @@ class Student(nn.Module):
             batch.sigma,
             batch.noise.to(txt.dtype),
             (grid,) if references is None else (grid, grid),
+            channels=self.channels,
         )
         return weighted_mean(error, pairs["weight"].repeat(DRAWS, 1)), grounding
 
@@ -159,7 +176,8 @@ def train_edit(
         blocks: of training pairs, held at a time.
     """
     torch.manual_seed(stage.seed)
-    student = Student(*make(tokens)).to(stage.device)
+    channels = visibility(vae).clamp_min(LEAST_VISIBLE).repeat_interleave(PATCH**2)
+    student = Student(*make(tokens), channels).to(stage.device)
     freeze_unreached(student.mmdit)
     if tower is not None:
         student.vision_language.vision.load_state_dict(tower)
@@ -178,7 +196,8 @@ def train_edit(
             with unfused_attention(student):
                 flow, grounding = student(batch, tokens.drop_index(one.template))
             loss = flow + (0.5 if step < stage.steps // 2 else 0.2) * grounding
-            parts = {"flow": flow, "grounding": grounding} if one is pool else {"from_text": flow}
+            names = ("flow", "grounding") if one is pool else ("from_text", "told")
+            parts = dict(zip(names, (flow, grounding), strict=True))
             run.add(loss, share, **{name: x / share for name, x in parts.items()})
         run.update()
         if run.step % JUDGE_EVERY == 0:

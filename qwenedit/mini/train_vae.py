@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from qwenedit.mini.build import AUTOENCODER
 from qwenedit.mini.scenes import outcome, random_request, scenes
 from qwenedit.mini.shapes import paint
-from qwenedit.mini.training import Stage, averaged, begin, go_on_from
+from qwenedit.mini.training import Stage, averaged, begin
 from qwenedit.networks.vae import VAE, VAEConfig
 from qwenedit.training.loss import freeze_unreached
 
-__all__ = ["initialise", "measured", "pictures", "train_vae"]
+__all__ = ["initialise", "measured", "pictures", "train_vae", "visibility", "widened"]
 
 KL_WEIGHT = 3e-4
 
@@ -42,6 +42,42 @@ def initialise(vae: VAE) -> None:
                 last.copy_(torch.eye(channels).repeat(len(last) // channels, 1)[..., None, None])
             assert module.bias is not None
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def widened(trained: VAE, config: VAEConfig) -> VAE:
+    """A VAE of the config that computes what `trained` does, which may have fewer channels.
+
+    The new channels are 0 at first: nothing flows into them. What flows out of them is random, so that they
+    learn from the first step on. The norms' and the attention's scales grow with the channels' number, and
+    the weights make up for it.
+
+    Raises:
+        ValueError: the configs differ in more than `base_dim`, or `trained` is the wider one.
+    """
+    own = trained.config
+    alike = dataclasses.replace(
+        config, base_dim=own.base_dim, latents_mean=own.latents_mean, latents_std=own.latents_std
+    )
+    if own != alike or own.base_dim > config.base_dim:
+        raise ValueError(f"the VAE to go on from is of another kind or too wide: {own}, wanted {config}")
+    vae = VAE(config)
+    initialise(vae)
+    new = vae.state_dict()
+    for name, values in trained.state_dict().items():
+        grown = new[name]
+        if "time_conv" in name and len(values) != len(grown):  # of videos only; never trained
+            continue
+        if name.endswith("gamma"):
+            grown[: len(values)] = values * math.sqrt(len(values) / len(grown))
+            continue
+        parts = 3 if ".qkv." in name else 1
+        for i, (part, old) in enumerate(zip(grown.chunk(parts), values.chunk(parts), strict=True)):
+            query = parts == 3 and i == 0
+            part[len(old) :] = 0
+            within = (slice(len(old)), slice(old.shape[1])) if old.ndim > 1 else (slice(len(old)),)
+            part[within] = old * (math.sqrt(len(part) / len(old)) if query else 1.0)
+    return vae
 
 
 def pictures(seed: str, count: int, *, test: bool = False) -> Tensor:
@@ -77,19 +113,18 @@ def train_vae(
     """Train the VAE in `folder`, or resume there; returns the average, its latents' statistics measured.
 
     Args:
-        start: a VAE of this config whose weights are gone on from.
+        start: a VAE of this config, or a narrower one, whose weights are gone on from.
         decoder_only: the encoder of `start` stays as it is, and so do the latents and their statistics.
 
     Raises:
-        ValueError: `start` has another size.
+        ValueError: `start` is of another kind, or wider.
     """
     torch.manual_seed(stage.seed)
-    vae = VAE(config)
     if start is None:
+        vae = VAE(config)
         initialise(vae)
     else:
-        go_on_from(vae, start)
-        own = start.config
+        vae, own = widened(start, config), start.config
         config = dataclasses.replace(config, latents_mean=own.latents_mean, latents_std=own.latents_std)
     freeze_unreached(vae)
     if decoder_only:
@@ -130,6 +165,23 @@ def measured(vae: VAE, count: int = 512) -> VAE:
         latents_std=tuple(round(value, 4) for value in std.tolist()),
     )
     return vae
+
+
+@torch.no_grad()
+def visibility(vae: VAE, count: int = 64) -> Tensor:
+    """(z_dim,): how much noise in one channel of the normalised latents changes a picture, the mean being 1.
+
+    A channel whose values the decoder hardly looks at has the same spread as any other, once normalised.
+    """
+    z = vae.encode(pictures("visibility", count)[:, :, None]).mode()
+    picture, noise = vae.decode(z), torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    changes = []
+    for channel, std in enumerate(vae.config.latents_std):
+        other = z.clone()
+        other[:, channel] += 0.1 * std * noise[:, channel]
+        changes.append((vae.decode(other) - picture).pow(2).mean().sqrt())
+    found = torch.stack(changes)
+    return found / found.mean()
 
 
 @torch.no_grad()

@@ -181,12 +181,14 @@ def velocity_error(
     noise: Tensor,
     grids: tuple[Grid, ...],
     timestep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """(B, S): the mean squared error of each target token's velocity, against noise - clean; in float32.
 
     Shapes: `clean`, `noise` (B, S, C) packed normalised latents; `references` (B, S_ref, C) or None; `txt`
         (B, T, D); `txt_mask` (B, T) bool or None; `sigma` (B,); `grids` of the target and of each reference;
-        `timestep` (B,), by default sigma.
+        `timestep` (B,), by default sigma; `channels` (C,) the weights of a token's channels in the mean, by
+        default 1.
     Units: sigma in [0, 1], 1 = noise. In the latents' dtype it is both the share of noise and the timestep.
         (Sampling rounds 1000 sigma instead, as the reference does.)
     """
@@ -196,7 +198,8 @@ def velocity_error(
         img = torch.cat([img, references], dim=1)
     timestep = (sigma if timestep is None else timestep).to(clean.dtype)
     velocity = mmdit(img, txt, timestep, grids, txt_mask)[:, : clean.shape[1]]
-    return (velocity.float() - (noise - clean).float()).pow(2).mean(dim=-1)
+    error = (velocity.float() - (noise - clean).float()).pow(2)
+    return (error if channels is None else error * channels).mean(dim=-1)
 
 
 def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:

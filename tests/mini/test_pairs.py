@@ -143,7 +143,8 @@ def test_training_sees_what_generate_feeds(pipe, world, monkeypatch):
     batch = replace(batch, ids=torch.stack(ids), real=torch.stack(ids) != pipe.processor.pad_token_id)
     given = {}
 
-    def velocity_error(_mmdit, clean, references, txt, txt_mask, _sigma, _noise, grids):
+    def velocity_error(_mmdit, clean, references, txt, txt_mask, _sigma, _noise, grids, *, channels):
+        assert channels is None
         given.update(references=references, txt=txt, mask=txt_mask, grids=grids)
         return torch.zeros(clean.shape[:2])
 

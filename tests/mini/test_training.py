@@ -19,7 +19,7 @@ from qwenedit.mini.build import text_encoder_config, write_network, write_shared
 from qwenedit.mini.pairs import DRAWS, Pool, World
 from qwenedit.mini.shapes import EXAMPLE, draw
 from qwenedit.mini.train_tower import train_tower
-from qwenedit.mini.train_vae import initialise, measured, pictures
+from qwenedit.mini.train_vae import initialise, measured, pictures, visibility, widened
 from qwenedit.mini.training import Stage
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig
 from qwenedit.networks.vae import VAE, VAEConfig
@@ -153,7 +153,8 @@ def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
     assert set(seen[1::2]) == {(4, 4 * DRAWS, False, False, 34)}
     for line in log(tmp_path):
         grounding = (0.5 if line["step"] <= 2 else 0.2) * line["grounding"]
-        whole = 0.7 * (line["flow"] + grounding) + 0.3 * line["from_text"]
+        told = (0.5 if line["step"] <= 2 else 0.2) * line["told"]
+        whole = 0.7 * (line["flow"] + grounding) + 0.3 * (line["from_text"] + told)
         assert line["loss"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -183,9 +184,38 @@ def test_a_vae_that_goes_on_is_measured_anew(tmp_path, model):
     assert vae.config.latents_std != start.config.latents_std
 
 
-def test_weights_of_another_size_are_refused(tmp_path, model):
-    with pytest.raises(ValueError, match=r"of another size: decoder\.\S+ is \[.*\], wanted \["):
-        train_vae.train_vae(tmp_path / "run", VAE_STAGE, start=train.trained_vae(model))
+def test_a_widened_vae_computes_the_same_and_learns_in_its_new_channels(tmp_path, model):
+    narrow = train.trained_vae(model)
+    randomise_(narrow)
+    config = replace(SMALL_VAE, base_dim=6)
+    wide = widened(narrow, config)
+    assert wide.decoder.conv_in.weight.shape[0] == 24
+    x = pictures("others", 4)[:, :, None]
+    with torch.no_grad():
+        latents = narrow.encode(x).mode()
+        assert_close(wide.encode(x).mode(), latents, 1e-5)
+        assert_close(wide.decode(latents), narrow.decode(latents), 1e-5)
+    learned = train_vae.train_vae(tmp_path, VAE_STAGE, config=config, start=narrow)
+    for one in (learned.encoder, learned.decoder):
+        assert one.conv_in.weight[len(one.conv_in.weight) * 2 // 3 :].abs().amax(dim=(1, 2, 3, 4)).min() > 0
+
+
+def test_channels_count_as_pictures_show_them(model):
+    vae = train.trained_vae(model)
+    with torch.no_grad():
+        vae.post_quant_conv.weight[:, 3] = 0
+    found = visibility(vae, 8)
+    assert float(found.mean()) == pytest.approx(1) and found[3] == 0 and found.count_nonzero() == 15
+
+
+@pytest.mark.parametrize(
+    "options", [{"base_dim": 2}, {"num_res_blocks": 2}, {"base_dim": 8, "dim_mult": (1, 2, 4, 8)}]
+)
+def test_a_vae_of_another_size_is_refused(tmp_path, model, options):
+    with pytest.raises(ValueError, match=r"another kind or too wide: VAEConfig.*, wanted VAEConfig"):
+        train_vae.train_vae(
+            tmp_path / "run", VAE_STAGE, config=replace(SMALL_VAE, **options), start=train.trained_vae(model)
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -327,9 +357,10 @@ def test_a_stage_that_cannot_begin_says_why(tmp_path, monkeypatch, capsys, argum
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_a_checkpoint_of_another_size_is_refused(tmp_path, model, capsys):
+def test_a_checkpoint_of_another_size_is_refused(tmp_path, capsys):
     """Also one whose files are broken: nothing is trained."""
-    broken = tmp_path / "broken"
+    broken, model = tmp_path / "broken", tmp_path / "model"
+    write_network(model, VAE(replace(SMALL_VAE, num_res_blocks=2)))
     shutil.copytree(mini.CHECKPOINT, broken)
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     run = tmp_path / "run"

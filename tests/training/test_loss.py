@@ -96,13 +96,15 @@ def test_the_loss_of_the_true_velocity_is_zero_and_its_weights_count():
     def oracle(*_inputs):
         return noise - clean + wrong[:, None]
 
-    def error():
-        sigma = torch.tensor([0.2, 0.7])
-        return velocity_error(oracle, clean, None, noise, None, sigma, noise, ((1, 2, 2),))
+    def error(channels=None):
+        sigma, grids = torch.tensor([0.2, 0.7]), ((1, 2, 2),)
+        return velocity_error(oracle, clean, None, noise, None, sigma, noise, grids, channels=channels)
 
     assert weighted_mean(error(), None) == 0
     wrong[0] = 1
-    assert weighted_mean(error(), torch.tensor([[3.0, 1.0, 1.0, 1.0]]).expand(2, -1)) == 0.5
+    weight = torch.tensor([[3.0, 1.0, 1.0, 1.0]]).expand(2, -1)
+    assert weighted_mean(error(), weight) == 0.5
+    assert weighted_mean(error(channels=torch.arange(64.0)), weight) == 0.5 * 63 / 2
 
 
 def test_gradients_reach_the_transformer_and_the_prompt_and_nothing_else():
