@@ -86,6 +86,7 @@ def test_masks_keep_what_is_outside_of_them(pipe, name):
 def test_the_vae_keeps_pictures_and_their_edges(pipe, name, request):
     result = mini.fidelity(pipe, request.getfixturevalue(name))
     assert result["psnr"] >= VAE[name] - LESS_DECIBELS, result
+    assert result["accepted"] >= least(f"vae {name}", COUNT), result
     assert result["decoded"] >= EDGES[name] - LESS_EDGES, result
     assert result["edited"] >= EDITED_EDGES[name] - LESS_EDGES, result
 
