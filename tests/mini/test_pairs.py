@@ -1,6 +1,7 @@
 """What the embedded model is trained on: batches of edits and of descriptions, and their tokens."""
 
 from dataclasses import replace
+from itertools import islice
 from random import Random
 
 import pytest
@@ -14,7 +15,7 @@ from qwenedit.mini.descriptions import Description, Item, prompt, random_descrip
 from qwenedit.mini.oracle import read_shapes
 from qwenedit.mini.pairs import BLOCK, DRAWS, LENGTHS, Pool, World, patches
 from qwenedit.mini.scenes import PLACES, Request, instruction
-from qwenedit.mini.shapes import COLOURS, EXAMPLE, Background, draw
+from qwenedit.mini.shapes import COLOURS, EXAMPLE, KINDS, Background, draw
 from tests.mini.test_descriptions import read
 from tests.support import assert_close
 
@@ -69,7 +70,7 @@ def test_batches_of_descriptions_have_no_pictures(world):
     """One in ten has lost its prompt; noise levels fall into equal parts."""
     tokens, batch = world.processor, pool_of(world, TEXT_TO_IMAGE).batch(400, seeded(0))
     assert batch.pixel_values is None and not batch.with_reference
-    assert set(batch.pairs) == {"after", "ids", "weight"} and bool((batch.pairs["weight"] == 1).all())
+    assert set(batch.pairs) == {"after", "ids", "weight", "told"} and bool((batch.pairs["weight"] == 1).all())
     head = world.heads[TEXT_TO_IMAGE]
     assert len(head) == tokens.drop_index(TEXT_TO_IMAGE)
     assert torch.equal(batch.ids[:, : len(head)], head.expand(400, -1))
@@ -83,17 +84,25 @@ def test_batches_of_descriptions_have_no_pictures(world):
 
 
 def test_a_description_is_beside_its_own_picture(pipe, monkeypatch):
-    """The words of each row's tokens are what the oracle reads off the picture that was encoded."""
+    """The words of each row's tokens are what the oracle reads off the picture that was encoded.
+
+    And so are the labels: kind, colour and place of two shapes and the background, 0 for what is not said.
+    """
     world = World(pipe.processor, pipe.vae, 3)
     painted, encoded = [], world.encoded
     monkeypatch.setattr(world, "encoded", lambda given: painted.extend(given) or encoded(given))
     block = world.descriptions(2)
     assert len(painted) == BLOCK == len(block["ids"]) and torch.equal(encoded(painted)[1], block["after"])
     assert not torch.equal(world.descriptions(1)["after"], block["after"])
-    for ids, picture in zip(block["ids"][:24].tolist(), painted, strict=False):
+    names = [[None, *one] for one in (*(KINDS, COLOURS, PLACES) * 2, COLOURS)]
+    rows = zip(block["ids"].tolist(), block["told"].tolist(), painted, strict=True)
+    for ids, labels, picture in islice(rows, 24):
         description = read(
             world.processor.tokenizer.decode(ids, skip_special_tokens=False).split("<|im_end|>")[0]
         )
+        *told, background = (one[label] for one, label in zip(names, labels, strict=True))
+        items = [Item(kind, colour, place) for kind, colour, place in (told[:3], told[3:]) if kind]
+        assert Description(tuple(items), background) == description
         corner = [round(255 * value) for value in picture[:, 0, 0].tolist()]
         (ground,) = (name for name, rgb in COLOURS.items() if list(rgb) == corner)
         found = [one.shape for one in read_shapes(picture, Background(ground))]
