@@ -16,15 +16,16 @@ from qwenedit.mini.shapes import EXAMPLE
 
 # What `python -m benchmarks.mini` measures of the shipped weights (docs/mini.md), by the names of mini.json.
 SUCCESS = {
-    "own": 0.726, "other": 0.855, "from_text": 0.413,
-    "masked own": 0.843, "masked other": 0.838,
+    "own": 0.826, "other": 0.933, "from_text": 0.587,
+    "masked own": 0.857, "masked other": 0.881,
+    "vae own": 0.970, "vae other": 0.983,  # right pictures, after the VAE
 }  # fmt: skip
 KEPT = {  # dB
-    "own": 31.7, "other": 36.2, "masked own": 34.8, "masked other": 39.4,
+    "own": 34.5, "other": 38.9, "masked own": 37.7, "masked other": 42.8,
 }  # fmt: skip
-VAE = {"own": 33.0, "other": 35.6}  # dB
-EDGES = {"own": 0.951, "other": 0.947}  # of pictures through the VAE
-EDITED_EDGES = {"own": 0.915, "other": 0.894}  # of successful edits
+VAE = {"own": 36.2, "other": 39.3}  # dB
+EDGES = {"own": 0.983, "other": 0.968}  # of pictures through the VAE
+EDITED_EDGES = {"own": 0.938, "other": 0.922}  # of successful edits
 # How far a part of the cases may lie below all of them. Single pictures deviate by 5 dB and by a tenth of
 # their edges, and three deviations of the mean of 36 are half of that.
 LESS_DECIBELS, LESS_EDGES = 2.5, 0.05
