@@ -68,7 +68,7 @@ def figure(errors: dict[str, dict[int, list[float]]]) -> str:
         drawn = chart(f"log10 error, {name}", lines, x=ends, y=(-6, 0), along=f"log2 (steps / {STEPS[0]})")
         page.add(drawn, 250 * i, 0)
     key = " · ".join("explicit" if n == 0 else str(n) for n in ITERATIONS)
-    page.marks.append(Text(30, 134, f"fixed-point iterations, from the top: {key}"))
+    page.marks.append(Text(30, 134, f"fixed-point iterations, from the top at the right end: {key}"))
     return page.svg(f"<style>{STYLE}</style>") + "\n"
 
 

@@ -28,7 +28,7 @@ def test_a_recording_is_learned_from(edit, tmp_path):
     labels = activations.changed(todo)
     assert labels.shape == (4, 16) and 0 < labels.mean() < 0.6
     left = (torch.arange(16) % 4 < 2).float().repeat(4, 1)  # half of the picture
-    # Seven recordings from other noise gave 0.83 to 0.94.
+    # Seven recordings from other noise gave 0.81 to 0.87.
     target = data.where(group="target", block=1)
     assert activations.probe(target, left) > 0.7  # on edit 0, which it did not see
     left[0] = 1 - left[0]
