@@ -46,7 +46,7 @@ def initialise(vae: VAE) -> None:
 
 @torch.no_grad()
 def widened(trained: VAE, config: VAEConfig) -> VAE:
-    """A VAE of the config that computes what `trained` does, which may have fewer channels.
+    """A VAE of the config that computes what `trained` does on pictures, which may have fewer channels.
 
     The new channels are 0 at first: nothing flows into them. What flows out of them is random, so that they
     learn from the first step on. The norms' and the attention's scales grow with the channels' number, and
@@ -56,11 +56,14 @@ def widened(trained: VAE, config: VAEConfig) -> VAE:
         ValueError: the configs differ in more than `base_dim`, or `trained` is the wider one.
     """
     own = trained.config
-    alike = dataclasses.replace(
-        config, base_dim=own.base_dim, latents_mean=own.latents_mean, latents_std=own.latents_std
-    )
-    if own != alike or own.base_dim > config.base_dim:
-        raise ValueError(f"the VAE to go on from is of another kind or too wide: {own}, wanted {config}")
+    if own.base_dim > config.base_dim:
+        raise ValueError(
+            f"the VAE to go on from has base_dim {own.base_dim}, wanted at most {config.base_dim}"
+        )
+    for name, wanted in dataclasses.asdict(config).items():
+        got = getattr(own, name)
+        if name not in ("base_dim", "latents_mean", "latents_std") and got != wanted:
+            raise ValueError(f"the VAE to go on from has {name} {got}, wanted {wanted}")
     vae = VAE(config)
     initialise(vae)
     new = vae.state_dict()

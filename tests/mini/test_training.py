@@ -14,6 +14,7 @@ import torch
 import qwenedit
 from qwenedit import mini
 from qwenedit.family import EDIT
+from qwenedit.latents import pack
 from qwenedit.mini import train, train_edit, train_vae
 from qwenedit.mini.build import text_encoder_config, write_network, write_shared
 from qwenedit.mini.pairs import DRAWS, Pool, World
@@ -137,12 +138,16 @@ def test_the_second_stage_learns(tmp_path, model):
 
 
 def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
-    """Four for eight edits, without pictures, behind their own template, with three tenths of the loss."""
-    seen = []
+    """Four for eight edits, without pictures, behind their own template, with three tenths of the loss.
+
+    A token's channels weigh as much as pictures show of them, in the order in which tokens are packed.
+    """
+    seen, weights = [], []
 
     class Student(train_edit.Student):
         def forward(self, batch, drop):
             pictures = batch.pixel_values is not None
+            weights.append(self.channels)
             seen.append((len(batch.ids), len(batch.sigma), pictures, batch.with_reference and pictures, drop))
             return super().forward(batch, drop)
 
@@ -151,6 +156,9 @@ def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
     edit_run(tmp_path, model, steps=4, report_every=1)
     assert len(seen) == 8 and {one[:3] + one[4:] for one in seen[::2]} == {(8, 8 * DRAWS, True, 64)}
     assert set(seen[1::2]) == {(4, 4 * DRAWS, False, False, 34)}
+    shown = visibility(train.trained_vae(model)).clamp_min(0.1)
+    assert len(shown.unique()) > 8
+    assert torch.equal(weights[0], pack(shown[None, :, None, None, None].expand(1, 16, 1, 2, 2))[0, 0])
     for line in log(tmp_path):
         grounding = (0.5 if line["step"] <= 2 else 0.2) * line["grounding"]
         told = (0.5 if line["step"] <= 2 else 0.2) * line["told"]
@@ -209,10 +217,15 @@ def test_channels_count_as_pictures_show_them(model):
 
 
 @pytest.mark.parametrize(
-    "options", [{"base_dim": 2}, {"num_res_blocks": 2}, {"base_dim": 8, "dim_mult": (1, 2, 4, 8)}]
+    "options, message",
+    [
+        ({"base_dim": 2}, "has base_dim 4, wanted at most 2"),
+        ({"num_res_blocks": 2}, "has num_res_blocks 1, wanted 2"),
+        ({"base_dim": 8, "dim_mult": (1, 2, 4, 8)}, r"has dim_mult \(1, 2, 4, 4\), wanted \(1, 2, 4, 8\)"),
+    ],
 )
-def test_a_vae_of_another_size_is_refused(tmp_path, model, options):
-    with pytest.raises(ValueError, match=r"another kind or too wide: VAEConfig.*, wanted VAEConfig"):
+def test_a_vae_of_another_size_is_refused(tmp_path, model, options, message):
+    with pytest.raises(ValueError, match=message):
         train_vae.train_vae(
             tmp_path / "run", VAE_STAGE, config=replace(SMALL_VAE, **options), start=train.trained_vae(model)
         )
