@@ -5,11 +5,12 @@
     scene = described(rng, description)          # one of the right scenes
 
 What a description does not say is free: the places, the background. Shapes are drawn plainly, in their very
-places and all of one size; where two have no room then, smaller ones near their places.
+places and all of one size; where two have no room then, smaller ones, a little further from the center.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -19,7 +20,7 @@ from qwenedit.mini.shapes import COLOURS, KINDS, Background, Scene, Shape
 __all__ = ["Description", "Item", "described", "prompt", "random_description"]
 
 RADIUS, LESS_RADIUS = 8.0, 7.0  # of a shape; of shapes that have no room otherwise
-NEAR = 3.0  # pixels, the most by which these miss their places in x and in y
+OUTWARD = 3.5  # pixels, how much further from the center these lie than their places
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,23 @@ def described(rng: Random, description: Description) -> Scene:
 
 
 def _placed(rng: Random, items: tuple[Item, ...], background: str) -> Scene | None:
-    """Plainly drawn shapes in their places, or in any; None if there is no room after some tries."""
-    for radius, miss in ((RADIUS, 0.0), *((LESS_RADIUS, NEAR),) * 30):
+    """Plainly drawn shapes in their places, or in any; None if there is no room."""
+    for radius, outward in ((RADIUS, 0.0), (LESS_RADIUS, OUTWARD)):
         shapes: tuple[Shape, ...] = ()
         for item in sorted(items, key=lambda item: item.place is None):
             places = [item.place] if item.place else rng.sample(list(PLACES), len(PLACES))
-            at = (
-                (x + rng.uniform(-miss, miss), y + rng.uniform(-miss, miss))
-                for x, y in (PLACES[place] for place in places)
-            )
-            tried = (Shape(item.kind, item.colour, x, y, radius) for x, y in at)
+            tried = (Shape(item.kind, item.colour, *_at(place, outward), radius) for place in places)
             shapes += tuple(shape for shape in tried if free(shapes, shape))[:1]
         if len(shapes) == len(items):
             return Scene(Background(background), shapes)
     return None
+
+
+def _at(place: str, outward: float) -> tuple[float, float]:
+    """The point of a place, `outward` pixels further from the picture's center."""
+    (x, y), (left, top) = PLACES[place], PLACES["center"]
+    far = math.hypot(x - left, y - top)
+    return x + outward * (x - left) / max(far, 1), y + outward * (y - top) / max(far, 1)
 
 
 def prompt(rng: Random, description: Description, *, plain: bool = False) -> str:

@@ -25,7 +25,7 @@ from qwenedit.mini.build import TOKEN
 from qwenedit.mini.descriptions import Description, prompt, random_description
 from qwenedit.mini.scenes import ACTIONS, PLACES, Request, instruction, outcome, random_request, scenes
 from qwenedit.mini.shapes import COLOURS, KINDS, SIDE, Scene, Shape, paint
-from qwenedit.networks.vae import VAE
+from qwenedit.networks.vae import VAE, Posterior
 
 __all__ = [
     "BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "contents", "patches",
@@ -43,7 +43,7 @@ GREY = 128  # the language model sees a picture of this value when its picture i
 
 # Relative frequency of each action. Replacing takes longest to learn, then what has many right pictures.
 SHARES = {
-    "recolour": 1.2, "remove": 0.6, "background": 1.6, "add": 1.0, "replace": 2.0, "move": 1.2,
+    "recolour": 1.2, "remove": 0.6, "background": 2.0, "add": 0.8, "replace": 2.2, "move": 1.2,
     "add any": 1.1, "recolour any": 1.0, "add something": 1.1,
 }  # fmt: skip
 
@@ -171,11 +171,11 @@ class World:
             changed = F.max_pool2d(change[None], TOKEN)[0].flatten() > 0.02
             labels[-1]["changed"] = changed.float().tolist()
             weights.append(1 + changed * ((OPEN_WEIGHT if request.is_open else CHANGED_WEIGHT) - 1))
-        pixels, latents = self.encoded(before + after)
+        pixels, posterior = self.encoded(before + after)
         return {
             "source": pixels[:BLOCK].to(torch.uint8),
-            "before": latents[:BLOCK],
-            "after": latents[BLOCK:],
+            "before": self.packed(posterior.mode())[:BLOCK],
+            "after": self.targets(posterior, rng)[BLOCK:],
             "ids": torch.tensor(ids),
             "weight": torch.stack(weights),
             **{name: torch.tensor([one[name] for one in labels]) for name in labels[0]},
@@ -187,17 +187,29 @@ class World:
         rng = Random(f"{self.seed} descriptions {number}")
         made = [random_description(rng) for _ in range(BLOCK)]
         return {
-            "after": self.encoded([paint(scene) for _, scene in made])[1],
+            "after": self.targets(self.encoded([paint(scene) for _, scene in made])[1], rng),
             "ids": torch.tensor([self.suffix(prompt(rng, one), TEXT_TO_IMAGE) for one, _ in made]),
             "weight": torch.ones(BLOCK, CELLS**2),
             "told": torch.tensor([_told(one) for one, _ in made]),
         }
 
-    def encoded(self, painted: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures as they are stored, (N, 3, 64, 64) of 0 to 255, and their latents."""
+    def encoded(self, painted: list[Tensor]) -> tuple[Tensor, Posterior]:
+        """Pictures as they are stored, (N, 3, 64, 64) of 0 to 255, and the VAE's posterior of them."""
         pixels = (torch.stack(painted).clamp(0, 1) * 255).round()
-        raw = self.vae.encode((pixels / 127.5 - 1)[:, :, None]).mode()
-        return pixels, pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
+        return pixels, self.vae.encode((pixels / 127.5 - 1)[:, :, None])
+
+    def targets(self, posterior: Posterior, rng: Random) -> Tensor:
+        """(N, 16, 64) latents to learn: of every second picture a sample, of the others the mode.
+
+        A mask keeps samples in its surroundings, or with `mask.posterior=mode` modes.
+        """
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        raw = posterior.sample(generator)
+        raw[::2] = posterior.mode()[::2]
+        return self.packed(raw)
+
+    def packed(self, raw: Tensor) -> Tensor:
+        return pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
 
 
 @dataclass(frozen=True, eq=False)

@@ -158,10 +158,15 @@ def stored(config: VAEConfig, weights: dict[str, Tensor]) -> VAE:
 
 @torch.no_grad()
 def measured(vae: VAE, count: int = 512) -> VAE:
-    """Write the mean and the deviation of the latents of the world's pictures into the VAE's config."""
-    x = pictures("statistics", count)[:, :, None]
-    latents = torch.cat([vae.encode(part).mode() for part in x.split(64)]).double()
-    mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
+    """Write the mean and the deviation of the latents of the world's pictures into the VAE's config.
+
+    The deviation is that of samples: in channels that the VAE does not use, the modes hardly differ.
+    """
+    posteriors = [vae.encode(part) for part in pictures("statistics", count)[:, :, None].split(64)]
+    modes = torch.cat([one.mode() for one in posteriors]).double()
+    within = torch.cat([one.logvar for one in posteriors]).double().exp()
+    each = (0, 2, 3, 4)
+    mean, std = modes.mean(dim=each), (modes.var(dim=each) + within.mean(dim=each)).sqrt()
     vae.config = dataclasses.replace(
         vae.config,
         latents_mean=tuple(round(value, 4) for value in mean.tolist()),

@@ -44,7 +44,7 @@ def require_shown(description, scene):
         near = [
             place
             for place, (x, y) in PLACES.items()
-            if max(abs(shape.x - x), abs(shape.y - y)) <= 3  # pixels, less than half of the places' distance
+            if math.dist((shape.x, shape.y), (x, y)) <= 3.5  # pixels, less than half of the places' distance
         ]
         assert len(near) == 1 and item.place in (None, near[0]), (item, shape)
 
@@ -94,10 +94,11 @@ def test_descriptions_are_as_wide_as_they_may_be():
     assert {len(one.items) for one, _ in DRAWN} == {1, 2}
     shapes = [shape for _, scene in DRAWN for shape in scene.shapes]
     assert {one.radius for one in shapes} == {7, 8}
-    offsets = [
-        min(math.dist((shape.x, shape.y), place) for place in PLACES.values()) for shape in shapes
-    ]  # none, but of those that have no room otherwise
-    assert sum(offset == 0 for offset in offsets) > 0.7 * len(offsets) and max(offsets) > 2.8
+    offsets = [min(math.dist((shape.x, shape.y), place) for place in PLACES.values()) for shape in shapes]
+    assert set(offsets) == {0, 3.5}  # the second for those that have no room otherwise
+    for shape, offset in zip(shapes, offsets, strict=True):
+        from_center = math.dist((shape.x, shape.y), PLACES["center"])
+        assert from_center in (0, 18) if offset == 0 else (from_center, shape.radius) == (21.5, 7)
     anywhere = [
         min(PLACES, key=lambda place: math.dist(PLACES[place], (scene.shapes[-1].x, scene.shapes[-1].y)))
         for description, scene in DRAWN
