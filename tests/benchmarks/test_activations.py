@@ -28,11 +28,11 @@ def test_a_recording_is_learned_from(edit, tmp_path):
     labels = activations.changed(todo)
     assert labels.shape == (4, 16) and 0 < labels.mean() < 0.6
     left = (torch.arange(16) % 4 < 2).float().repeat(4, 1)  # half of the picture
-    # Seven recordings from other noise gave 0.81 to 0.87.
+    # Seven recordings from other noise gave 0.74 to 0.85, with a deviation of 0.04.
     target = data.where(group="target", block=1)
-    assert activations.probe(target, left) > 0.7  # on edit 0, which it did not see
+    assert activations.probe(target, left) > 0.65  # on edit 0, which it did not see
     left[0] = 1 - left[0]
-    assert activations.probe(target, left) < 0.3
+    assert activations.probe(target, left) < 0.35
     deep = data.where(block=3)
     x, errors = deep[:].x.float(), []
     for rows in (deep.where(step=0, branch="cond"), deep):  # less than a batch, and all

@@ -253,7 +253,8 @@ def test_the_vital_blocks_are_those_without_which_the_picture_moves_most(pipe):
     moved = vitality(pipe, [Image.open(EXAMPLE)] * 2, PROMPTS, num_inference_steps=STEPS,
                      generator=torch.Generator().manual_seed(0))  # fmt: skip
     ranked = sorted(range(6), key=lambda block: -moved[block])
-    assert set(ranked[:2]) == {0, 1} and min(moved) > 0
+    # From other noise blocks 1 and 2 change places; block 0 moves it 1.7 to 2 times as far as either.
+    assert ranked[0] == 0 and 1 in ranked[:3] and moved[0] > 1.3 * moved[ranked[1]] and min(moved) > 0
 
 
 def test_rf_inversions_controller_leads_to_the_source_and_from_its_inversion(pipe, conditioning, source):

@@ -143,7 +143,7 @@ def test_the_round_trip_under_switches(pipe, picture):
     """The same switches lead back; others do not."""
     latents, _ = picture_latents(pipe, picture)
     conditioning = pipe.condition(picture, "make the circle red")
-    options = {"num_inference_steps": 10, "true_cfg_scale": 2.0}
+    options = {"num_inference_steps": 20, "true_cfg_scale": 2.0}
     switches = Switches(
         references=References(latents="left_out"),
         guidance=Guidance(norm="none"),
