@@ -132,10 +132,12 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 def test_the_second_stage_learns(tmp_path, model):
     edit_run(tmp_path, model, steps=60)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    assert lines[0]["flow"] > 1.8 and lines[-1]["flow"] < 1.7, [line["flow"] for line in lines]
+    # Without a velocity the error is 1, of the noise, and the square of the latents: 1 of samples, less of modes.
+    flows = [line["flow"] for line in lines]
+    assert 1.4 < flows[0] < 2 and flows[-1] < 0.92 * flows[0], flows
     assert lines[0]["grounding"] > 4.5 and lines[-1]["grounding"] < 4.1, [line["grounding"] for line in lines]
     texts = [line["from_text"] for line in lines]
-    assert texts[0] > 1.7 and texts[-1] < 1.6, texts
+    assert 1.4 < texts[0] < 2 and texts[-1] < 0.92 * texts[0], texts
 
 
 def test_descriptions_are_in_every_step(tmp_path, model, monkeypatch):
