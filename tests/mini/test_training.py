@@ -132,7 +132,7 @@ def test_the_second_stage_starts_from_the_tower(tmp_path, model):
 def test_the_second_stage_learns(tmp_path, model):
     edit_run(tmp_path, model, steps=60)
     lines = [line for line in log(tmp_path) if "flow" in line]
-    # Without a velocity the error is 1, of the noise, and the square of the latents: 1 of samples, less of modes.
+    # With no velocity the error is that of the noise, 1, and of the latents: 1 for samples, less for modes.
     flows = [line["flow"] for line in lines]
     assert 1.4 < flows[0] < 2 and flows[-1] < 0.92 * flows[0], flows
     assert lines[0]["grounding"] > 4.5 and lines[-1]["grounding"] < 4.1, [line["grounding"] for line in lines]
