@@ -71,11 +71,10 @@ def described(rng: Random, description: Description) -> Scene:
         for name in (COLOURS if description.background is None else (description.background,))
         if all(visible(item.colour, Background(name)) for item in description.items)
     ]
-    for _ in range(100) if backgrounds else ():
-        scene = _placed(rng, description.items, rng.choice(backgrounds))
-        if scene is not None:
-            return scene
-    raise ValueError(f"no scene shows {prompt(rng, description, plain=True)!r}")
+    scene = _placed(rng, description.items, rng.choice(backgrounds)) if backgrounds else None
+    if scene is None:
+        raise ValueError(f"no scene shows {prompt(rng, description, plain=True)!r}")
+    return scene
 
 
 def _placed(rng: Random, items: tuple[Item, ...], background: str) -> Scene | None:

@@ -117,6 +117,22 @@ def test_a_description_is_beside_its_own_picture(pipe, monkeypatch):
             assert max(abs(shape.x - x), abs(shape.y - y)) < 4
 
 
+def test_an_edit_starts_from_modes_and_ends_in_modes_and_samples(pipe):
+    """References are modes in every run. Tokens that an edit leaves alone tell which results are samples."""
+    world = World(pipe.processor, pipe.vae, 3)
+    block = world.edits(1)
+    with torch.no_grad():
+        modes = world.packed(pipe.vae.encode((block["source"].float() / 127.5 - 1)[:, :, None]).mode())
+    assert_close(block["before"], modes, 1e-5)
+    kept = block["changed"] == 0
+    rows = list(zip(block["after"], modes, kept, strict=True))
+    of_modes, of_samples = (
+        [float((a - b)[k].abs().mean()) for a, b, k in rows[n::2] if k.any()] for n in (0, 1)
+    )
+    # A third of the channels hardly show: in samples they are noise of deviation 1.
+    assert len(of_modes) > 10 < len(of_samples) and max(of_modes) < 0.2 < min(of_samples)
+
+
 def test_the_longest_texts_fit(world):
     longest = "An orange circle in the middle and an orange square at the bottom on an orange background."
     assert len(world.suffix(longest, TEXT_TO_IMAGE)) == LENGTHS[TEXT_TO_IMAGE]
