@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from random import Random
 from typing import Any
 
@@ -20,38 +21,51 @@ from torch import Tensor
 
 from qwenedit.family import EDIT, TEXT_TO_IMAGE, Template
 from qwenedit.inputs.processor import ImageProcessorConfig, Processor
-from qwenedit.latents import PATCH, normalise, pack
+from qwenedit.latents import normalise, pack
 from qwenedit.mini.build import TOKEN
-from qwenedit.mini.descriptions import Description, prompt, random_description
-from qwenedit.mini.scenes import ACTIONS, PLACES, Request, instruction, outcome, random_request, scenes
+from qwenedit.mini.descriptions import Description, described, prompt, random_description
+from qwenedit.mini.scenes import (
+    ACTIONS,
+    PLACES,
+    Request,
+    held_out,
+    instruction,
+    outcome,
+    random_request,
+    scenes,
+)
 from qwenedit.mini.shapes import COLOURS, KINDS, SIDE, Scene, Shape, paint
-from qwenedit.networks.vae import VAE, Posterior
+from qwenedit.networks.vae import VAE
 
 __all__ = [
-    "BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "contents", "patches",
-    "random_edit",
+    "BLOCK", "CELLS", "DRAWS", "REUSE", "Batch", "Pairs", "Pool", "World", "contents", "matched",
+    "patches", "random_edit",
 ]  # fmt: skip
 
 BLOCK = 64  # pairs that are made at a time
-REUSE = 6  # how often each is used, about
+REUSE = 8  # how often each is used, about
 DRAWS = 2  # noises for each encoded prompt
+OUTCOMES = 12  # right pictures that are drawn for each pair, and noises that are matched to them
+SWEEPS = 2  # of exchanges between them
 SHIFT = 2.5  # of the training's sigmas towards noise
 NO_PROMPT, NO_REFERENCE, NO_PICTURE = 0.10, 0.08, 0.05  # how often each is dropped
 CHANGED_WEIGHT, OPEN_WEIGHT = 3.0, 2.0  # of the loss on tokens that a determined or an open edit changes
+CHANGE = 5  # of 255, from which on a pixel counts as changed
 CELLS = SIDE // TOKEN  # cells (tokens) per side of a picture
 GREY = 128  # the language model sees a picture of this value when its picture is dropped
 
 # Relative frequency of each action. Replacing takes longest to learn, then what has many right pictures.
 SHARES = {
-    "recolour": 1.2, "remove": 0.6, "background": 2.0, "add": 0.8, "replace": 2.2, "move": 1.2,
-    "add any": 1.1, "recolour any": 1.0, "add something": 1.1,
+    "recolour": 1.4, "remove": 0.7, "background": 2.0, "add": 0.7, "replace": 2.2, "move": 1.4,
+    "add any": 1.3, "recolour any": 1.3, "add something": 1.2,
 }  # fmt: skip
 
 
 # Pairs ready for training, one per row. All have
-#   after                    (N, 16, 64) normalised packed latents of the right picture
+#   after                    (N, OUTCOMES, 16, 64) normalised packed latents of right pictures: the modes
+#   spread                   (N, OUTCOMES, 16, 64) the deviation of the VAE's posterior around them
+#   weight                   (N, OUTCOMES, 16) of the loss on each token
 #   ids                      (N, T) tokens of the prompt and of the template's end, padded
-#   weight                   (N, 16) of the loss on each token
 # and edits also
 #   source                   (N, 3, 64, 64) uint8, the picture before
 #   before                   (N, 16, 64) its latents
@@ -155,61 +169,88 @@ class World:
         assert len(ids) <= length, f"{prompt!r} has too many tokens"
         return ids + [self.processor.pad_token_id] * (length - len(ids))
 
-    @torch.no_grad()
     def edits(self, number: int) -> Pairs:
         """A block of edits."""
         rng = Random(f"{self.seed} block {number}")
-        ids, labels, weights, before, after = [], [], [], [], []
-        for _ in range(BLOCK):
-            scene, request = random_edit(rng)
-            target = outcome(rng, scene, request)
-            ids.append(self.suffix(instruction(rng, request)))
-            labels.append(_labels(scene, request))
-            before.append(paint(scene))
-            after.append(paint(target))
-            change = (before[-1] - after[-1]).abs().amax(dim=0)
-            changed = F.max_pool2d(change[None], TOKEN)[0].flatten() > 0.02
-            labels[-1]["changed"] = changed.float().tolist()
-            weights.append(1 + changed * ((OPEN_WEIGHT if request.is_open else CHANGED_WEIGHT) - 1))
-        pixels, posterior = self.encoded(before + after)
+        made = [random_edit(rng) for _ in range(BLOCK)]
+        targets = [outcome(rng, *one) for one in made for _ in range(OUTCOMES)]
+        source, before, _ = self.encoded([scene for scene, _ in made])
+        pictures, after, spread = (x.unflatten(0, (BLOCK, OUTCOMES)) for x in self.encoded(targets))
+        change = (pictures.int() - source[:, None].int()).abs().amax(dim=2) > CHANGE
+        changed = F.max_pool2d(change.float(), TOKEN).flatten(2)
+        high = torch.tensor([OPEN_WEIGHT if request.is_open else CHANGED_WEIGHT for _, request in made])
+        labels = [_labels(*one) for one in made]
         return {
-            "source": pixels[:BLOCK].to(torch.uint8),
-            "before": self.packed(posterior.mode())[:BLOCK],
-            "after": self.targets(posterior, rng)[BLOCK:],
-            "ids": torch.tensor(ids),
-            "weight": torch.stack(weights),
+            "source": source,
+            "before": before,
+            "after": after,
+            "spread": spread,
+            "weight": 1 + changed * (high - 1)[:, None, None],
+            "ids": torch.tensor([self.suffix(instruction(rng, request)) for _, request in made]),
+            "changed": changed.mean(dim=1),
             **{name: torch.tensor([one[name] for one in labels]) for name in labels[0]},
         }
 
-    @torch.no_grad()
     def descriptions(self, number: int) -> Pairs:
         """A block of descriptions and pictures of them."""
         rng = Random(f"{self.seed} descriptions {number}")
-        made = [random_description(rng) for _ in range(BLOCK)]
+        made = [random_description(rng)[0] for _ in range(BLOCK)]
+        _, after, spread = self.encoded([self.scene(rng, one) for one in made for _ in range(OUTCOMES)])
         return {
-            "after": self.targets(self.encoded([paint(scene) for _, scene in made])[1], rng),
-            "ids": torch.tensor([self.suffix(prompt(rng, one), TEXT_TO_IMAGE) for one, _ in made]),
-            "weight": torch.ones(BLOCK, CELLS**2),
-            "told": torch.tensor([_told(one) for one, _ in made]),
+            "after": after.unflatten(0, (BLOCK, OUTCOMES)),
+            "spread": spread.unflatten(0, (BLOCK, OUTCOMES)),
+            "weight": torch.ones(BLOCK, OUTCOMES, CELLS**2),
+            "ids": torch.tensor([self.suffix(prompt(rng, one), TEXT_TO_IMAGE) for one in made]),
+            "told": torch.tensor([_told(one) for one in made]),
         }
 
-    def encoded(self, painted: list[Tensor]) -> tuple[Tensor, Posterior]:
-        """Pictures as they are stored, (N, 3, 64, 64) of 0 to 255, and the VAE's posterior of them."""
-        pixels = (torch.stack(painted).clamp(0, 1) * 255).round()
-        return pixels, self.vae.encode((pixels / 127.5 - 1)[:, :, None])
+    @staticmethod
+    def scene(rng: Random, description: Description) -> Scene:
+        """A scene that a description is true of, of the compositions for training."""
+        while held_out(scene := described(rng, description)):
+            pass
+        return scene
 
-    def targets(self, posterior: Posterior, rng: Random) -> Tensor:
-        """(N, 16, 64) latents to learn: of every second picture a sample, of the others the mode.
+    @torch.no_grad()
+    def encoded(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures as they are stored, (N, 3, 64, 64) uint8, and what the VAE makes of them.
 
-        A mask keeps samples in its surroundings, or with `mask.posterior=mode` modes.
+        That is normalised packed latents (N, 16, 64): the modes and deviations of its posterior.
         """
-        generator = torch.Generator().manual_seed(rng.getrandbits(32))
-        raw = posterior.sample(generator)
-        raw[::2] = posterior.mode()[::2]
-        return self.packed(raw)
+        number = {scene: n for n, scene in enumerate(dict.fromkeys(scenes))}  # equal ones are drawn once
+        pixels = (torch.stack([paint(scene) for scene in number]).clamp(0, 1) * 255).round()
+        posterior = self.vae.encode((pixels / 127.5 - 1)[:, :, None])
+        modes = self.packed(posterior.mode())
+        spread = self.packed(posterior.at(torch.ones_like(posterior.mean))) - modes
+        rows = torch.tensor([number[scene] for scene in scenes])
+        return pixels.to(torch.uint8)[rows], modes[rows], spread[rows]
 
     def packed(self, raw: Tensor) -> Tensor:
         return pack(normalise(raw, self.vae.config.latents_mean, self.vae.config.latents_std))
+
+
+def matched(noise: Tensor, outcomes: Tensor) -> Tensor:
+    """Which outcome each noise is to lead to: (B, N) numbers of outcomes, each once in a row.
+
+    Each noise gets an outcome near it, so that the noise decides between right pictures early. Noise and
+    outcomes are both random and are only paired, so the noise stays normal. Two noises exchange their
+    outcomes wherever that brings them nearer in sum.
+
+    Args:
+        noise, outcomes: (B, N, S, C).
+
+    Source: Pooladian et al., "Multisample Flow Matching" (ICML 2023), whose pairs are of different
+        conditions; here all are right answers to one prompt.
+    """
+    near = torch.einsum("bisc,bjsc->bij", noise, outcomes)  # in sum, distances differ by these alone
+    rows, count = torch.arange(len(near)), near.shape[1]
+    order = torch.arange(count).repeat(len(near), 1)
+    for _ in range(SWEEPS):
+        for i, j in combinations(range(count), 2):
+            a, b = order[:, i], order[:, j]
+            better = near[rows, i, b] + near[rows, j, a] > near[rows, i, a] + near[rows, j, b]
+            order[:, i], order[:, j] = torch.where(better, b, a), torch.where(better, a, b)
+    return order
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +261,8 @@ class Batch:
     real: Tensor  # (B, T) bool, False at padding
     pixel_values: Tensor | None  # None: descriptions, which have no picture
     pairs: Pairs
+    latents: Tensor  # (DRAWS B, 16, 64) to learn
+    weight: Tensor  # (DRAWS B, 16) of the loss on each token
     sigma: Tensor  # (DRAWS B,)
     noise: Tensor  # (DRAWS B, 16, 64)
     with_reference: bool
@@ -230,6 +273,8 @@ class Batch:
             real=self.real.to(device),
             pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
             pairs={name: x.to(device) for name, x in self.pairs.items()},
+            latents=self.latents.to(device),
+            weight=self.weight.to(device),
             sigma=self.sigma.to(device),
             noise=self.noise.to(device),
             with_reference=self.with_reference,
@@ -258,7 +303,13 @@ class Pool:
         # Stratified: one sigma falls into each of `draws` equal parts.
         uniform = torch.randperm(draws, generator=generator) + torch.rand(draws, generator=generator)
         uniform = uniform / draws
-        noise = torch.randn((draws, CELLS**2, world.vae.config.z_dim * PATCH**2), generator=generator)
+        noise = torch.randn(pairs["after"].shape, generator=generator)
+        order = matched(noise, pairs["after"])[:, :DRAWS]
+        after, spread, weight = (
+            pairs.pop(name)[torch.arange(size), order.T].flatten(0, 1) for name in ("after", "spread", "weight")
+        )
+        # Of every second picture a sample is learned, of the others the mode: a mask keeps either.
+        sampled = torch.rand((draws, 1, 1), generator=generator) < 0.5
         no_prompt, no_picture = torch.rand((2, size), generator=generator) < torch.tensor(
             [[NO_PROMPT], [NO_PICTURE]]
         )
@@ -273,8 +324,10 @@ class Pool:
             real=ids != tokens.pad_token_id,
             pixel_values=pixel_values,
             pairs=pairs,
+            latents=after + sampled * spread * torch.randn(after.shape, generator=generator),
+            weight=weight,
             sigma=SHIFT * uniform / (1 + (SHIFT - 1) * uniform),
-            noise=noise,
+            noise=noise[:, :DRAWS].transpose(0, 1).flatten(0, 1),
             with_reference=self.template is EDIT
             and float(torch.rand((), generator=generator)) >= NO_REFERENCE,
         )

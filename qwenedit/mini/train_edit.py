@@ -125,7 +125,7 @@ class Student(nn.Module):
             references = pairs["before"].detach().to(txt.dtype).repeat(DRAWS, 1, 1)
         error = velocity_error(
             self.mmdit,
-            pairs["after"].to(txt.dtype).repeat(DRAWS, 1, 1),
+            batch.latents.to(txt.dtype),
             references,
             txt.repeat(DRAWS, 1, 1),
             real.repeat(DRAWS, 1),
@@ -134,7 +134,7 @@ class Student(nn.Module):
             (grid,) if references is None else (grid, grid),
             channels=self.channels,
         )
-        return weighted_mean(error, pairs["weight"].repeat(DRAWS, 1)), grounding
+        return weighted_mean(error, batch.weight), grounding
 
 
 def networks(tokens: Processor, start: Path | None = None) -> Networks:
@@ -165,7 +165,7 @@ def train_edit(
     *,
     tower: Mapping[str, Tensor] | None = None,
     make: Callable[[Processor], Networks] = networks,
-    blocks: int = 64,
+    blocks: int = 40,
     compiled: bool = False,
 ) -> QwenImageEdit:
     """Train in `folder`, or resume there; returns the pipeline with the averaged weights, on the CPU.

@@ -1,7 +1,7 @@
 """What the embedded model is trained on: batches of edits and of descriptions, and their tokens."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import permutations
 from random import Random
 
 import pytest
@@ -12,10 +12,10 @@ from qwenedit.family import EDIT, TEXT_TO_IMAGE
 from qwenedit.inputs.processor import picture_patches
 from qwenedit.mini import train_edit
 from qwenedit.mini.descriptions import Description, Item, prompt, random_description
-from qwenedit.mini.oracle import read_shapes
-from qwenedit.mini.pairs import BLOCK, DRAWS, LENGTHS, Pool, World, patches
-from qwenedit.mini.scenes import PLACES, Request, instruction
-from qwenedit.mini.shapes import COLOURS, EXAMPLE, KINDS, Background, draw
+from qwenedit.mini.oracle import judge_described
+from qwenedit.mini.pairs import BLOCK, DRAWS, LENGTHS, OUTCOMES, Pool, World, matched, patches
+from qwenedit.mini.scenes import ACTIONS, OPEN, PLACES, Request, held_out, instruction
+from qwenedit.mini.shapes import COLOURS, EXAMPLE, KINDS, draw
 from tests.mini.test_descriptions import read
 from tests.support import assert_close
 
@@ -47,7 +47,8 @@ def test_batches_are_functions_of_their_seed_and_the_pool(pipe, template):
     one.slide(3)
     other.slide(3)  # came here another way
     a, b = one.batch(6, seeded(5)), other.batch(6, seeded(5))
-    assert torch.equal(a.ids, b.ids) and torch.equal(a.noise, b.noise) and torch.equal(a.sigma, b.sigma)
+    for name in ("ids", "latents", "weight", "noise", "sigma"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert all(torch.equal(a.pairs[name], b.pairs[name]) for name in a.pairs)
     assert not torch.equal(a.ids, one.batch(6, seeded(6)).ids)
     assert len(one.blocks[3]["ids"]) == BLOCK and sorted(one.blocks) == [3, 4]
@@ -70,7 +71,7 @@ def test_batches_of_descriptions_have_no_pictures(world):
     """One in ten has lost its prompt; noise levels fall into equal parts."""
     tokens, batch = world.processor, pool_of(world, TEXT_TO_IMAGE).batch(400, seeded(0))
     assert batch.pixel_values is None and not batch.with_reference
-    assert set(batch.pairs) == {"after", "ids", "weight", "told"} and bool((batch.pairs["weight"] == 1).all())
+    assert set(batch.pairs) == {"ids", "told"} and bool((batch.weight == 1).all())
     head = world.heads[TEXT_TO_IMAGE]
     assert len(head) == tokens.drop_index(TEXT_TO_IMAGE)
     assert torch.equal(batch.ids[:, : len(head)], head.expand(400, -1))
@@ -83,54 +84,97 @@ def test_batches_of_descriptions_have_no_pictures(world):
     assert torch.equal((uniform * 400 * DRAWS).floor().sort().values.long(), torch.arange(400 * DRAWS))
 
 
-def test_a_description_is_beside_its_own_picture(pipe, monkeypatch):
-    """The words of each row's tokens are what the oracle reads off the picture that was encoded.
+def test_a_description_is_beside_its_own_pictures(pipe, monkeypatch):
+    """The words of each row's tokens are what the oracle reads off the pictures that were encoded.
 
     And so are the labels: kind, colour and place of two shapes and the background, 0 for what is not said.
     """
     world = World(pipe.processor, pipe.vae, 3)
-    painted, encoded = [], world.encoded
-    monkeypatch.setattr(world, "encoded", lambda given: painted.extend(given) or encoded(given))
+    given, encoded = [], world.encoded
+    monkeypatch.setattr(world, "encoded", lambda scenes: given.extend(scenes) or encoded(scenes))
     block = world.descriptions(2)
-    assert len(painted) == BLOCK == len(block["ids"])
-    modes, after = world.packed(encoded(painted)[1].mode()), block["after"]
-    assert torch.equal(modes[::2], after[::2])
-    assert bool((modes != after)[1::2].any(dim=(1, 2)).all())  # these are samples
+    assert len(given) == BLOCK * OUTCOMES and not any(map(held_out, given))
+    assert block["after"].shape == block["spread"].shape == (BLOCK, OUTCOMES, 16, 64)
     assert not torch.equal(world.descriptions(1)["after"], block["after"])
     names = [[None, *one] for one in (*(KINDS, COLOURS, PLACES) * 2, COLOURS)]
-    rows = zip(block["ids"].tolist(), block["told"].tolist(), painted, strict=True)
-    for ids, labels, picture in islice(rows, 24):
-        description = read(
-            world.processor.tokenizer.decode(ids, skip_special_tokens=False).split("<|im_end|>")[0]
-        )
+    several = 0
+    for row in range(24):
+        ids, labels = block["ids"][row].tolist(), block["told"][row].tolist()
+        text = world.processor.tokenizer.decode(ids, skip_special_tokens=False).split("<|im_end|>")[0]
+        description = read(text)
         *told, background = (one[label] for one, label in zip(names, labels, strict=True))
         items = [Item(kind, colour, place) for kind, colour, place in (told[:3], told[3:]) if kind]
         assert Description(tuple(items), background) == description
-        corner = [round(255 * value) for value in picture[:, 0, 0].tolist()]
-        (ground,) = (name for name, rgb in COLOURS.items() if list(rgb) == corner)
-        found = [one.shape for one in read_shapes(picture, Background(ground))]
-        assert description.background in (None, ground)
-        assert {(one.kind, one.colour) for one in found} == {(i.kind, i.colour) for i in description.items}
-        for item in description.items:
-            (shape,) = (one for one in found if one.kind == item.kind)
-            x, y = PLACES[item.place] if item.place else (shape.x, shape.y)
-            assert max(abs(shape.x - x), abs(shape.y - y)) < 4
+        scenes = given[row * OUTCOMES : (row + 1) * OUTCOMES]
+        for number, scene in enumerate(scenes[:3]):
+            assert judge_described(description, draw(scene)).success
+            assert_close(block["after"][row, number], encoded([scene])[1][0], 1e-4)
+        free = background is None or any(item.place is None for item in items)
+        assert free or len(set(scenes)) == 1
+        several += len(set(scenes)) > 1
+    assert several > 10
 
 
-def test_an_edit_starts_from_modes_and_ends_in_modes_and_samples(pipe):
-    """References are modes in every run. Tokens that an edit leaves alone tell which results are samples."""
+def test_edits_have_several_right_pictures_if_they_are_open(pipe):
+    """Each outcome is right and has its own weights; all others' pictures are the same."""
     world = World(pipe.processor, pipe.vae, 3)
     block = world.edits(1)
-    with torch.no_grad():
-        modes = world.packed(pipe.vae.encode((block["source"].float() / 127.5 - 1)[:, :, None]).mode())
-    assert_close(block["before"], modes, 1e-5)
-    kept = block["changed"] == 0
-    rows = list(zip(block["after"], modes, kept, strict=True))
-    of_modes, of_samples = (
-        [float((a - b)[k].abs().mean()) for a, b, k in rows[n::2] if k.any()] for n in (0, 1)
-    )
+    different = (block["after"] != block["after"][:, :1]).flatten(1).any(dim=1)
+    actions = [ACTIONS[label] for label in block["about"][:, 0].tolist()]
+    for action, several in zip(actions, different.tolist(), strict=True):
+        assert several == (action in OPEN), action
+    moved = (block["after"] - block["before"][:, None]).abs().amax(dim=-1)
+    for row, action in enumerate(actions):
+        heavy = block["weight"][row] > 1
+        assert set(block["weight"][row].unique().tolist()) <= {1.0, 2.0 if action in OPEN else 3.0}
+        assert torch.equal(block["changed"][row], heavy.float().mean(dim=0))
+        if heavy.any() and not heavy.all():
+            assert moved[row][heavy].mean() > 3 * moved[row][~heavy].mean()
+
+
+def test_an_edit_starts_from_modes_and_ends_in_modes_and_samples(world):
+    """References are modes in every run. Every second right picture is a sample, with the VAE's deviation."""
+    pool = pool_of(world, EDIT)
+    block = pool.blocks[0]
+    modes = world.vae.encode((block["source"].float() / 127.5 - 1)[:, :, None])
+    assert_close(block["before"], world.packed(modes.mode()), 1e-5)
+    drawn = world.packed(modes.sample(seeded(0))) - block["before"]
+    batch = pool.batch(200, seeded(0))
+    off = (batch.latents[:, None] - block["after"].flatten(0, 1)).abs().amax(dim=(2, 3))
+    of_modes = off.amin(dim=1) == 0
+    assert 0.4 < float(of_modes.float().mean()) < 0.6
     # A third of the channels hardly show: in samples they are noise of deviation 1.
-    assert len(of_modes) > 10 < len(of_samples) and max(of_modes) < 0.2 < min(of_samples)
+    samples = batch.latents[~of_modes].flatten(0, 1).std(dim=0)
+    hidden = drawn.flatten(0, 1).std(dim=0) > 0.9
+    assert 10 < int(hidden.sum()) < 40 and bool((samples[hidden] > 0.7).all())
+    assert bool((batch.latents[of_modes].flatten(0, 1).std(dim=0)[hidden] < 0.5).all())
+
+
+def test_each_noise_gets_an_outcome_near_it():
+    noise, outcomes = torch.randn((2, 40, 5, 3, 4), generator=seeded(0))
+    order = matched(noise, outcomes)
+    assert torch.equal(order.sort().values, torch.arange(5).expand(40, 5))
+
+    def apart(order):
+        return (noise - outcomes[torch.arange(40)[:, None], order]).pow(2).sum(dim=(1, 2, 3))
+
+    every = torch.stack([apart(torch.tensor(one).expand(40, 5)) for one in permutations(range(5))])
+    assert bool((apart(order) <= every[0]).all())  # the first is as they came
+    gained, most = (every[0] - x for x in (apart(order), every.amin(dim=0)))
+    assert float(gained.sum()) > 0.9 * float(most.sum()) > 0
+    assert torch.equal(matched(noise, noise), torch.arange(5).expand(40, 5))
+
+
+def test_the_noise_of_a_batch_decides_between_right_pictures(world):
+    """And stays normal; edits with one right picture have noise that knows nothing of it."""
+    pool = pool_of(world, EDIT)
+    batch, block = pool.batch(400, seeded(0)), pool.blocks[0]
+    assert abs(float(batch.noise.mean())) < 0.01 and abs(float(batch.noise.std()) - 1) < 0.01
+    mean = {tuple(ids.tolist()): x.mean(dim=0) for ids, x in zip(block["ids"], block["after"], strict=True)}
+    centre = torch.stack([mean[tuple(ids.tolist())] for ids in batch.pairs["ids"]]).repeat(DRAWS, 1, 1)
+    towards = ((batch.latents - centre) * batch.noise).sum(dim=(1, 2))
+    open_ = torch.tensor([ACTIONS[n] in OPEN for n in batch.pairs["about"][:, 0].tolist()]).repeat(DRAWS)
+    assert float(towards[open_].mean()) > 5 > 2 > abs(float(towards[~open_].mean()))
 
 
 def test_the_longest_texts_fit(world):
