@@ -306,9 +306,10 @@ class Pool:
         noise = torch.randn(pairs["after"].shape, generator=generator)
         order = matched(noise, pairs["after"])[:, :DRAWS]
         after, spread, weight = (
-            pairs.pop(name)[torch.arange(size), order.T].flatten(0, 1) for name in ("after", "spread", "weight")
+            pairs.pop(name)[torch.arange(size), order.T].flatten(0, 1)
+            for name in ("after", "spread", "weight")
         )
-        # Of every second picture a sample is learned, of the others the mode: a mask keeps either.
+        # Of half of the pictures a sample is learned, of the others the mode: a mask keeps either.
         sampled = torch.rand((draws, 1, 1), generator=generator) < 0.5
         no_prompt, no_picture = torch.rand((2, size), generator=generator) < torch.tensor(
             [[NO_PROMPT], [NO_PICTURE]]
