@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwenedit import mini
 from qwenedit.files import replacing_file
+from qwenedit.foreign import shown
 from qwenedit.inputs.pictures import open_picture
 from qwenedit.instruments.sheet import sheet
 from qwenedit.pipeline import load
@@ -29,8 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("."), help="folder for both pictures (default: here)"
     )
     options = parser.parse_args(arguments)
+    if not options.out.is_dir():
+        parser.error(f"--out {shown(options.out)} is no folder")
+    try:
+        source = open_picture(options.picture).convert("RGB")
+    except ValueError as error:
+        parser.error(str(error))
     pipe = load(device="cpu", progress=False)
-    source = open_picture(options.picture).convert("RGB")
     start = time.perf_counter()
     result = pipe.edit(
         source, options.prompt, num_inference_steps=20, generator=torch.Generator().manual_seed(0)
