@@ -260,7 +260,7 @@ class Batch:
     ids: Tensor  # (B, T)
     real: Tensor  # (B, T) bool, False at padding
     pixel_values: Tensor | None  # None: descriptions, which have no picture
-    pairs: Pairs
+    pairs: Pairs  # without after, spread and weight, of which each draw has its own below
     latents: Tensor  # (DRAWS B, 16, 64) to learn
     weight: Tensor  # (DRAWS B, 16) of the loss on each token
     sigma: Tensor  # (DRAWS B,)

@@ -133,7 +133,7 @@ def test_edits_have_several_right_pictures_if_they_are_open(pipe):
 
 
 def test_an_edit_starts_from_modes_and_ends_in_modes_and_samples(world):
-    """References are modes in every run. Every second right picture is a sample, with the VAE's deviation."""
+    """References are modes in every run. Half of the right pictures are samples, with the VAE's deviation."""
     pool = pool_of(world, EDIT)
     block = pool.blocks[0]
     modes = world.vae.encode((block["source"].float() / 127.5 - 1)[:, :, None])
