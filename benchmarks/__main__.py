@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.frame import Comparison, Setting
-from benchmarks.report import document, growth_plot, machine_of, markdown, plot
+from benchmarks.report import document, growth_plot, machine_of, markdown, out_folder, plot
 from benchmarks.sides import compare
 
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument("--device", help="default: the accelerator if there is one")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no case after so many")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the table and plots there")
+    parser.add_argument("--out", type=out_folder, metavar="FOLDER", help="write the table and plots there")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.threads) < 1:
         parser.error("--rounds and --threads: wanted at least 1")
@@ -66,7 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
             text += "\n" + memory_modes(setting)
     print(text, end="")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "speed.md").write_text(text)
         rows = document(comparisons, machine, options.rounds)
         (options.out / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")

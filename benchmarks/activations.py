@@ -12,6 +12,7 @@ import resource
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 import qwenedit
 from benchmarks.masks import LOCAL, mask_of
 from benchmarks.mini_cases import Case, cases
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.ablation.metrics import pixels
 from qwenedit.files import replacing_file
 from qwenedit.instruments.activations import Activations
@@ -105,7 +106,10 @@ def peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--edits", type=int, default=200, help="edits (default: 200)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="renew activations.md there")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="activations.md"), metavar="FOLDER",
+        help="renew activations.md there",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.manual_seed(0)
     pipe = qwenedit.load(device="cpu", progress=False)

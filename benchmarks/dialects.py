@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import BATCH, SCALE, STEPS, Case, cases, verdicts_of
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.dialects import DIALECTS, Entry
 from qwenedit.files import replacing_file
 from qwenedit.latents import Layout
@@ -184,7 +183,7 @@ tool's own. It names the first tensor that differs, and the entry that removes t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, metavar="N", help="edits (default: 60)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write dialects.md")
+    parser.add_argument("--out", type=out_folder, metavar="FOLDER", help="write dialects.md")
     options = parser.parse_args()
     tables = report(options.count)
     print(tables)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import cases
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.ablation.charts import Line, chart
 from qwenedit.ablation.drawing import Drawing, Text
 from qwenedit.encoding.conditioning import Conditioning
@@ -74,7 +73,9 @@ def figure(errors: dict[str, dict[int, list[float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write inversion.md and inversion.svg")
+    parser.add_argument(
+        "--out", type=out_folder, metavar="FOLDER", help="write inversion.md and inversion.svg"
+    )
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     (case,) = cases(1, DETERMINED, seed="inversion")

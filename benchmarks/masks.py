@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import BATCH, STEPS, Case, cases, noises, reconstructed, verdicts_of
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.ablation.metrics import changed_area, mask_pixels, pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
@@ -92,7 +91,7 @@ def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, help="edits (default: 60)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write masks.png")
+    parser.add_argument("--out", type=out_folder, metavar="FOLDER", help="write masks.png")
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     todo = cases(options.count, LOCAL, seed="masks")

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import SCALE, Case, cases, verdicts_of
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from benchmarks.samplers import edits
 from qwenedit.ablation.metrics import psnr
 from qwenedit.ablation.statistics import Estimate, estimate
@@ -117,7 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, help="number of edits (default: 60)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods; all by default")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="renew their rows in methods.md")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="methods.md"), metavar="FOLDER",
+        help="renew their rows in methods.md",
+    )  # fmt: skip
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     pipe.progress = False

@@ -48,7 +48,7 @@ from benchmarks.mini_cases import (
     text_verdicts_of,
     verdicts_of,
 )
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.ablation.metrics import pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
@@ -301,14 +301,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--ablated", type=int, default=180, help="edits under each ablation; 0: none (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="folder for mini.md, mini.json, mini.png")
+    parser.add_argument("--out", type=out_folder, help="folder for mini.md, mini.json, mini.png")
     options = parser.parse_args(arguments)
     if min(options.count, options.ablated or len(ACTIONS)) < len(ACTIONS):
         parser.error(
             f"--count and --ablated are at least {len(ACTIONS)}, an edit of each kind, or --ablated 0"
         )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     pipe = qwenedit.load(options.model, device="cpu", progress=False)
     pipe.progress = False

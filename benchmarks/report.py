@@ -5,6 +5,7 @@ Ratios are reference / ours: above 1 is better.
 
 from __future__ import annotations
 
+import argparse
 import math
 import platform
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from benchmarks.frame import Case, Comparison, Goal, Reading, Setting
+from qwenedit.foreign import shown
 
 MIB = 1 << 20
 LEAST = 16 * MIB  # less memory than this is noise, and has no ratio
@@ -93,6 +95,24 @@ def goals_of(cases: dict[str, Case], one: Comparison) -> list[tuple[str, bool]]:
         for what, wanted, got in found
         if wanted is not None
     ]
+
+
+def out_folder(text: str, *, renews: str = "") -> Path:
+    """The value of --out, for argparse, which tells a wrong one before the work and not after it.
+
+    Args:
+        renews: a page that has to be in the folder. Without one, a missing folder is made.
+    """
+    path = Path(text)
+    if renews:
+        if not (path / renews).is_file():
+            raise argparse.ArgumentTypeError(f"{shown(path)} has no {renews}, wanted the folder of that page")
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{shown(path)} cannot be a folder: {error.strerror}") from error
+    return path
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

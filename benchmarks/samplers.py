@@ -11,7 +11,7 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import BATCH, SCALE, Case, cases, verdicts_of
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from qwenedit.ablation.metrics import psnr
 from qwenedit.files import replacing_file
 from qwenedit.mini.scenes import DETERMINED
@@ -63,7 +63,10 @@ def compared(names: tuple[str, ...], cell: Callable[[str, int], str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, help="number of edits (default: 60)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="replace the tables of samplers.md")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="samplers.md"), metavar="FOLDER",
+        help="replace the tables of samplers.md",
+    )  # fmt: skip
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     todo = cases(options.count, DETERMINED, seed="samplers")

@@ -15,14 +15,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import qwenedit
 from benchmarks.files import OFFICIAL
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from benchmarks.transformer import DEPTH, TEXT_LENGTH, grids_of
 from qwenedit.files import replacing_file
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
@@ -90,7 +90,10 @@ def batched(network: MMDiT, side: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.savings", description=__doc__.split(":")[0])
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="replace the tables of limits.md")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="limits.md"), metavar="FOLDER",
+        help="replace the tables of limits.md",
+    )  # fmt: skip
     options = parser.parse_args()
     shares = table(
         ["references of the target's size", "once for both branches", "references once a run", "both"],

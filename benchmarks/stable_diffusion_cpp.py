@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.files import BLOCKS, DATA, LAYERS, write_transformer, write_vae
 from benchmarks.frame import Setting
-from benchmarks.report import table
+from benchmarks.report import out_folder, table
 from benchmarks.transformer import TEXT_LENGTH, step_ours
 from qwenedit.files import replacing_file
 
@@ -119,7 +120,10 @@ def main() -> None:
         prog="python -m benchmarks.stable_diffusion_cpp", description=__doc__.split(":")[0]
     )
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="replace the table of limits.md")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="limits.md"), metavar="FOLDER",
+        help="replace the table of limits.md",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:

@@ -1,8 +1,11 @@
 """The benchmarks' own arithmetic and tables; and the smallest comparison, run for real."""
 
+import argparse
 import dataclasses
+import importlib
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -338,3 +341,25 @@ def test_a_small_comparison_runs(tmp_path, capsys):
     assert 0 <= row["difference"] <= 1e-4
     assert Image.open(tmp_path / "speed.png").width > 500
     assert not (tmp_path / "growth.png").exists()  # one point does not grow
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["activations", "dialects", "inversion", "masks", "methods", "mini", "samplers", "savings", "__main__"],
+)
+def test_a_wrong_out_is_told_before_the_work(name, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(sys, "argv", [name, "--out", str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert stopped.value.code == 2 and str(file) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_for_results_is_made_and_one_of_a_page_has_to_have_it(tmp_path):
+    made = report.out_folder(str(tmp_path / "a" / "b"))
+    assert made.is_dir()
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no methods\.md"):
+        report.out_folder(str(made), renews="methods.md")
+    (made / "methods.md").touch()
+    assert report.out_folder(str(made), renews="methods.md") == made
