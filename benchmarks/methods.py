@@ -16,21 +16,25 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import qwenedit
-from benchmarks.mini_cases import SCALE, Case, cases, verdicts_of
-from benchmarks.report import out_folder, table
+from benchmarks.mini_cases import BATCH, SCALE, Case, cases, verdicts_of
+from benchmarks.report import out_folder, renew, table
 from benchmarks.samplers import edits
+from examples.methods.concept_attention import concept_attention
 from qwenedit.ablation.metrics import psnr
 from qwenedit.ablation.statistics import Estimate, estimate
-from qwenedit.files import replacing_file
 from qwenedit.foreign import read_toml
 from qwenedit.inputs.pictures import vae_pixels
-from qwenedit.mini.scenes import DETERMINED
-from qwenedit.mini.shapes import SIDE, draw
+from qwenedit.mini.build import TOKEN
+from qwenedit.mini.pairs import CELLS
+from qwenedit.mini.scenes import DETERMINED, outcome
+from qwenedit.mini.shapes import KINDS, SIDE, draw
 from qwenedit.pipeline import QwenImageEdit
 
 SPEC = Path(__file__).parents[1] / "examples" / "methods.toml"
@@ -98,16 +102,39 @@ HEAD = ("", "paper", "lines", "success, points", "kept, dB", "distance to the so
 
 def written(page: Path, rows: dict[str, list[str]], count: int) -> None:
     """Renew rows of the page's table; the others stay."""
-    text = page.read_text(encoding="utf-8")
-    before, start, rest = text.partition("<!-- methods -->\n")
-    old, end, after = rest.partition("<!-- end -->")
+    old = page.read_text(encoding="utf-8").partition("<!-- methods -->\n")[2].partition("<!-- end -->")[0]
     kept = [[cell.strip() for cell in line.split("|")[1:-1]] for line in old.splitlines() if "|" in line][2:]
     every = {**{row[0]: row for row in kept}, **{row[0]: row for row in rows.values()}}
     order = ["plain", *(link(name, file) for name, (_, file) in interventions().items())]
     made = table(HEAD, [every[name] for name in order if name in every])
-    said = f"{count} held-out edits, {STEPS} steps, guidance {SCALE:g}."
-    with replacing_file(page) as temporary:
-        temporary.write_text(f"{before}{start}{said}\n\n{made}\n{end}{after}", encoding="utf-8")
+    renew(page, {"methods": f"{count} held-out edits, {STEPS} steps, guidance {SCALE:g}.\n\n{made}"})
+
+
+def concept_ranks(pipe: QwenImageEdit, todo: list[Case]) -> list[int]:
+    """Where the shapes of the right pictures are in ConceptAttention's maps, one number a shape.
+
+    It is the number of the 16 tokens that have more of the shape's kind than the token at its centre.
+    """
+    ranks, kinds = [], list(KINDS)
+    for start in range(0, len(todo), BATCH):
+        part = todo[start : start + BATCH]
+        with concept_attention(pipe, concepts=kinds) as maps:
+            edits(pipe, part, STEPS)
+        for case, shares in zip(part, torch.stack(maps).mean(dim=0), strict=True):
+            for shape in outcome(Random(0), case.scene, case.request).shapes:
+                of_kind = shares[:, kinds.index(shape.kind)]
+                place = int(shape.y) // TOKEN * CELLS + int(shape.x) // TOKEN
+                ranks.append(int((of_kind > of_kind[place]).sum()))
+    return ranks
+
+
+def on_ranks(ranks: list[int], count: int) -> str:
+    found = estimate({(k, 0): float(rank) for k, rank in enumerate(ranks)})
+    mean, chance = shown(found, "rank", sign=False), (CELLS**2 - 1) / 2
+    return (
+        f"In the maps of {count} edits with {len(ranks)} shapes, {mean} of the other {CELLS**2 - 1} tokens\n"
+        f"have more of a shape's kind than the token at its centre, on average; {chance} is chance."
+    )
 
 
 def link(name: str, file: Path) -> str:
@@ -139,6 +166,11 @@ def main() -> None:
         print(rows[name], flush=True)
         if options.out is not None:
             written(options.out / "methods.md", rows, options.count)
+    if "concept attention" in (options.only or known):
+        text = on_ranks(concept_ranks(pipe, todo), options.count)
+        print(text)
+        if options.out is not None:
+            renew(options.out / "methods.md", {"concepts": text})
     print(table(HEAD, list(rows.values())))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from benchmarks.frame import Case, Comparison, Goal, Reading, Setting
+from qwenedit.files import replacing_file
 from qwenedit.foreign import shown
 
 MIB = 1 << 20
@@ -119,6 +120,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def renew(page: Path, parts: dict[str, str]) -> None:
+    """Replace parts of a Markdown page: what stands between the lines <!-- name --> and <!-- end -->.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, new in parts.items():
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"{page} has no lines <!-- {name} --> and <!-- end -->")
+        text = f"{before}{start}{new}\n{end}{after}"
+    with replacing_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 HEAD = (

@@ -8,7 +8,6 @@ replaces those of samplers.md.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +18,8 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import BATCH, SCALE, Case, cases, verdicts_of
-from benchmarks.report import out_folder, table
+from benchmarks.report import out_folder, renew, table
 from qwenedit.ablation.metrics import psnr
-from qwenedit.files import replacing_file
 from qwenedit.mini.scenes import DETERMINED
 from qwenedit.mini.shapes import draw
 from qwenedit.pipeline import QwenImageEdit
@@ -30,6 +28,7 @@ from qwenedit.switches import Switches
 
 PREDICTIONS = (4, 8, 16, 32)
 EXACT = 100  # steps of the edits that are compared with
+ONCE_A_STEP = ("euler", "dpmpp_2m", "unipc")  # predictions; these draw nothing anew
 SCHEDULES = ("official", "lightning", "karras", "exponential", "beta")
 
 
@@ -73,26 +72,20 @@ def main() -> None:
     exact = edits(pipe, todo, EXACT)
     said = f"{options.count} edits; {EXACT} steps of Euler's: {measured(todo, exact, exact).split(',')[0]}."
 
-    def by_sampler(name: str, count: int) -> str:
-        steps = count // 2 if name == "heun" else count
-        return measured(todo, edits(pipe, todo, steps, sampler=name), exact)
+    def cell(sampler: str, count: int, schedule: str = "official") -> str:
+        steps = count // 2 if sampler == "heun" else count
+        switches = Switches.from_flat({"time.sigmas": schedule})
+        return measured(todo, edits(pipe, todo, steps, sampler=sampler, switches=switches), exact)
 
-    def by_schedule(name: str, count: int) -> str:
-        switches = Switches.from_flat({"time.sigmas": name})
-        return measured(todo, edits(pipe, todo, count, switches=switches), exact)
-
-    tables = [said, compared(tuple(SAMPLERS), by_sampler), compared(SCHEDULES, by_schedule)]
-    print("\n\n".join(tables))
+    tables = {
+        "count": said,
+        "samplers": compared(tuple(SAMPLERS), cell),
+        "lightning": compared(ONCE_A_STEP, partial(cell, schedule="lightning")),
+        "schedules": compared(SCHEDULES, lambda name, count: cell("euler", count, schedule=name)),
+    }
+    print("\n\n".join(tables.values()))
     if options.out is not None:
-        page = options.out / "samplers.md"
-        text = page.read_text(encoding="utf-8")
-        for name, made in zip(("count", "samplers", "schedules"), tables, strict=True):
-            marked = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(
-                marked, lambda match, made=made: match[1] + made + "\n" + match[2], text, flags=re.DOTALL
-            )
-        with replacing_file(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        renew(options.out / "samplers.md", tables)
 
 
 if __name__ == "__main__":

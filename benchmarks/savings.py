@@ -11,7 +11,6 @@ Prints Markdown; --out replaces the tables of limits.md.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qwenedit
 from benchmarks.files import OFFICIAL
-from benchmarks.report import out_folder, table
+from benchmarks.report import out_folder, renew, table
 from benchmarks.transformer import DEPTH, TEXT_LENGTH, grids_of
-from qwenedit.files import replacing_file
 from qwenedit.networks.mmdit import MMDiT, MMDiTConfig, RunCache
 
 TARGET = 64 * 64  # tokens of 1024 x 1024 pixels
@@ -110,15 +108,7 @@ def main() -> None:
     ratios = table(["", "two passes / one batch, time"], rows)
     print(f"{shares}\n\n{ratios}")
     if options.out is not None:
-        page = options.out / "limits.md"
-        text = page.read_text(encoding="utf-8")
-        for name, made in (("shares", shares), ("batch", ratios)):
-            text = re.sub(
-                rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-                lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text, flags=re.DOTALL,
-            )  # fmt: skip
-        with replacing_file(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        renew(options.out / "limits.md", {"shares": shares, "batch": ratios})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -26,9 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.files import BLOCKS, DATA, LAYERS, write_transformer, write_vae
 from benchmarks.frame import Setting
-from benchmarks.report import out_folder, table
+from benchmarks.report import out_folder, renew, table
 from benchmarks.transformer import TEXT_LENGTH, step_ours
-from qwenedit.files import replacing_file
 
 FEW, MANY = 1, 4  # steps
 ROUNDS = 3
@@ -133,14 +131,7 @@ def main() -> None:
     text = table(["picture", "", "CPU s / step", "over our float32"], rows)
     print(text)
     if options.out is not None:
-        page = options.out / "limits.md"
-        marked = r"(<!-- stable-diffusion.cpp -->\n).*?(<!-- end -->)"
-        new = re.sub(
-            marked, lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text(encoding="utf-8"),
-            flags=re.DOTALL,
-        )  # fmt: skip
-        with replacing_file(page) as temporary:
-            temporary.write_text(new, encoding="utf-8")
+        renew(options.out / "limits.md", {"stable-diffusion.cpp": text})
 
 
 if __name__ == "__main__":

@@ -363,3 +363,16 @@ def test_a_folder_for_results_is_made_and_one_of_a_page_has_to_have_it(tmp_path)
         report.out_folder(str(made), renews="methods.md")
     (made / "methods.md").touch()
     assert report.out_folder(str(made), renews="methods.md") == made
+
+
+def test_parts_of_a_page_are_renewed_and_the_rest_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\nc\n")
+    report.renew(page, {"two": r"\1 | x", "one": "new"})
+    assert page.read_text() == (
+        "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\n\\1 | x\n<!-- end -->\nc\n"
+    )
+    before = page.read_text()
+    with pytest.raises(ValueError, match="<!-- three -->"):
+        report.renew(page, {"one": "newer", "three": "x"})
+    assert page.read_text() == before

@@ -2,12 +2,18 @@
 
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
+import torch
 
 from benchmarks import methods
+from benchmarks.mini_cases import cases
 from qwenedit.ablation.statistics import estimate
+from qwenedit.mini.scenes import DETERMINED, outcome
+from qwenedit.mini.shapes import KINDS
 
 
 def test_a_row_is_renewed_and_the_others_stay(tmp_path, monkeypatch):
@@ -55,3 +61,23 @@ def test_the_page_has_a_row_for_each(name):
     _, file = methods.interventions()[name]
     (row,) = [line for line in page.splitlines() if methods.link(name, file) in line]
     assert f"| {methods.code_lines(file)} |" in row and methods.paper(file) in row
+
+
+def test_concepts_are_ranked_at_the_centres_of_the_right_pictures_shapes(monkeypatch):
+    todo = cases(5, DETERMINED, seed="ranks")
+    shapes = [outcome(Random(0), case.scene, case.request).shapes for case in todo]
+    right = [[int(one.kind == kind and (int(one.y) // 16, int(one.x) // 16) == divmod(token, 4))
+              for one in row for kind in KINDS for token in range(16)] for row in shapes]  # fmt: skip
+    maps = [torch.tensor(row).view(-1, 4, 16).amax(0).T.float() for row in right]
+
+    @contextmanager
+    def seen(_pipe, concepts):
+        assert concepts == list(KINDS)
+        yield [torch.stack(maps[: methods.BATCH])]
+        del maps[: methods.BATCH]
+
+    monkeypatch.setattr(methods, "BATCH", 2)
+    monkeypatch.setattr(methods, "concept_attention", seen)
+    monkeypatch.setattr(methods, "edits", lambda *_: None)
+    assert methods.concept_ranks(None, todo) == [0] * sum(map(len, shapes))
+    assert "of 5 edits with 2 shapes, 3.0 (2.0 to 4.0) of the other 15" in methods.on_ranks([2, 4], 5)
