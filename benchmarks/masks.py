@@ -1,13 +1,15 @@
 """What a mask keeps: `python -m benchmarks.masks [--count 60] [--out docs]`.
 
 Held-out edits of the embedded model with a mask: the tokens that the right picture changes. Prints a Markdown
-table of what happens outside of it; --out also writes masks.png (pictures, masks and results).
+table of what happens outside of it; --out also replaces that of masks.md and writes masks.png (pictures,
+masks and results).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import qwenedit
 from benchmarks.mini_cases import BATCH, STEPS, Case, cases, noises, reconstructed, verdicts_of
-from benchmarks.report import out_folder, table
+from benchmarks.report import out_folder, renew, table
 from qwenedit.ablation.metrics import changed_area, mask_pixels, pixels, psnr
 from qwenedit.files import replacing_file
 from qwenedit.inputs.pictures import to_pil
@@ -91,7 +93,10 @@ def kept(made: Tensor, wanted: Tensor, masks: list[Image.Image]) -> tuple[list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=60, help="edits (default: 60)")
-    parser.add_argument("--out", type=out_folder, metavar="FOLDER", help="write masks.png")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="masks.md"), metavar="FOLDER",
+        help="replace the table of masks.md, write masks.png",
+    )  # fmt: skip
     options = parser.parse_args()
     pipe = qwenedit.load(device="cpu", progress=False)
     todo = cases(options.count, LOCAL, seed="masks")
@@ -107,8 +112,10 @@ def main() -> None:
             ratio, changed = map(statistics.mean, kept(pictures, wanted, masks))
             row += ["", ""] if wanted is pictures else [f"{100 * changed:.2f} %", f"{ratio:.1f}"]
         rows.append(row)
-    print(table(["", "success", "changed", "PSNR, dB", "changed, from the VAE's", "PSNR, dB"], rows))
+    text = table(["", "success", "changed", "PSNR, dB", "changed, from the VAE's", "PSNR, dB"], rows)
+    print(text)
     if options.out is not None:
+        renew(options.out / "masks.md", {"outside": text})
         shown = [
             (case.prompt, [case.picture, mask, *to_pil(torch.stack([made[name][k] for name in SHOWN]))])
             for k, (case, mask) in enumerate(zip(todo[:ROWS], masks, strict=False))
