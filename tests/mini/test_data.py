@@ -81,13 +81,13 @@ def loss(pipe, found):
 
 
 def test_twenty_pairs_teach_a_word(tmp_path):
-    """Measured: the loss falls to 0.58 of what it was, and 50 of 60 held-out edits succeed, of 2 before.
+    """Measured: the loss falls to 0.57 of what it was, and 47 of 60 held-out edits succeed, of 3 before.
 
     In words that it knows, the model succeeds in 55. What is wanted leaves three standard deviations.
     """
     pairs, unseen = cases(Random(0), 20, ZAPPED), cases(Random("held out"), 60, ZAPPED, test=True)
     pipe = qwenedit.load(device="cpu", progress=False)
-    assert success(unseen, edited(pipe, unseen)) <= 6
+    assert success(unseen, edited(pipe, unseen)) <= 8  # 3 and 3 sqrt(60 * 0.05 * 0.95)
     few = edited(pipe, unseen[:8])
     before = loss(pipe, pairs)
     file = qwenedit.train(
@@ -100,7 +100,7 @@ def test_twenty_pairs_teach_a_word(tmp_path):
     )  # fmt: skip
     pipe.load_lora_weights(file, "zap")
     assert loss(pipe, pairs) < 0.65 * before
-    assert success(unseen, edited(pipe, unseen)) >= 41  # 50 less 3 sqrt(60 * 0.83 * 0.17)
+    assert success(unseen, edited(pipe, unseen)) >= 37  # 47 less 3 sqrt(60 * 0.78 * 0.22)
     pipe.disable_lora()
     assert torch.equal(edited(pipe, unseen[:8]), few)
     pipe.unload_lora_weights()
