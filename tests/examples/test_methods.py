@@ -313,7 +313,7 @@ def test_a_slider_moves_the_prompt_alone_and_the_colour_with_it(pipe):
     vector = direction(pipe, ["make the circle blue"], ["make the circle red"])
     assert float(vector.norm()) == pytest.approx(1)
     blues = []
-    for scale in (0.0, 12.0, 24.0):
+    for scale in (0.0, 12.0, 36.0):
         before, after = Recorder(), Recorder()
         with slider(pipe, scale), taps(pipe.vision_language, {"out": before}, first=True):
             with taps(pipe.vision_language, {"out": after}):
