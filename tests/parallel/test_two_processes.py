@@ -14,7 +14,7 @@ from qwenedit.parallel.digest import described
 from qwenedit.parallel.processes import Processes, ProcessLost, begin, meet, own_device
 from qwenedit.parallel.runs import agree
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
-from tests.parallel.processes import run_cases, value
+from tests.parallel.processes import least_bits, run_cases, value
 from tests.tiny import checkpoint
 
 
@@ -144,6 +144,10 @@ def test_compiled_blocks_exchange_nothing():
 
 ONE_ROW = ("one image token", "one reference token", "layers")  # where a process has a single row of a matrix
 # Some kernels for a single row sum in another order: float32's rounding of a few hundred terms.
+# Some processors have an order for each number of rows. There `least_bits` allows each part of the tokens the
+# same: last digits of the dtype in one pass, and in guided runs of two or three steps what the other order of
+# `tensor=2` may be off by. What is no rounding is caught in float64, below.
+PASS_BITS, RUN = 8, 1e-5
 
 
 def test_a_process_holds_half(outcomes):
@@ -160,7 +164,8 @@ def test_passes_are_equal(outcomes):
     for dtype in ("float32", "bfloat16"):
         found = value(outcomes, dtype)
         assert len(found) == 21
-        apart = {name: x for name, x in found.items() if x and not name.startswith(ONE_ROW)}
+        few = least_bits(outcomes, PASS_BITS * torch.finfo(getattr(torch, dtype)).eps)
+        apart = {name: x for name, x in found.items() if x > few and not name.startswith(ONE_ROW)}
         assert not apart, dtype
     assert max(value(outcomes, "float32").values()) < 1e-6
 
@@ -199,7 +204,8 @@ def test_gradients_are_refused(outcomes):
 def test_runs_are_equal(outcomes):
     found = value(outcomes, "runs")
     assert len(found) > 70
-    assert not {name: x for name, x in found.items() if x}
+    few = least_bits(outcomes, RUN)
+    assert not {name: x for name, x in found.items() if x > (few if name.endswith("ulysses=2") else 0)}
 
 
 def test_runs_with_split_weights_are_equal_or_refused(outcomes):
@@ -212,22 +218,26 @@ def test_runs_with_split_weights_are_equal_or_refused(outcomes):
     modes = ("stage", "stream", "float8")
     assert set(refusals) == {f"{name}: {mode}" for name in modes for mode in ("ulysses=2", "tensor=2")}
     assert all("wanted residency='resident', modulation='live'" in text for text in refusals.values())
-    assert not {name: x for name, x in found.items() if x and name.endswith("ulysses=2")}
+    few = least_bits(outcomes, RUN)
+    assert not {name: x for name, x in found.items() if x > few and name.endswith("ulysses=2")}
     assert found.pop("bfloat16: tensor=2") < 2 * rounding
-    assert len(found) > 60 and max(found.values()) < 1e-5
+    assert len(found) > 60 and max(found.values()) < RUN
 
 
 def test_layers_are_equal(outcomes):
-    assert value(outcomes, "layers") == [0, 0]
+    of_cfg, of_ulysses = value(outcomes, "layers")
+    assert of_cfg == 0 and of_ulysses <= least_bits(outcomes, RUN)
 
 
 def test_parts_of_a_run_are_equal(outcomes):
     found = value(outcomes, "parts")
-    assert found == {mode: [0] * len(found["cfg=2"]) for mode in ("cfg=2", "ulysses=2")}
+    assert found.keys() == {"cfg=2", "ulysses=2"} and not any(found["cfg=2"])
+    assert max(found["ulysses=2"]) <= least_bits(outcomes, RUN)
 
 
 def test_without_a_generator_all_draw_the_noise_of_the_first(outcomes):
-    assert value(outcomes, "without_a_generator") == [0, 0]
+    of_cfg, of_ulysses = value(outcomes, "without_a_generator")
+    assert of_cfg == 0 and of_ulysses <= least_bits(outcomes, RUN)
 
 
 def test_a_branch_is_run_once_and_caches_stay(outcomes):
@@ -254,7 +264,7 @@ def test_maps_of_a_branch_are_where_it_runs(outcomes):
 
 def test_copies(outcomes):
     apart, refusal = value(outcomes, "copies")
-    assert apart == 0
+    assert apart <= least_bits(outcomes, RUN)
     assert refusal == "ValueError: a pipeline that processes share cannot be pickled: load it in each of them"
 
 
@@ -300,7 +310,8 @@ def test_what_one_process_refuses_the_others_say(outcomes, case, message):
 
 
 def test_after_refusals_a_run_is_equal(outcomes):
-    assert [outcome.value["and then a run is equal"] for outcome in outcomes["refusals"]] == [0, 0]
+    apart = [outcome.value["and then a run is equal"] for outcome in outcomes["refusals"]]
+    assert max(apart) <= least_bits(outcomes, RUN)
 
 
 def test_a_failure_in_a_run_hangs_no_process(outcomes):
