@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def main() -> None:
     exact = edits(pipe, todo, EXACT)
     said = f"{options.count} edits; {EXACT} steps of Euler's: {measured(todo, exact, exact).split(',')[0]}."
 
+    @cache  # tables share rows
     def cell(sampler: str, count: int, schedule: str = "official") -> str:
         steps = count // 2 if sampler == "heun" else count
         switches = Switches.from_flat({"time.sigmas": schedule})
