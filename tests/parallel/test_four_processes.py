@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.processes import least_bits, run_cases, value
+from tests.parallel.processes import off_by_parts, run_cases, value
 from tests.tiny import checkpoint
 
 
@@ -39,13 +39,13 @@ def test_taps_are_whole_where_tokens_and_heads_are_shared(outcomes):
 def test_runs_are_equal(outcomes):
     found = value(outcomes, "runs")
     assert len(found) == 22
-    few = least_bits(outcomes, 1e-5)  # of the largest value, as for two processes
+    few = off_by_parts(outcomes)
     assert not {name: x for name, x in found.items() if x > few}
 
 
 def test_taps(outcomes):
     *apart, refusal = value(outcomes, "taps_and_a_tap_in_one")
-    assert max(apart) <= least_bits(outcomes, 1e-5)
+    assert max(apart) <= off_by_parts(outcomes)
     assert "the processes differ in taps: process 3 has" in refusal
 
 

@@ -14,7 +14,7 @@ from qwenedit.parallel.digest import described
 from qwenedit.parallel.processes import Processes, ProcessLost, begin, meet, own_device
 from qwenedit.parallel.runs import agree
 from qwenedit.parallel.spec import ParallelSpec, checked_spec, spec_of
-from tests.parallel.processes import least_bits, run_cases, value
+from tests.parallel.processes import RUN, off_by_parts, run_cases, value
 from tests.tiny import checkpoint
 
 
@@ -144,10 +144,10 @@ def test_compiled_blocks_exchange_nothing():
 
 ONE_ROW = ("one image token", "one reference token", "layers")  # where a process has a single row of a matrix
 # Some kernels for a single row sum in another order: float32's rounding of a few hundred terms.
-# Some processors have an order for each number of rows. There `least_bits` allows each part of the tokens the
-# same: last digits of the dtype in one pass, and in guided runs of two or three steps what the other order of
-# `tensor=2` may be off by. What is no rounding is caught in float64, below.
-PASS_BITS, RUN = 8, 1e-5
+# Some processors have an order for each number of rows. There `off_by_parts` allows each part of the tokens
+# the same: last digits of the dtype in one pass, in guided runs RUN, as for `tensor=2` with its other order
+# of sums, and in pictures one level of 255. What is no rounding is caught in float64, below.
+PASS_BITS = 8
 
 
 def test_a_process_holds_half(outcomes):
@@ -164,7 +164,7 @@ def test_passes_are_equal(outcomes):
     for dtype in ("float32", "bfloat16"):
         found = value(outcomes, dtype)
         assert len(found) == 21
-        few = least_bits(outcomes, PASS_BITS * torch.finfo(getattr(torch, dtype)).eps)
+        few = off_by_parts(outcomes, PASS_BITS * torch.finfo(getattr(torch, dtype)).eps)
         apart = {name: x for name, x in found.items() if x > few and not name.startswith(ONE_ROW)}
         assert not apart, dtype
     assert max(value(outcomes, "float32").values()) < 1e-6
@@ -201,11 +201,17 @@ def test_gradients_are_refused(outcomes):
 # --- runs: cfg and ulysses
 
 
+def too_far(found, mode, bound):
+    """The runs of a mode that are off by more. Where digits may differ, a picture may by one level."""
+    bounds = {f"crop: {mode}": bound and 1 / 255}
+    return {name: x for name, x in found.items() if name.endswith(mode) and x > bounds.get(name, bound)}
+
+
 def test_runs_are_equal(outcomes):
     found = value(outcomes, "runs")
     assert len(found) > 70
-    few = least_bits(outcomes, RUN)
-    assert not {name: x for name, x in found.items() if x > (few if name.endswith("ulysses=2") else 0)}
+    assert not too_far(found, "cfg=2", 0)
+    assert not too_far(found, "ulysses=2", off_by_parts(outcomes))
 
 
 def test_runs_with_split_weights_are_equal_or_refused(outcomes):
@@ -218,26 +224,25 @@ def test_runs_with_split_weights_are_equal_or_refused(outcomes):
     modes = ("stage", "stream", "float8")
     assert set(refusals) == {f"{name}: {mode}" for name in modes for mode in ("ulysses=2", "tensor=2")}
     assert all("wanted residency='resident', modulation='live'" in text for text in refusals.values())
-    few = least_bits(outcomes, RUN)
-    assert not {name: x for name, x in found.items() if x > few and name.endswith("ulysses=2")}
+    assert not too_far(found, "ulysses=2", off_by_parts(outcomes))
     assert found.pop("bfloat16: tensor=2") < 2 * rounding
-    assert len(found) > 60 and max(found.values()) < RUN
+    assert len(found) > 60 and not too_far(found, "tensor=2", RUN)
 
 
 def test_layers_are_equal(outcomes):
     of_cfg, of_ulysses = value(outcomes, "layers")
-    assert of_cfg == 0 and of_ulysses <= least_bits(outcomes, RUN)
+    assert of_cfg == 0 and of_ulysses <= off_by_parts(outcomes)
 
 
 def test_parts_of_a_run_are_equal(outcomes):
     found = value(outcomes, "parts")
     assert found.keys() == {"cfg=2", "ulysses=2"} and not any(found["cfg=2"])
-    assert max(found["ulysses=2"]) <= least_bits(outcomes, RUN)
+    assert max(found["ulysses=2"]) <= off_by_parts(outcomes)
 
 
 def test_without_a_generator_all_draw_the_noise_of_the_first(outcomes):
     of_cfg, of_ulysses = value(outcomes, "without_a_generator")
-    assert of_cfg == 0 and of_ulysses <= least_bits(outcomes, RUN)
+    assert of_cfg == 0 and of_ulysses <= off_by_parts(outcomes)
 
 
 def test_a_branch_is_run_once_and_caches_stay(outcomes):
@@ -264,7 +269,7 @@ def test_maps_of_a_branch_are_where_it_runs(outcomes):
 
 def test_copies(outcomes):
     apart, refusal = value(outcomes, "copies")
-    assert apart <= least_bits(outcomes, RUN)
+    assert apart <= off_by_parts(outcomes)
     assert refusal == "ValueError: a pipeline that processes share cannot be pickled: load it in each of them"
 
 
@@ -311,7 +316,7 @@ def test_what_one_process_refuses_the_others_say(outcomes, case, message):
 
 def test_after_refusals_a_run_is_equal(outcomes):
     apart = [outcome.value["and then a run is equal"] for outcome in outcomes["refusals"]]
-    assert max(apart) <= least_bits(outcomes, RUN)
+    assert max(apart) <= off_by_parts(outcomes)
 
 
 def test_a_failure_in_a_run_hangs_no_process(outcomes):
