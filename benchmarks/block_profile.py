@@ -1,7 +1,7 @@
-"""The time of one inner block by kinds of operation: `python -m benchmarks.block_profile [--tokens 1024]`.
+"""The time of one inner block by kinds of operation: `python -m benchmarks.block_profile [--out docs]`.
 
 Our block as a step runs it, then the reference's, at full width. Times are torch's profiler's, medians over
-rounds.
+rounds. --out replaces the table of limits.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.__main__ import setting_of
 from benchmarks.files import write_transformer
-from benchmarks.report import machine_of, table
+from benchmarks.report import machine_of, out_folder, renew, table
 from benchmarks.transformer import block_ours, block_reference
 
 # An operation is of the first kind with a word that is in its name, or else elementwise.
@@ -70,12 +71,18 @@ def table_of(sides: dict[str, list[Counter[str]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block_profile", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.block_profile", description=__doc__.split(":")[0]
+    )
     parser.add_argument(
         "--tokens", type=int, default=1024, help="of the target and of the reference picture each"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all")
+    parser.add_argument(
+        "--out", type=partial(out_folder, renews="limits.md"), metavar="FOLDER",
+        help="replace the table of limits.md",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if min(options.tokens, options.rounds, options.threads) < 1:
         parser.error("--tokens, --rounds and --threads: wanted at least 1")
@@ -91,7 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         machine = machine_of(setting)
     print(", ".join(f"{key} {value}" for key, value in machine.items()) + ".\n")
     print(f"{options.tokens} tokens of the target and as many of the reference picture.\n")
-    print(table_of(spent))
+    text = table_of(spent)
+    print(text)
+    if options.out is not None:
+        renew(options.out / "limits.md", {"block": text})
 
 
 if __name__ == "__main__":

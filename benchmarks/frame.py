@@ -67,6 +67,8 @@ class Case:
         host_memory: watch the process's memory, not the accelerator's.
         needs: skip the case on other devices; "" for none.
         apart: start the second side after the first has ended: both at once are too large.
+        fresh: new processes in every round: where its memory lies makes a process faster or slower by up to
+            a tenth, for as long as it lives.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Case:
     host_memory: bool = False
     needs: str = ""
     apart: bool = False
+    fresh: bool = False
 
     def row(self, point: float) -> str:
         return f"{self.about}, {point:g} {self.unit}" if self.unit else self.about

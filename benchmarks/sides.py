@@ -1,6 +1,7 @@
 """Measures the two sides of a case, each in a fresh process of its own, in turn.
 
-Each side has its own memory and imports, and both meet the same state of the machine.
+Each side has its own memory and imports, and both meet the same state of the machine. A process lives for all
+rounds of a case, or for one where the case is `fresh`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,30 @@ def compare(case: Case, setting: Setting, rounds: int) -> list[Comparison]:
     Raises:
         RuntimeError: a side failed, or the outputs differ by more than the case's tolerance.
     """
+    if not case.fresh:
+        return _of_two_processes(case, setting, range(rounds))
+    started = [_of_two_processes(case, setting, range(i, i + 1)) for i in range(rounds)]
+    return [joined(of_point) for of_point in zip(*started, strict=True)]
+
+
+def joined(parts: Sequence[Comparison]) -> Comparison:
+    """The rounds of several comparisons of one point as one."""
+
+    def reading(of: Sequence[Reading]) -> Reading:
+        seconds = tuple(x for one in of for x in one.seconds)
+        floors = tuple(x for one in of for x in one.floors)
+        return Reading(seconds, max(one.peak for one in of), floors)
+
+    differences = [one.difference for one in parts if one.difference is not None]
+    return replace(
+        parts[0],
+        ours=reading([one.ours for one in parts]),
+        reference=reading([one.reference for one in parts]),
+        difference=max(differences, default=None),
+    )
+
+
+def _of_two_processes(case: Case, setting: Setting, rounds: range) -> list[Comparison]:
     points = case.points + (() if setting.device == "cpu" else case.accelerator_points)
     if case.apart:
         return [_compared(case, point, setting, rounds) for point in points]
@@ -138,7 +164,7 @@ def compare(case: Case, setting: Setting, rounds: int) -> list[Comparison]:
 
 
 def _compared(
-    case: Case, point: float, setting: Setting, rounds: int, sides: dict[str, Side] | None = None
+    case: Case, point: float, setting: Setting, rounds: range, sides: dict[str, Side] | None = None
 ) -> Comparison:
     """Without `sides`, one side starts after the other has ended."""
     saved = {side: setting.folder / f"{side}.pt" for side in SIDES}
@@ -159,11 +185,11 @@ def _compared(
 
 
 def _rounds(
-    case: Case, point: float, sides: dict[str, Side], peaks: dict[str, int], rounds: int
+    case: Case, point: float, sides: dict[str, Side], peaks: dict[str, int], rounds: range
 ) -> dict[str, Reading]:
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     floors: dict[str, list[float]] = {side: [] for side in sides}
-    for i in range(rounds):
+    for i in rounds:
         for side in list(sides)[:: 1 if i % 2 else -1]:  # they take turns in going first
             seconds[side].append(sides[side].time(point))
             if case.products:

@@ -296,6 +296,34 @@ def test_outputs_that_disagree_are_an_error(monkeypatch, tmp_path):
     assert (again.ours.floors, again.reference.floors) == ((0.25,) * 2, (0.125,) * 2)
 
 
+def test_a_fresh_case_has_new_processes_in_every_round(monkeypatch, tmp_path):
+    first: list[str] = []
+
+    class Timed(Fake):
+        started = 0
+
+        def __init__(self, *options):
+            super().__init__(*options)
+            Timed.started += 1
+            self.number = Timed.started
+
+        def time(self, point):
+            first.append(self.side)
+            return point * self.number
+
+    monkeypatch.setattr(sides, "Side", Timed)
+    setting = Setting("cpu", "float32", 1, tmp_path)
+    case = Case(
+        "edit", "x", cases.load_ours, cases.load_ours, points=(1, 10), tolerance={"float32": 0.4},
+        products=True, fresh=True,
+    )  # fmt: skip
+    one, ten = sides.compare(case, setting, 3)
+    assert (one.point, one.ours.seconds, one.reference.seconds) == (1, (1, 3, 5), (2, 4, 6))
+    assert (ten.point, ten.ours.seconds, ten.reference.seconds) == (10, (10, 30, 50), (20, 40, 60))
+    assert one.ours == Reading((1, 3, 5), 7, (0.25,) * 3) and ten.difference == pytest.approx(1 / 3)
+    assert first[::4] == ["reference", "ours", "reference"] and Fake.alive == []
+
+
 def test_sides_that_are_too_large_together_run_one_after_the_other(monkeypatch, tmp_path):
     class Alone(Fake):
         def time(self, _point):
