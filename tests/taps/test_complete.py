@@ -26,7 +26,7 @@ ROTATION = {f"rotate: {op}": 1 for op in ("mul", "sub", "add")}
 MMDIT = {
     **{f"over_rms: {op}": 1 for op in ("pow", "mean", "add", "rsqrt", "mul")},
     "QKNorm.forward: cat": 1,  # the weights of both streams
-    **{f"rotate: {op}": 1 for op in ("roll", "mul")},
+    "rotate: flip": 1,  # of neighbours; the rest is written into the tapped result
     "both_halves: add": 1,  # 1 + scale
     "modulated: mul": 2,  # ... times the norm, before + shift
     "modulated: add": 1,  # the pieces of the target and of the references, before they are joined
