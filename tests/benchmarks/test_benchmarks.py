@@ -373,8 +373,11 @@ def test_a_small_comparison_runs(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["activations", "dialects", "inversion", "masks", "methods", "mini", "samplers", "savings", "__main__"],
-)
+    [
+        "activations", "block_profile", "dialects", "inversion", "masks", "methods", "mini", "samplers",
+        "savings", "__main__",
+    ],
+)  # fmt: skip
 def test_a_wrong_out_is_told_before_the_work(name, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.touch()
